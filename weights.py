@@ -1,0 +1,160 @@
+"""Reading checkpoints safely, and loading weights that other projects published into the models of models.py.
+
+segmenter = build_segmenter("mae_base")
+print(load_pretrained(segmenter, "mae_pretrain_vit_base.pth"))     # what was loaded, what is new
+model, checkpoint = load_model("runs/study/seed0/finetune_animal/model.pt")
+"""
+
+from __future__ import annotations
+
+import pickle
+import re
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from models import MODELS, build_mae, build_segmenter, interpolate_pos_embed
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be read, or does not fit the model."""
+
+    exit_code = 2
+
+
+@dataclass
+class LoadReport:
+    """What `load_pretrained` did, by state-dict key."""
+
+    source: str
+    layout: str
+    loaded: list[str] = field(default_factory=list)
+    interpolated: list[str] = field(default_factory=list)  # position embeddings fitted to another grid
+    new_head: list[str] = field(default_factory=list)  # freshly initialised on purpose
+    missing: list[str] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        def names(keys):
+            groups = sorted({k.split(".")[0] for k in keys})
+            return f"{len(keys)} ({', '.join(groups)})" if keys else "none"
+
+        parts = [f"loaded {names(self.loaded)}", f"new head {names(self.new_head)}", f"missing {names(self.missing)}"]
+        parts += [f"unexpected {names(self.unexpected)}"]
+        parts += [f"positions interpolated: {', '.join(self.interpolated)}"] if self.interpolated else []
+        parts += ["the decoder starts fresh"] if any(k.startswith("decoder_blocks") for k in self.missing) else []
+        return f"{self.source} ({self.layout}): " + "; ".join(parts)
+
+
+def read_checkpoint(path: str) -> dict:
+    """Read a checkpoint file to CPU memory without running any code in it; CheckpointError if that cannot be done."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise CheckpointError(f"checkpoint {path} does not exist") from None
+    except pickle.UnpicklingError:
+        raise CheckpointError(
+            f"{path} is not a checkpoint of tensors and plain values only; loading it could run code, so it is refused"
+        ) from None
+    except Exception as error:  # torch reports damaged archives with many types
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise CheckpointError(f"{path} cannot be read as a checkpoint: {reason[0]}") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} holds a {type(content).__name__}, not a checkpoint")
+    return content
+
+
+def load_pretrained(model: nn.Module, source: str | dict) -> LoadReport:
+    """Load what fits of a pre-trained MAE into a model of this file, and report it.
+
+    source: a path or a loaded dictionary: checkpoints of this project, facebookresearch/mae's full or encoder-only files,
+    timm's ViT or transformers' ViTMAE state dicts. Position embeddings are interpolated to the model's grid. The last
+    layer of a `MAESegmenter` is never taken from a checkpoint: its key and shape equal the pixel predictor's.
+    Raises CheckpointError if nothing is in common or a shape differs.
+    """
+    name, content = (source, read_checkpoint(source)) if isinstance(source, str) else ("state dict", source)
+    layout, state = reference_keys(content)
+    own = model.state_dict()
+    new_head = [k for k in own if k.startswith(getattr(model, "fresh_keys", ()))]
+    shared = [k for k in own if k in state and k not in new_head]
+    if not any(k.startswith(("blocks.", "backbone.")) for k in shared):
+        keys = ", ".join(list(state)[:3]) or "none"
+        raise CheckpointError(f"{name} has no layer in common with the model (its keys: {keys} ...)")
+    report = LoadReport(name, layout, shared, new_head=new_head)
+    for key in shared:
+        if key in ("pos_embed", "decoder_pos_embed") and state[key].shape[1] != own[key].shape[1]:
+            rows = state[key].shape[1] - 1
+            side = int(rows**0.5)
+            if side**2 == rows and state[key].shape[2] == own[key].shape[2]:
+                state[key] = interpolate_pos_embed(state[key], (side, side), model.grid)
+                report.interpolated.append(key)
+        if state[key].shape != own[key].shape:
+            found, needed = list(state[key].shape), list(own[key].shape)
+            raise CheckpointError(
+                f"{name} is of another model size: {key} is {found}, the model needs {needed}{_size_hint(state)}"
+            )
+    report.missing = [k for k in own if k not in state and k not in new_head]
+    report.unexpected = [k for k in state if k not in own]
+    model.load_state_dict({k: state[k] for k in shared}, strict=False)
+    return report
+
+
+def _size_hint(state: dict) -> str:
+    dim = state["cls_token"].shape[-1] if "cls_token" in state else None
+    names = [name for name, size in MODELS.items() if size["embed_dim"] == dim]
+    return f"; it fits --model {names[0]}" if names else ""
+
+
+_TRANSFORMERS_NAMES = [  # (pattern of transformers' ViTMAE key, key of facebookresearch/mae); both of its generations
+    (r"^vit\.embeddings\.cls_token$", "cls_token"),
+    (r"^vit\.embeddings\.position_embeddings$", "pos_embed"),
+    (r"^vit\.embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
+    (r"^vit\.layernorm\.", "norm."),
+    (r"^vit\.(?:encoder\.layer|layers)\.(\d+)\.", r"blocks.\1."),
+    (r"^decoder\.decoder_layers\.(\d+)\.", r"decoder_blocks.\1."),
+    (r"^decoder\.", ""),
+    (r"\.attention\.(?:attention\.query|q_proj)\.", ".attn.q."),
+    (r"\.attention\.(?:attention\.key|k_proj)\.", ".attn.k."),
+    (r"\.attention\.(?:attention\.value|v_proj)\.", ".attn.v."),
+    (r"\.attention\.(?:output\.dense|o_proj)\.", ".attn.proj."),
+    (r"\.layernorm_before\.", ".norm1."),
+    (r"\.layernorm_after\.", ".norm2."),
+    (r"\.(?:intermediate\.dense|mlp\.fc1)\.", ".mlp.fc1."),
+    (r"(?<!attn\.proj)\.(?:output\.dense|mlp\.fc2)\.", ".mlp.fc2."),
+]
+
+
+def reference_keys(content: dict) -> tuple[str, dict[str, torch.Tensor]]:
+    """Find the weights in a checkpoint and rename them to facebookresearch/mae's keys -> (layout, state dict)."""
+    state = next((content[k] for k in ("model", "state_dict") if isinstance(content.get(k), dict)), content)
+    layout = "this project" if "model_config" in content else "facebookresearch/mae or timm keys"
+    state = {re.sub(r"^(?:module\.|_orig_mod\.)+", "", k): v for k, v in state.items() if isinstance(v, torch.Tensor)}
+    if "embeddings.cls_token" in state:  # transformers' ViTMAEModel alone
+        state = {f"vit.{k}": v for k, v in state.items()}
+    if "vit.embeddings.cls_token" not in state:
+        return layout, state
+    renamed = {}
+    for key, value in state.items():
+        for pattern, name in _TRANSFORMERS_NAMES:
+            key = re.sub(pattern, name, key)
+        renamed[key] = value
+    for key in [k for k in renamed if ".attn.q." in k]:
+        parts = [renamed.pop(key.replace(".attn.q.", f".attn.{part}.")) for part in "qkv"]
+        renamed[key.replace(".attn.q.", ".attn.qkv.")] = torch.cat(parts)
+    return "transformers ViTMAE", renamed
+
+
+def load_model(path: str) -> tuple[nn.Module, dict]:
+    """Rebuild a model from a checkpoint that this project's scripts wrote -> (model in eval mode, the whole checkpoint)."""
+    content = read_checkpoint(path)
+    config = content.get("model_config")
+    if not isinstance(config, dict) or "model" not in content:
+        raise CheckpointError(f"{path} was not written by this project's training scripts (it has no model_config)")
+    sizes = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items() if k not in ("kind", "name")}
+    try:
+        model = (build_mae if config["kind"] == "mae" else build_segmenter)(config["name"], **sizes)
+        model.load_state_dict(content["model"])
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise CheckpointError(f"{path} does not fit the model it names: {str(error).splitlines()[0]}") from None
+    return model.eval(), content
