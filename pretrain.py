@@ -1,0 +1,206 @@
+"""Pre-train a Masked Autoencoder on one split of MS COCO.
+
+    torchrun --nproc_per_node=4 pretrain.py --split non_animal             # four GPUs
+    python pretrain.py --split mixed --animal_fraction 0.1                 # one GPU, 10 % animals
+    python pretrain.py --split animal --data_root data/demo --model mae_tiny --img_size 128 --epochs 5 --device cpu
+    torchrun --nnodes=2 --node_rank=0 --nproc_per_node=8 --master_addr=HOST pretrain.py --split animal   # and rank 1 there
+
+The defaults are the study's recipe: ViT-B, 150 epochs of 25,739 images, batch 256 (15,000 updates). The number of processes
+and --micro_batch_size do not change the result. BENCHMARKS.md has measured rates; the paper's validation loss is 0.547.
+Writes into --output_dir: config.json, log.jsonl, model.pt, metrics.json, reconstruction.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import data
+import numpy as np
+import torch
+from PIL import Image
+
+from engine import EngineError, Precision, Run, launch, param_groups, setup
+from models import MODELS, build_mae, patchify, take_rows
+from trainer import (
+    Trainer,
+    add_training_arguments,
+    base_config,
+    check_training_arguments,
+    experiment_of,
+    init_model,
+    open_store,
+    print_plan,
+)  # fmt: skip
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("pretrain.py", description="Masked Autoencoder pre-training on a split of MS COCO")
+    model = parser.add_argument_group("model")
+    model.add_argument(
+        "--model",
+        choices=list(MODELS),
+        default="mae_base",
+        help="mae_base is the paper's Table 1; mae_tiny suits a CPU",
+    )
+    model.add_argument("--mask_ratio", type=float, default=0.75, help="share of patches hidden from the encoder")
+    model.add_argument("--norm_pix_loss", action=argparse.BooleanOptionalAction, default=True,
+                       help="predict pixels normalised per patch; gives better features, blurrier colours")  # fmt: skip
+    model.add_argument("--init", help="continue from this MAE checkpoint instead of random weights")
+    split = parser.add_argument_group("split")
+    split.add_argument(
+        "--split", choices=data.SPLITS, default="animal", help="which images to pre-train on; see `prepare.py splits`"
+    )
+    split.add_argument(
+        "--animal_fraction", type=float, help="share of animal images in the mixed split, 0 to 1 (default 0.5)"
+    )
+    split.add_argument(
+        "--num_images", type=int, help="size of the split (default: that of the animal split, so that arms are matched)"
+    )
+    split.add_argument("--animal_images", choices=["per_category", "unique", "single"], default="per_category",
+                       help="count an image once per animal category (the paper), once, or only if it has exactly one")  # fmt: skip
+    split.add_argument(
+        "--categories", nargs="+", help="COCO categories that take the place of the animals, for other studies"
+    )
+    add_training_arguments(parser, output_dir="runs/pretrain", epochs=150, batch_size=256, warmup_epochs=10, min_lr=0.0)
+    parser.add_argument("--blr", type=float, default=1.5e-4, help="base rate: lr = blr * batch_size / 256")
+    parser.add_argument(
+        "--figure_every", type=int, default=0, help="epochs between reconstruction figures (0: only at the end)"
+    )
+    return parser
+
+
+def validation_noise(count: int, patches: int) -> torch.Tensor:
+    """Fixed masks of the validation images [count, L], equal for every arm, seed and machine."""
+    return torch.from_numpy(np.random.default_rng(20170).random((count, patches), dtype=np.float32))
+
+
+class Validation:
+    """Mean loss over the fixed animal and non-animal validation images, each seen once, under fixed masks."""
+
+    def __init__(self, model, stores: dict, args, dist):
+        self.model, self.stores, self.args, self.dist = model, stores, args, dist
+
+    def _mean(self, store, loss_of) -> float:
+        noise = validation_noise(len(store), self.model.num_patches)
+        size = min(self.args.micro_batch_size or 256, 256)
+        total = torch.zeros(2, dtype=torch.float64, device=self.dist.device)
+        batches = data.EvalBatches(store, img_size=self.args.img_size, batch_size=size, rank=self.dist.rank,
+                                   world_size=self.dist.world_size, device=self.dist.device)  # fmt: skip
+        for index, images in batches:
+            total[0] += loss_of(images, noise[index.cpu()].to(images.device)).double() * len(images)
+            total[1] += len(images)
+        total = self.dist.sum(total)
+        return (total[0] / total[1]).item()
+
+    def __call__(self, step: int) -> dict:
+        if self.args.figure_every and step % (self.args.figure_every * self.epoch_steps) == 0:
+            self.figure(f"reconstruction_{step:06d}")
+        return {
+            f"loss_{name}": self._mean(s, lambda x, n: self.model(x, self.args.mask_ratio, n)[0])
+            for name, s in self.stores.items()
+        }
+
+    @torch.no_grad()
+    def predict_zero(self) -> dict:
+        """Loss of predicting zero everywhere: what any training must clearly beat."""
+
+        def loss(images, noise):
+            hidden = torch.argsort(noise, dim=1, stable=True)[
+                :, self.model.num_visible(self.args.mask_ratio) % noise.shape[1] :
+            ]
+            patches = take_rows(patchify(images, self.model.patch_size), hidden)
+            return self.model.forward_loss(patches, torch.zeros_like(patches))
+
+        return {name: self._mean(store, loss) for name, store in self.stores.items()}
+
+    def figure(self, name: str, count: int = 4) -> None:
+        """Save input, masked input, reconstruction and original of a few fixed images as name.png and name.npz."""
+        if not self.dist.is_main:
+            return
+        self.model.eval()
+        parts, ids = [], []
+        for store in self.stores.values():
+            k = min(count, len(store))
+            _, images = next(
+                iter(data.EvalBatches(store, img_size=self.args.img_size, batch_size=k, device=self.dist.device))
+            )
+            noise = validation_noise(len(store), self.model.num_patches)[:k].to(self.dist.device)
+            masked, filled = self.model.reconstruct(images, self.args.mask_ratio, noise)
+            parts.append(
+                [
+                    data.denormalise(x).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu()
+                    for x in (images, masked, filled)
+                ]
+            )
+            ids += [store.images[i] for i in range(k)]
+        original, masked, filled = (torch.cat(x).numpy() for x in zip(*parts, strict=True))
+        np.savez_compressed(
+            self.run_dir / f"{name}.npz", ids=np.array(ids), original=original, masked=masked, reconstruction=filled
+        )
+        rows = [np.concatenate(row, axis=1) for row in zip(masked, filled, original, strict=True)]
+        Image.fromarray(np.concatenate(rows)).save(self.run_dir / f"{name}.png")
+
+
+def main(args: argparse.Namespace) -> None:
+    check_training_arguments(args)
+    options = {k: getattr(args, k) for k in ("num_images", "animal_images", "categories", "split_seed", "cache_dir")}
+    dist = setup(args.device)
+    precision = Precision(args.precision, dist.device)
+    split = data.select_split(args.data_root, args.split, animal_fraction=args.animal_fraction, **options)
+    # pets and all train for as many updates as an arm of the animal split's size; other arms define their own epoch.
+    matched = args.split in ("pets", "all") and args.num_images is None
+    size = data.reference_size(args.data_root, **options) if matched else len(split.images)
+    epoch_steps = size // args.batch_size
+    if not epoch_steps:
+        raise EngineError(
+            f"--batch_size {args.batch_size} is larger than the split's {size} images; use at most {size}"
+        )
+    validation = data.mae_validation(args.data_root, categories=args.categories, cache_dir=args.cache_dir)
+
+    torch.manual_seed(args.seed)
+    try:
+        model = build_mae(args.model, img_size=args.img_size, norm_pix_loss=args.norm_pix_loss)
+        flops = model.flops(args.mask_ratio)
+    except ValueError as error:
+        raise EngineError(str(error)) from None
+    init = init_model(model, args.init, dist)
+    lr = args.blr * args.batch_size / 256
+    groups = param_groups(model, args.weight_decay)
+    config = base_config("pretrain", args, dist, precision, model, flops=flops, epoch_steps=epoch_steps, train=split,
+                         experiment=experiment_of(args, train=split.sha256, init=init))  # fmt: skip
+    print_plan(config, lr, groups, dist, model, mask_ratio=args.mask_ratio)
+    if args.dry_run:
+        return
+    run = Run(args.output_dir, dist, config, args.resume, state_bytes=config["params"] * 12)
+    if run.finished:
+        return print(f"{run.dir} is finished; nothing to do (--resume never starts over)") if dist.is_main else None
+
+    images = open_store(args, dist, split.images, "image")
+    batches = data.TrainBatches(
+        images, None, img_size=args.img_size, batch_size=args.batch_size, seed=args.seed, scale=(0.2, 1.0),
+        draws={"noise": (model.num_patches,)}, rank=dist.rank, world_size=dist.world_size,
+        micro_batch_size=args.micro_batch_size, device=dist.device,
+    )  # fmt: skip
+    model.to(dist.device)
+    validate = Validation(
+        model, {k: open_store(args, dist, v.images, "image") for k, v in validation.items()}, args, dist
+    )
+    validate.run_dir, validate.epoch_steps = run.dir, epoch_steps
+    trainer = Trainer(
+        run, model, lambda network, b: network(b["images"], args.mask_ratio, b["noise"])[0], batches, groups, dist=dist,
+        precision=precision, lr=lr, min_lr=args.min_lr, betas=(0.9, 0.95), total_steps=args.epochs * epoch_steps,
+        warmup_steps=round(args.warmup_epochs * epoch_steps), epoch_steps=epoch_steps, batch_size=args.batch_size, flops=flops,
+        clip_grad=args.clip_grad, compile=args.compile, save_minutes=args.save_minutes, log_every=args.log_every,
+    )  # fmt: skip
+    metrics = trainer.fit(validate)
+    zero = validate.predict_zero()
+    validate.figure("reconstruction")
+    sizes = {"kind": "mae", "name": args.model, "img_size": args.img_size, "norm_pix_loss": args.norm_pix_loss}
+    metrics |= {"kind": "pretrain", "predict_zero": zero, "hardware": config["hardware"], "n_train": len(images),
+                "n_unique": split.unique, "unreadable": images.dropped}  # fmt: skip
+    run.log("done", **{k: metrics[k] for k in ("last", "predict_zero", "updates", "seconds")})
+    run.finish({"model": trainer.weights, "model_config": sizes}, metrics)
+
+
+if __name__ == "__main__":
+    launch(main, get_args_parser())
