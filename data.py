@@ -1,0 +1,835 @@
+"""Data for the study: exact COCO and Pets splits, a decoded-image cache, batched augmentation, reproducible batches.
+
+Copy this one file to use it; it needs torch, numpy and pillow (pycocotools only where annotations are read):
+
+    split = select_split("data", "mixed", animal_fraction=0.3, split_seed=0)      # which images, and a manifest
+    build_cache("data", split.images)                                             # decode once, append-only, kill-safe
+    store = ImageStore("data", split.images, kind="image")                        # memory-mapped, or whole on the GPU
+    for micro_batches in TrainBatches(store, None, img_size=224, batch_size=256, seed=0).run(0, 100): ...
+
+What a batch holds is a pure function of (seed, epoch, position in the global batch), whatever the number of processes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import functools
+import hashlib
+import io
+import itertools
+import json
+import os
+import shlex
+import shutil
+import sys
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+import torch
+from PIL import Image
+
+SPLITS = ("animal", "non_animal", "mixed", "all", "pets")
+ANIMAL_IMAGES = ("per_category", "unique", "single")
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet, in [0, 1] units
+MAX_PIXELS = 89_478_485  # above this Pillow warns of a decompression bomb; photographs stay far below
+CHUNK = 128  # rows decoded, written and flushed together while the cache is built
+PREFETCH = 2  # batches prepared ahead of the one in use
+
+
+class DataError(ValueError):
+    """Wrong use or input (exit code 2) or a failure (exit code 1), explained in one line."""
+
+    exit_code = 2
+
+    def __init__(self, message: str, exit_code: int = 2):
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+def _show(path) -> str:
+    """Give a path in a form that stays on one line."""
+    return str(path) if str(path).isprintable() else repr(str(path))
+
+
+def _rng(*key: int) -> np.random.Generator:
+    """Make a generator that is a pure function of non-negative integers."""
+    if min(key) < 0:
+        raise DataError(f"seeds must be 0 or more, got {min(key)}")
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence(key)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Annotations
+
+
+def _open_source(data_root, path: str) -> Path:
+    """Check that a file of the data sets exists, and return its path."""
+    full, root = Path(data_root, path), shlex.quote(str(data_root))
+    if not full.is_file():
+        raise DataError(f"{_show(full)} not found; get the data with `python prepare.py download --data_root {root}` "
+                        f"or draw a small set with `python prepare.py demo --data_root {root}`")  # fmt: skip
+    return full
+
+
+KEYS = {"images": ("id", "file_name"), "annotations": ("id", "image_id", "category_id"),
+        "categories": ("id", "name", "supercategory")}  # fmt: skip
+
+
+def _check_annotations(dataset, path: Path) -> None:
+    """Raise a DataError that names the file and the first thing wrong with it."""
+    name = _show(path)
+    for part, keys in KEYS.items():
+        if not isinstance(dataset, dict) or not isinstance(dataset.get(part), list):
+            raise DataError(f"{name}: no list {part!r}, so not a COCO instances file; fetch it again")
+        for number, entry in enumerate(dataset[part]):
+            missing = [k for k in keys if not isinstance(entry, dict) or k not in entry]
+            if missing:
+                raise DataError(f"{name}: entry {number} of {part!r} lacks {missing[0]!r}; fetch the file again")
+    for part, key in (("images", "id"), ("images", "file_name"), ("categories", "id")):
+        counts = Counter(str(entry[key]) for entry in dataset[part])
+        value, count = counts.most_common(1)[0] if counts else ("", 0)
+        if count > 1:
+            raise DataError(f"{name}: {key} {value!r} occurs {count} times in {part!r}; every {key} must be unique")
+    for part, key in (("images", "image_id"), ("categories", "category_id")):
+        known = {entry["id"] for entry in dataset[part]}
+        bad = next((a for a in dataset["annotations"] if a[key] not in known), None)
+        if bad is not None:
+            raise DataError(f"{name}: annotation {bad['id']} has unknown {key} {bad[key]}; it is not in {part!r}")
+    for entry in dataset["images"]:
+        inner = PurePosixPath(str(entry["file_name"]))
+        if inner.is_absolute() or ".." in inner.parts or not inner.name:
+            raise DataError(f"{name}: file_name {str(inner)!r} leads out of the image folder")
+
+
+def _digest_annotations(path: Path) -> dict:
+    """Read a COCO instances file through pycocotools -> its categories, animals and images [id, name, categories]."""
+    from pycocotools.coco import COCO
+
+    wanted = {"images", "annotations", "categories", *(key for keys in KEYS.values() for key in keys)}
+    try:
+        with open(path, encoding="utf-8") as f:  # the hook drops polygons as they are read: a third of the memory
+            dataset = json.load(f, object_hook=lambda entry: {k: v for k, v in entry.items() if k in wanted})
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{_show(path)}: not a JSON file ({error}); fetch it again") from None
+    _check_annotations(dataset, path)
+    coco = COCO()
+    coco.dataset = dataset
+    with contextlib.redirect_stdout(io.StringIO()):
+        coco.createIndex()
+    labels: dict[int, list] = {image: [] for image in sorted(coco.imgs)}
+    for category in sorted(coco.cats):
+        for image in coco.getImgIds(catIds=[category]):
+            labels[image].append(category)
+    images = [[image, coco.imgs[image]["file_name"], found] for image, found in labels.items()]
+    names = [[c, coco.cats[c]["name"]] for c in sorted(coco.cats)]
+    return {"categories": names, "animals": sorted(coco.getCatIds(supNms=["animal"])), "images": images}
+
+
+@functools.lru_cache(maxsize=4)
+def _load_digest(path: str, size: int, mtime: int, cache_dir: str) -> dict:
+    """Load the digest of an annotation file, made once: the file itself (450 MB) takes a quarter of a minute."""
+    key = hashlib.sha256(f"1 {path} {size} {mtime}".encode(errors="surrogateescape")).hexdigest()[:16]
+    digest = Path(cache_dir, f"annotations_{key}.json")
+    with _locked(cache_dir):
+        if digest.exists():
+            with contextlib.suppress(ValueError):
+                return json.loads(digest.read_text())
+        content = _digest_annotations(Path(path))
+        temporary = digest.with_suffix(".tmp")
+        with _disk_errors(digest), open(temporary, "w") as f:
+            json.dump(content, f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, digest)
+    return content
+
+
+@contextlib.contextmanager
+def _locked(path) -> Iterator[None]:
+    """Hold the lock of a file or folder (made if missing); a kill releases it. Others wait."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True) if not Path(path).suffix else Path(path).touch()
+        fd = os.open(path, os.O_RDONLY)
+    except OSError as error:
+        raise DataError(f"cannot write to {_show(path)}: {error.strerror}; choose another --cache_dir", 1) from None
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)
+
+
+@contextlib.contextmanager
+def _disk_errors(path) -> Iterator[None]:
+    """Turn a full disk into one clear line."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise DataError(f"no room left while writing {_show(path)} ({error.strerror}); what was complete is kept: "
+                        "free some space or choose another --cache_dir, then repeat the command", 1) from None  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Splits
+
+
+@dataclass(frozen=True)
+class Split:
+    """A list of images (paths relative to the data root) and the record of what defines it."""
+
+    name: str
+    images: tuple[str, ...]
+    manifest: dict
+
+    @property
+    def sha256(self) -> str:
+        return self.manifest["sha256"]
+
+    @property
+    def unique(self) -> int:
+        return self.manifest["unique"]
+
+
+class _Coco:
+    """One COCO annotation file: animal and other images as positions, and what a manifest needs to know of them."""
+
+    def __init__(self, data_root, part: str, categories: Sequence[str] | None, cache_dir):
+        path = _open_source(data_root, f"coco/annotations/instances_{part}.json")
+        stat = path.stat()
+        digest = _load_digest(os.path.abspath(path), stat.st_size, stat.st_mtime_ns, os.path.abspath(cache_dir))
+        self.names = dict(digest["categories"])
+        if unknown := sorted(set(categories or ()) - set(self.names.values())):
+            raise DataError(f"unknown category {unknown[0]!r}; valid: {', '.join(self.names.values())}")
+        self.animals = [c for c, name in self.names.items() if name in categories] if categories else digest["animals"]
+        if not self.animals:
+            raise DataError(f"{_show(path)} has no category of super-category 'animal'; name some with --categories")
+        self.ids = [image[0] for image in digest["images"]]
+        self.paths = [f"coco/{part}/{image[1]}" for image in digest["images"]]
+        self.labels = [frozenset(image[2]) for image in digest["images"]]
+        chosen = set(self.animals)
+        self.hits = [len(found & chosen) for found in self.labels]
+
+    def animal_list(self, rule: str) -> list[int]:
+        if rule not in ANIMAL_IMAGES:
+            raise DataError(f"--animal_images must be one of {', '.join(ANIMAL_IMAGES)}, got {rule!r}")
+        if rule == "per_category":
+            return [i for c in self.animals for i, found in enumerate(self.labels) if c in found]
+        return [i for i, hits in enumerate(self.hits) if (hits == 1 if rule == "single" else hits)]
+
+    def split(self, name: str, entries: Iterable[int], definition: dict) -> Split:
+        entries = list(entries)
+        unique = set(entries)
+        person = {c for c, label in self.names.items() if label == "person"}
+        definition = {"split": name, "categories": [self.names[c] for c in self.animals], **definition}
+        return _make_split(name, [self.paths[i] for i in entries], definition, ids=[self.ids[i] for i in entries],
+            animal_images=sum(self.hits[i] > 0 for i in unique),
+            categories={self.names[c]: sum(c in self.labels[i] for i in unique) for c in self.animals},
+            without_annotation=sum(not self.labels[i] for i in unique),
+            person_share=round(sum(bool(self.labels[i] & person) for i in unique) / max(1, len(unique)), 6))  # fmt: skip
+
+
+def _make_split(name: str, images: list[str], definition: dict, **facts) -> Split:
+    text = json.dumps([definition, images], sort_keys=True, separators=(",", ":"))
+    manifest = {"name": name, "definition": definition, "entries": len(images), "unique": len(set(images)), **facts}
+    return Split(name, tuple(images), manifest | {"sha256": hashlib.sha256(text.encode()).hexdigest()})
+
+
+def _first(pool: Sequence, count: int, what: str, *key: int) -> list:
+    """Take a prefix of the pool's fixed permutation: smaller counts are contained in larger ones."""
+    if count > len(pool):
+        raise DataError(f"{count:,} {what} asked for, {len(pool):,} exist; "
+                        f"use --num_images so that at most {len(pool):,} are needed")  # fmt: skip
+    return [pool[i] for i in _rng(*key).permutation(len(pool))[:count]]
+
+
+def select_split(data_root, split: str, *, animal_fraction: float | None = None, num_images: int | None = None,
+                 animal_images: str = "per_category", categories: Sequence[str] | None = None, split_seed: int = 0,
+                 cache_dir="cache") -> Split:  # fmt: skip
+    """Select pre-training images. Doses nest: they are prefixes of two permutations that depend on split_seed alone.
+
+    animal_fraction: share of animal entries in [0, 1], for split "mixed" (default 0.5). num_images: default the size
+    of the animal list, so that arms are matched ("all" and "pets": everything). animal_images: per_category lists an
+    image once for each of its animal categories (the paper), unique once, single only if it has exactly one.
+    categories: names that take the animals' place. Raises DataError for what does not exist or contradicts itself.
+    """
+    implied = {"animal": 1.0, "mixed": 0.5, "non_animal": 0.0}.get(split)
+    if split not in SPLITS:
+        raise DataError(f"--split must be one of {', '.join(SPLITS)}, got {split!r}")
+    if animal_fraction is not None and not 0 <= animal_fraction <= 1:
+        raise DataError(f"--animal_fraction must lie in [0, 1], got {animal_fraction}")
+    if animal_fraction is not None and split != "mixed" and animal_fraction != implied:
+        raise DataError(f"--animal_fraction {animal_fraction} contradicts --split {split}; use --split mixed")
+    if num_images is not None and num_images < 1:
+        raise DataError(f"--num_images must be at least 1, got {num_images}")
+    if split == "pets":
+        pool = pets_split(data_root, "train").images
+        images = _first(pool, num_images or len(pool), "Pets training images", split_seed, 2)
+        return _pets_split("pets", images, {"split": "pets", "num_images": len(images), "split_seed": split_seed})
+    coco = _Coco(data_root, "train2017", categories, cache_dir)
+    definition = {"animal_images": animal_images, "split_seed": split_seed}
+    animals = coco.animal_list(animal_images)
+    if split == "all":
+        entries = _first(range(len(coco.ids)), num_images or len(coco.ids), "images", split_seed, 3)
+        return coco.split(split, entries, definition | {"num_images": len(entries)})
+    count = num_images or len(animals)
+    fraction = implied if animal_fraction is None else animal_fraction
+    dose = round(fraction * count)
+    entries = _first(animals, dose, f"animal entries ({animal_images})", split_seed, 0)
+    others = [i for i, hits in enumerate(coco.hits) if not hits]
+    entries += _first(others, count - dose, "non-animal images", split_seed, 1)
+    return coco.split(split, entries, definition | {"num_images": count, "animal_fraction": fraction})
+
+
+def reference_size(data_root, *, animal_images: str = "per_category", categories: Sequence[str] | None = None,
+                   cache_dir="cache", **_) -> int:  # fmt: skip
+    """Count the animal list's entries: the epoch that all arms are matched to (takes select_split's keywords)."""
+    return len(_Coco(data_root, "train2017", categories, cache_dir).animal_list(animal_images))
+
+
+def mae_validation(data_root, *, categories: Sequence[str] | None = None, cache_dir="cache") -> dict[str, Split]:
+    """Select unique animal and as many non-animal images of val2017, the same for every seed and arm."""
+    coco = _Coco(data_root, "val2017", categories, cache_dir)
+    pools = {"animal": coco.animal_list("unique"), "non_animal": [i for i, hits in enumerate(coco.hits) if not hits]}
+    count = min(map(len, pools.values()))
+    if not count:
+        raise DataError(f"{_show(data_root)}: val2017 needs images with and without the chosen categories")
+    return {name: coco.split(name, sorted(_first(pool, count, name, 2017, k)), {"part": "val2017", "num_images": count})
+            for k, (name, pool) in enumerate(pools.items())}  # fmt: skip
+
+
+def _pets_split(name: str, images: Sequence[str], definition: dict) -> Split:
+    ids = [PurePosixPath(image).stem for image in images]
+    cats = sum(i[:1].isupper() for i in ids)  # list.txt: "All images with 1st letter as capital are cat images"
+    return _make_split(name, list(images), definition, ids=ids, animal_images=len(images),
+                       categories={"cat": cats, "dog": len(ids) - cats})  # fmt: skip
+
+
+def pets_split(data_root, part: str, *, train_fraction: float = 1.0, split_seed: int = 0) -> Split:
+    """Select part "train", "val" or "test" of the one fixed random 70/15/15 draw over the images of list.txt.
+
+    train_fraction: share of the training images, in (0, 1]; smaller shares are contained in larger ones, and split_seed
+    chooses them; it moves nothing else.
+    """
+    path = _open_source(data_root, "oxford-iiit-pet/annotations/list.txt")
+    lines = [line for line in path.read_text().splitlines() if line.strip() and not line.startswith("#")]
+    names = sorted(line.rsplit(maxsplit=3)[0] for line in lines)
+    if len(names) < 3 or len(set(names)) < len(names):
+        raise DataError(f"{_show(path)} must name at least 3 images, each once; fetch it again")
+    if not 0 < train_fraction <= 1:
+        raise DataError(f"--train_fraction must lie in (0, 1], got {train_fraction}")
+    names = _first(names, len(names), "images", 0, 701515)
+    ends = [0, len(names) * 70 // 100, len(names) * 70 // 100 + len(names) * 15 // 100, len(names)]
+    parts = dict(zip(("train", "val", "test"), itertools.pairwise(ends), strict=True))
+    if part not in parts:
+        raise DataError(f"part must be train, val or test, got {part!r}")
+    chosen, definition = names[slice(*parts[part])], {"split": f"pets {part}"}
+    if part == "train" and train_fraction < 1:
+        chosen = _first(chosen, max(1, round(train_fraction * len(chosen))), "training images", split_seed, 4)
+        definition |= {"train_fraction": train_fraction, "split_seed": split_seed}
+    return _pets_split(definition["split"], [f"oxford-iiit-pet/images/{name}.jpg" for name in chosen], definition)
+
+
+def trimap_path(image: str) -> str:
+    """Give the relative path of an image's trimap."""
+    return f"oxford-iiit-pet/annotations/trimaps/{PurePosixPath(image).stem}.png"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading images
+
+_ORIENTATION = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}  # EXIF tag -> Image.Transpose that undoes it
+
+
+@contextlib.contextmanager
+def _opened(path) -> Iterator[Image.Image]:
+    """Open an image; whatever goes wrong inside becomes a DataError that names the file."""
+    try:
+        with Image.open(path) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise DataError(f"{_show(path)}: {image.width} x {image.height} pixels, refused above {MAX_PIXELS:,}")
+            yield image
+    except DataError:
+        raise
+    except Exception as error:  # decoders raise anything from OSError to struct.error on damaged files
+        reason = "decompression bomb" if isinstance(error, Image.DecompressionBombError) else None
+        reason = reason or getattr(error, "strerror", None) or str(error).split(": ")[0] or type(error).__name__
+        empty = " (empty file)" if os.path.isfile(path) and not os.path.getsize(path) else ""
+        raise DataError(f"{_show(path)}: cannot be read: {' '.join(reason.split())}{empty}") from None
+
+
+def _orientation(image: Image.Image) -> Image.Transpose | None:
+    try:
+        return Image.Transpose(_ORIENTATION[image.getexif()[0x0112]])
+    except Exception:  # no EXIF, or a damaged one: the pixels are still good
+        return None
+
+
+def read_image(path) -> Image.Image:
+    """Read any image as RGB: EXIF orientation applied, transparency on white, 16 bit scaled, first frame, bombs refused."""
+    with _opened(path) as image:
+        orientation = _orientation(image)
+        if image.mode[0] in "IF":  # 16 and 32 bit grey, which Pillow would clip to white
+            grey = np.asarray(image, dtype=np.float32)
+            grey = grey * (255 / 65535 if image.mode.startswith("I;16") or grey.max(initial=0) > 255 else 1)
+            image = Image.fromarray(np.nan_to_num(grey).clip(0, 255).round().astype(np.uint8))
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        image = image.convert("RGB")
+        return image if orientation is None else image.transpose(orientation)
+
+
+def read_trimap(path, image_path=None) -> np.ndarray:
+    """Read a trimap -> uint8 [H, W]: 0 pet, 1 background, 2 border; turned as the EXIF tag of its image says."""
+    orientation, size = None, None
+    if image_path is not None:
+        with _opened(image_path) as image:
+            orientation, size = _orientation(image), image.size
+    with _opened(path) as trimap:
+        if size and trimap.size != size:
+            raise DataError(f"{_show(path)}: {trimap.width} x {trimap.height}, but its image is {size[0]} x {size[1]}")
+        orientation = orientation if size else _orientation(trimap)
+        values = np.asarray(trimap if orientation is None else trimap.transpose(orientation))
+    if values.ndim != 2 or values.dtype == bool or values.min() < 1 or values.max() > 3:
+        found = f"values {values.min()} to {values.max()}" if values.ndim == 2 else f"{values.ndim} dimensions"
+        raise DataError(f"{_show(path)}: a trimap holds 1 (pet), 2 (background), 3 (border), found {found}")
+    return (values - 1).astype(np.uint8)
+
+
+def load_truth(data_root, images: Sequence[str], size: int | tuple[int, int]) -> torch.Tensor:
+    """Read original trimaps, each resized once to the nearest pixel -> uint8 [N, h, w], classes 0, 1, 2."""
+    h, w = (size, size) if isinstance(size, int) else size
+
+    def read(image: str) -> np.ndarray:
+        trimap = read_trimap(Path(data_root, trimap_path(image)), Path(data_root, image))
+        return np.asarray(Image.fromarray(trimap).resize((w, h), Image.Resampling.NEAREST))
+
+    truth = np.empty((len(images), h, w), np.uint8)
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        for row, mask in zip(truth, pool.map(read, images), strict=True):
+            row[:] = mask
+    return torch.from_numpy(truth)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The decoded cache
+
+
+class _CacheFiles:
+    """One cache on disk: rows in .u8 and, a line for each row, [key, width, height, bytes, mtime_ns, error] in .jsonl."""
+
+    def __init__(self, data_root, kind: str, cache_dir, size: int):
+        if kind not in ("image", "trimap") or size < 1:
+            raise DataError(f"no cache of kind {kind!r} and size {size}; kinds are image and trimap, sizes 1 or more")
+        root = hashlib.sha256(os.path.abspath(data_root).encode(errors="surrogateescape")).hexdigest()[:12]
+        base = f"{kind}s_{size}_{root}"
+        self.root, self.kind, self.size = Path(data_root), kind, size
+        self.rows, self.index = Path(cache_dir, f"{base}.u8"), Path(cache_dir, f"{base}.jsonl")
+        self.shape = (3 if kind == "image" else 1, size, size)
+        self.row_bytes = int(np.prod(self.shape))
+
+    def source(self, key: str) -> Path:
+        return self.root / (key if self.kind == "image" else trimap_path(key))
+
+    def stamp(self, key: str) -> list[int]:
+        """Size and time of a source file: what tells that it was replaced."""
+        try:
+            stat = os.stat(self.source(key))
+            return [stat.st_size, stat.st_mtime_ns]
+        except OSError:
+            return [-1, -1]
+
+    def read_index(self) -> tuple[list[list], int]:
+        """Read the index up to the first torn line or missing row -> (entries, their length in bytes)."""
+        entries: list[list] = []
+        end = 0
+        rows = self.rows.stat().st_size // self.row_bytes if self.rows.exists() else 0
+        with open(self.index, "rb") if self.index.exists() else io.BytesIO() as lines:
+            for line in lines:
+                try:
+                    entry = json.loads(line)
+                except ValueError:
+                    break
+                if len(entries) == rows or not line.endswith(b"\n") or not isinstance(entry, list) or len(entry) != 6:
+                    break
+                entries.append(entry)
+                end += len(line)
+        return entries, end
+
+    def decode(self, key: str) -> tuple[np.ndarray, list]:
+        """Decode one source -> (row [C, S, S], index entry); an unreadable one gives a row of zeros and the reason."""
+        stamp = self.stamp(key)  # before reading: a file replaced meanwhile will be noticed
+        try:
+            if self.kind == "image":
+                image, how = read_image(self.source(key)), Image.Resampling.BICUBIC
+            else:
+                image, how = Image.fromarray(read_trimap(self.source(key), self.root / key)), Image.Resampling.NEAREST
+            row = np.asarray(image.resize((self.size, self.size), how)).reshape(self.size, self.size, -1)
+            return np.ascontiguousarray(row.transpose(2, 0, 1)), [key, *image.size, *stamp, None]
+        except DataError as error:
+            return np.zeros(self.shape, np.uint8), [key, 0, 0, *stamp, str(error)]
+
+
+def build_cache(data_root, images: Sequence[str], *, kind: str = "image", cache_dir="cache", cache_size: int = 384,
+                workers: int | None = None, progress: Callable | None = None) -> None:  # fmt: skip
+    """Decode what the cache lacks, squashed to cache_size, in parallel; any number of processes may call it at once.
+
+    Survives a kill at any moment: rows reach the disk before their index lines, and a torn tail is cut off before the
+    next build appends. progress: called as progress(description, total), gives a context manager with update(1).
+    Raises DataError when the disk is too small, when more than 1 % of the images cannot be read, or any trimap.
+    """
+    files = _CacheFiles(data_root, kind, cache_dir, cache_size)
+    keys = list(dict.fromkeys(images))
+    Path(cache_dir).mkdir(parents=True, exist_ok=True)
+    with _locked(files.index):
+        entries, end = files.read_index()
+        latest = {entry[0]: entry for entry in entries}
+        # What failed is tried again, for the cause may be gone; it is written again only if it fares differently.
+        todo = [k for k in keys if k not in latest or latest[k][5] or latest[k][3:5] != files.stamp(k)]
+        if todo:
+            _check_space(files, sum(k not in latest or not latest[k][5] for k in todo))
+            with _disk_errors(files.rows), open(files.rows, "ab") as rows, open(files.index, "ab") as index:
+                rows.truncate(len(entries) * files.row_bytes)
+                index.truncate(end)
+                _append_rows(files, todo, latest, rows, index, workers, progress)
+    _report_failures(files, [latest[k] for k in keys if latest[k][5]], len(keys))
+
+
+def _append_rows(files: _CacheFiles, todo: list[str], latest: dict, rows, index, workers, progress) -> None:
+    chunks = [todo[i : i + CHUNK] for i in range(0, len(todo), CHUNK)]
+    pool = ThreadPoolExecutor(workers or len(os.sched_getaffinity(0)))  # threads: Pillow works without the GIL
+    shown = progress(f"decoding {files.kind}s", len(todo)) if progress else contextlib.nullcontext()
+    submitted: deque = deque()
+    try:
+        with shown as bar:
+            for number in range(len(chunks)):
+                for ahead in chunks[number + len(submitted) : number + 2]:  # decode on while this chunk is written
+                    submitted.append([pool.submit(files.decode, key) for key in ahead])
+                lines = []
+                for future in submitted.popleft():
+                    row, entry = future.result()
+                    if bar is not None:
+                        bar.update(1)
+                    if not entry[5] or latest.get(entry[0]) != entry:
+                        latest[entry[0]] = entry
+                        lines.append(json.dumps(entry) + "\n")
+                        rows.write(row)
+                for file, content in ((rows, b""), (index, "".join(lines).encode())):
+                    file.write(content)
+                    file.flush()
+                    os.fsync(file.fileno())
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _check_space(files: _CacheFiles, count: int) -> None:
+    needed, free = count * files.row_bytes, shutil.disk_usage(files.rows.parent).free
+    if needed > free:
+        raise DataError(f"the cache of {count:,} {files.kind}s needs {needed / 1e9:,.1f} GB in {_show(files.rows.parent)}, "
+            f"{free / 1e9:,.1f} GB are free; free some, choose another --cache_dir or a smaller --cache_size", 1)  # fmt: skip
+
+
+def _report_failures(files: _CacheFiles, failed: list[list], total: int) -> None:
+    """Name every source that cannot be used; stop where these are too many to leave out."""
+    for entry in failed:
+        print(f"left out: {entry[5]}", file=sys.stderr)
+    if not failed or (files.kind == "image" and len(failed) <= 0.01 * total):
+        return
+    advice = f"see `python prepare.py verify --data_root {shlex.quote(str(files.root))}`"
+    limit = "at most 1 % may be left out" if files.kind == "image" else "every trimap is needed"
+    raise DataError(
+        f"{len(failed):,} of {total:,} {files.kind}s cannot be used ({limit}), first {failed[0][5]}; {advice}"
+    )
+
+
+class ImageStore:
+    """The cached rows of a list of images, memory-mapped or (on_device) held as one tensor on `device`.
+
+    `.images`: entries kept, `.dropped`: unreadable ones, `.rows` int64 [N]: entry -> unique image, `.sizes` float32
+    [U, 2]: native (height, width). Raises DataError if an image is not in the cache or has changed since it was decoded.
+    """
+
+    def __init__(self, data_root, images: Sequence[str], *, kind: str = "image", cache_dir="cache", cache_size: int = 384,
+                 device="cpu", on_device: bool = False):  # fmt: skip
+        files = _CacheFiles(data_root, kind, cache_dir, cache_size)
+        entries, _ = files.read_index()
+        latest = {entry[0]: row for row, entry in enumerate(entries)}
+        keys = list(dict.fromkeys(images))
+        stale = [k for k in keys if k not in latest or entries[latest[k]][3:5] != files.stamp(k)]
+        if stale:
+            raise DataError(f"{len(stale):,} of {len(keys):,} {kind}s are not in the cache or changed since, first "
+                f"{_show(stale[0])}; run `python prepare.py cache --data_root {shlex.quote(str(data_root))}`")  # fmt: skip
+        good = [k for k in keys if not entries[latest[k]][5]]
+        number = {k: i for i, k in enumerate(good)}
+        self.dropped = [k for k in keys if k not in number]
+        self.images = tuple(k for k in images if k in number)
+        self.rows = np.array([number[k] for k in self.images], np.int64)
+        self.sizes = np.array([entries[latest[k]][2:0:-1] for k in good], np.float32).reshape(-1, 2)
+        self.size, self.device, self.tensor = cache_size, torch.device(device), None
+        self._places = np.array([latest[k] for k in good], np.int64)
+        self._map = np.memmap(files.rows, np.uint8, "r").reshape(-1, *files.shape) if good else None
+        if on_device and good:
+            self.tensor = torch.empty(len(good), *files.shape, dtype=torch.uint8, device=device)
+            for i in range(0, len(good), CHUNK):
+                self.tensor[i : i + CHUNK] = torch.from_numpy(self._map[self._places[i : i + CHUNK]]).to(device)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def gather(self, index, pin: bool = False) -> torch.Tensor:
+        """Copy list entries index [n] -> uint8 [n, C, S, S], on the device if the store is there; pin: page-locked."""
+        rows = self.rows[np.asarray(index)]
+        if self.tensor is not None:
+            return self.tensor[torch.from_numpy(rows).to(self.device)]
+        out = torch.empty(len(rows), *self._map.shape[1:], dtype=torch.uint8, pin_memory=pin)
+        np.take(self._map, self._places[rows], axis=0, out=out.numpy(), mode="clip")  # "raise" would copy twice
+        return out
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Augmentation, for a whole batch at once
+
+
+def normalise(images: torch.Tensor) -> torch.Tensor:
+    """Map float [B, 3, H, W] in 0..255 to zero mean and unit variance over ImageNet."""
+    mean, std = (images.new_tensor(x).view(3, 1, 1) * 255 for x in (MEAN, STD))
+    return (images - mean) / std
+
+
+def denormalise(images: torch.Tensor) -> torch.Tensor:
+    """Undo normalise: float [..., 3, H, W] -> 0..255."""
+    mean, std = (images.new_tensor(x).view(3, 1, 1) * 255 for x in (MEAN, STD))
+    return images * std + mean
+
+
+def random_boxes(rng: np.random.Generator, sizes: np.ndarray, scale=(0.2, 1.0), ratio=(3 / 4, 4 / 3)) -> np.ndarray:
+    """Draw torchvision's RandomResizedCrop boxes for native sizes [B, 2] -> float32 [B, 4] top, left, height, width.
+
+    Ten tries of a random area and log-uniform aspect ratio, all at once; where none fits, the largest central box whose
+    ratio is allowed.
+    """
+    sizes = np.asarray(sizes, np.float64)
+    area, aspect, where = rng.random((len(sizes), 10)), rng.random((len(sizes), 10)), rng.random((len(sizes), 2))
+    area = sizes.prod(1)[:, None] * (scale[0] + (scale[1] - scale[0]) * area)
+    aspect = np.exp(np.log(ratio[0]) + (np.log(ratio[1]) - np.log(ratio[0])) * aspect)
+    tries = np.rint(np.sqrt(np.stack([area / aspect, area * aspect], -1)))  # [B, 10, 2]
+    fits = ((tries > 0) & (tries <= sizes[:, None])).all(-1)
+    chosen = np.take_along_axis(tries, fits.argmax(1)[:, None, None], 1)[:, 0]
+    (h, w), none = sizes.T, ~fits.any(1)
+    largest = np.stack([np.minimum(h, np.rint(w / ratio[0])), np.minimum(w, np.rint(h * ratio[1]))], -1)
+    box = np.where(none[:, None], largest, chosen)
+    corner = np.where(none[:, None], (sizes - box) // 2, np.floor(where * (sizes - box + 1)))
+    return np.concatenate([corner, box], 1).astype(np.float32)
+
+
+def _centres(start: torch.Tensor, length: torch.Tensor, flip: torch.Tensor, out: int) -> torch.Tensor:
+    """Place the centres of `out` output pixels on the input axis -> [B, out]; a flip reverses their order."""
+    i = torch.arange(out, device=start.device)
+    i = torch.where(flip[:, None], out - 1 - i, i)
+    return start[:, None] + (i + 0.5) * (length / out)[:, None]
+
+
+def resize_weights(start: torch.Tensor, length: torch.Tensor, flip: torch.Tensor, size: int, out: int) -> torch.Tensor:
+    """Weights that cut [start, start + length) out of an axis of `size` cells and resize it -> float32 [B, out, size].
+
+    Antialiased bicubic (a = -0.5), as in Pillow and torchvision: a cell takes part if its centre lies in the box, and
+    the filter widens with the scale. Only the cells near each centre are computed; the rest stays zero.
+    """
+    centre = _centres(start, length, flip, out)[..., None]
+    width = (length / out).clamp(min=1)[:, None, None]
+    taps = int(4 * max(1, size / out)) + 2
+    cell = torch.ceil(centre - 2 * width - 0.5) + torch.arange(taps, device=start.device)
+    x = ((cell + 0.5 - centre) / width).abs()
+    weight = torch.where(x < 1, (1.5 * x - 2.5) * x * x + 1, ((-0.5 * x + 2.5) * x - 4) * x + 2)
+    middle, half = (start + length / 2)[:, None, None], (length / 2).clamp(min=0.5)[:, None, None]  # never empty
+    weight = torch.where((x < 2) & ((cell + 0.5 - middle).abs() <= half), weight, 0)
+    # The margins take the taps that fall outside, so that no two of them share a place.
+    dense = torch.zeros(*centre.shape[:2], size + 2 * taps, device=start.device)
+    dense.scatter_(2, cell.long() + taps, weight / weight.sum(-1, keepdim=True))
+    return dense[..., taps : taps + size]
+
+
+@torch.no_grad()
+def crop_resize(images: torch.Tensor, boxes: torch.Tensor, flips: torch.Tensor, out: int | tuple[int, int],
+                clamp: bool = True) -> torch.Tensor:  # fmt: skip
+    """Crop, resize and flip with two matrix products per image -> float32 [B, 3, h, w] in 0..255.
+
+    images [B, 3, S, S] uint8 or float; boxes [B, 4] (top, left, height, width) in pixels of `images`, within them;
+    flips [B, 2] bool (horizontal, vertical); out: side or (h, w). Integer boxes give torchvision v2's resized_crop
+    (bicubic, antialias). Never below float32, whatever the caller's autocast.
+    """
+    h, w = (out, out) if isinstance(out, int) else out
+    with torch.autocast(images.device.type, enabled=False):
+        wy = resize_weights(boxes[:, 0], boxes[:, 2], flips[:, 1], images.shape[2], h)
+        wx = resize_weights(boxes[:, 1], boxes[:, 3], flips[:, 0], images.shape[3], w)
+        if images.is_cuda:
+            rows = torch.bmm(images.flatten(1, 2).float(), wx.mT).unflatten(1, images.shape[1:3])
+            result = torch.stack([torch.bmm(wy, channel) for channel in rows.unbind(1)], 1)
+        else:  # one by one, cut to the box: fewer operations, and temporaries that stay in the processor's cache
+            result = torch.empty(*images.shape[:2], h, w)
+            ends = torch.stack([boxes[:, :2].floor(), (boxes[:, :2] + boxes[:, 2:]).ceil()], 1).int().tolist()
+            for i, ((top, left), (bottom, right)) in enumerate(ends):
+                cut = images[i, :, top:bottom, left:right].float()
+                part = (cut.flatten(0, 1) @ wx[i, :, left:right].T).unflatten(0, cut.shape[:2])
+                for channel, target in zip(part, result[i], strict=True):
+                    torch.mm(wy[i, :, top:bottom], channel, out=target)
+    return result.clamp_(0, 255) if clamp else result
+
+
+def crop_resize_nearest(masks: torch.Tensor, boxes: torch.Tensor, flips: torch.Tensor, out: int | tuple[int, int]
+                        ) -> torch.Tensor:  # fmt: skip
+    """Crop, resize and flip masks [B, S, S] with the same boxes, nearest pixel centre -> int64 [B, h, w]."""
+    h, w = (out, out) if isinstance(out, int) else out
+    y = _centres(boxes[:, 0], boxes[:, 2], flips[:, 1], h).floor().long().clamp(0, masks.shape[1] - 1)
+    x = _centres(boxes[:, 1], boxes[:, 3], flips[:, 0], w).floor().long().clamp(0, masks.shape[2] - 1)
+    return masks[torch.arange(len(masks), device=masks.device)[:, None, None], y[:, :, None], x[:, None, :]].long()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Batches
+
+
+def _prefetched(prepare: Callable, items: Iterable, device: torch.device) -> Iterator:
+    """Run prepare(item) in a background thread, PREFETCH items ahead; errors surface here, closing stops the thread."""
+
+    def start() -> None:
+        if device.type == "cuda":  # page-locked memory belongs to the thread's current GPU
+            torch.cuda.set_device(device)
+
+    pool = ThreadPoolExecutor(1, initializer=start)
+    try:
+        ready: deque = deque()
+        for item in items:
+            ready.append(pool.submit(prepare, item))
+            if len(ready) > PREFETCH:
+                yield ready.popleft().result()
+        while ready:
+            yield ready.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _device(name) -> torch.device:
+    device = torch.device(name)
+    return torch.device("cuda", torch.cuda.current_device()) if device == torch.device("cuda") else device
+
+
+class TrainBatches:
+    """Augmented training batches, each a pure function of (seed, epoch, position in the global batch).
+
+    batch_size counts the images of all processes; each rank holds a contiguous part of it, in micro-batches. An epoch
+    leaves out its incomplete last batch, so others each time, and holds no entry twice. scale: area of the random crop
+    (crop=False: whole images); flip=False: no flips at all; draws: name -> shape per image of further uniform numbers.
+    Raises DataError for a batch that is larger than the split or not divisible, naming the nearest valid size.
+    """
+
+    def __init__(self, images: ImageStore, masks: ImageStore | None = None, *, img_size: int, batch_size: int, seed: int,
+                 scale=(0.2, 1.0), vertical_flip: bool = False, flip: bool = True, crop: bool = True, draws: dict | None = None,
+                 rank: int = 0, world_size: int = 1, micro_batch_size: int | None = None, device="cpu"):  # fmt: skip
+        if masks is not None and masks.images != images.images:
+            raise DataError("images and masks must be stores of the same list")
+        share = batch_size // world_size
+        self.micro = min(micro_batch_size or share, share) or 1
+        unit = world_size * self.micro
+        if batch_size < 1 or batch_size % unit:
+            raise DataError(f"--batch_size {batch_size} is not divisible by {world_size} process(es) x micro-batch "
+                f"{self.micro}; the nearest valid size is {max(1, round(batch_size / unit)) * unit}")  # fmt: skip
+        if batch_size > len(images):
+            raise DataError(f"--batch_size {batch_size} is larger than the split's {len(images)} images; "
+                f"the nearest valid size is {len(images) // unit * unit or 'none: add images or use fewer processes'}")  # fmt: skip
+        self.images, self.masks, self.seed, self.batch_size, self.rank = images, masks, seed, batch_size, rank
+        self.img_size, self.scale, self.crop, self.draws, self.device = (
+            img_size,
+            scale,
+            crop,
+            draws or {},
+            _device(device),
+        )
+        self.flips = np.array([flip, flip and vertical_flip])
+        self.micro_batches, self.steps_per_epoch = share // self.micro, len(images) // batch_size
+
+    @functools.lru_cache(maxsize=2)  # noqa: B019 - lives as long as the training
+    def _order(self, epoch: int) -> np.ndarray:
+        return _rng(self.seed, 0, epoch).permutation(len(self.images))
+
+    def _prepare(self, step: int) -> dict[str, torch.Tensor]:
+        """Draw for the whole global batch and keep this rank's part: all that is left to the host."""
+        epoch, number = divmod(step, self.steps_per_epoch)
+        size = self.batch_size // self.micro_batches // self.micro  # processes
+        mine = slice(self.rank * self.batch_size // size, (self.rank + 1) * self.batch_size // size)
+        index = self._order(epoch)[number * self.batch_size :][: self.batch_size]
+        sizes = self.images.sizes[self.images.rows[index]]
+        rng = _rng(self.seed, 1, epoch, number)
+        whole = np.concatenate([np.zeros_like(sizes), sizes], 1)
+        boxes = random_boxes(rng, sizes, self.scale) if self.crop else whole
+        made = {"boxes": boxes / np.concatenate([sizes, sizes], 1)}  # as shares of the image: any cache size
+        made["flips"] = (rng.random((len(index), 2)) < 0.5) & self.flips
+        for name, shape in self.draws.items():
+            key = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4])
+            made[name] = _rng(self.seed, 2, epoch, number, key).random((len(index), *shape), np.float32)
+        pin = self.device.type == "cuda"
+        tensors = {k: torch.from_numpy(np.ascontiguousarray(v[mine])) for k, v in made.items()}
+        for name, store in (("images", self.images), ("masks", self.masks)):
+            if store is not None:
+                on_device = store.tensor is not None
+                tensors[name] = (
+                    torch.from_numpy(store.rows[index[mine]]) if on_device else store.gather(index[mine], pin)
+                )
+        return {k: v.pin_memory() if pin and not v.is_pinned() else v for k, v in tensors.items()}
+
+    def _augment(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        batch = {k: v.to(self.device, non_blocking=True) for k, v in batch.items()}
+        boxes, flips = batch.pop("boxes"), batch.pop("flips")
+        for name, store in (("images", self.images), ("masks", self.masks)):
+            if store is not None and store.tensor is not None:
+                batch[name] = store.tensor.index_select(0, batch[name])
+        batch["images"] = normalise(crop_resize(batch["images"], boxes * self.images.size, flips, self.img_size))
+        if self.masks is not None:
+            batch["masks"] = crop_resize_nearest(batch["masks"][:, 0], boxes * self.masks.size, flips, self.img_size)
+        return batch
+
+    def run(self, first_step: int, last_step: int) -> Iterator[list[dict[str, torch.Tensor]]]:
+        """Yield, for each global step in [first_step, last_step), this rank's micro-batches on the device.
+
+        Each is a dict: images float32 [b, 3, H, W] normalised, masks int64 [b, H, W], and the draws, float32 in [0, 1).
+        """
+        for batch in _prefetched(self._prepare, range(first_step, last_step), self.device):
+            parts = [
+                {k: v[i * self.micro :][: self.micro] for k, v in batch.items()} for i in range(self.micro_batches)
+            ]
+            yield [self._augment(part) for part in parts]
+
+
+class EvalBatches:
+    """Every image of a rank's share once, whole, squashed to img_size: (index int64 [b] on the CPU, images [b, 3, H, W])."""
+
+    def __init__(self, images: ImageStore | torch.Tensor, *, img_size: int, batch_size: int, rank: int = 0,
+                 world_size: int = 1, device="cpu"):  # fmt: skip
+        self.images, self.img_size, self.device = images, img_size, _device(device)
+        self.parts = torch.arange(rank, len(images), world_size).split(batch_size)
+        self.count = len(self.parts) if len(images) > rank else 0
+
+    def __len__(self) -> int:
+        return self.count
+
+    def _prepare(self, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if isinstance(self.images, torch.Tensor):
+            return index, self.images[index.to(self.images.device)]
+        return index, self.images.gather(index, pin=self.device.type == "cuda")
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        for index, images in _prefetched(self._prepare, self.parts[: self.count], self.device):
+            images = images.to(self.device, non_blocking=True)
+            if images.shape[2:] != (self.img_size, self.img_size):
+                box = torch.tensor([0.0, 0.0, *images.shape[2:]], device=self.device).expand(len(images), 4)
+                flips = torch.zeros(len(images), 2, dtype=torch.bool, device=self.device)
+                images = crop_resize(images, box, flips, self.img_size)
+            yield index, normalise(images.float())
