@@ -117,7 +117,10 @@ def _digest_annotations(path: Path) -> dict:
             dataset = json.load(f, object_hook=lambda entry: {k: v for k, v in entry.items() if k in wanted})
     except (ValueError, RecursionError) as error:
         raise DataError(f"{_show(path)}: not a JSON file ({error}); fetch it again") from None
-    _check_annotations(dataset, path)
+    try:
+        _check_annotations(dataset, path)
+    except TypeError as error:  # an id that is a list, say
+        raise DataError(f"{_show(path)}: malformed entry ({error}); fetch it again") from None
     coco = COCO()
     coco.dataset = dataset
     with contextlib.redirect_stdout(io.StringIO()):
@@ -136,10 +139,9 @@ def _load_digest(path: str, size: int, mtime: int, cache_dir: str) -> dict:
     """Load the digest of an annotation file, made once: the file itself (450 MB) takes a quarter of a minute."""
     key = hashlib.sha256(f"1 {path} {size} {mtime}".encode(errors="surrogateescape")).hexdigest()[:16]
     digest = Path(cache_dir, f"annotations_{key}.json")
-    with _locked(cache_dir):
-        if digest.exists():
-            with contextlib.suppress(ValueError):
-                return json.loads(digest.read_text())
+    with _locked(digest.with_suffix(".lock")):
+        with contextlib.suppress(ValueError, FileNotFoundError):
+            return json.loads(digest.read_text())
         content = _digest_annotations(Path(path))
         temporary = digest.with_suffix(".tmp")
         with _disk_errors(digest), open(temporary, "w") as f:
@@ -151,11 +153,11 @@ def _load_digest(path: str, size: int, mtime: int, cache_dir: str) -> dict:
 
 
 @contextlib.contextmanager
-def _locked(path) -> Iterator[None]:
-    """Hold the lock of a file or folder (made if missing); a kill releases it. Others wait."""
+def _locked(path: Path) -> Iterator[None]:
+    """Hold the lock of a file (made if missing, with its folder) while others wait; a kill releases it."""
     try:
-        Path(path).mkdir(parents=True, exist_ok=True) if not Path(path).suffix else Path(path).touch()
-        fd = os.open(path, os.O_RDONLY)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     except OSError as error:
         raise DataError(f"cannot write to {_show(path)}: {error.strerror}; choose another --cache_dir", 1) from None
     try:
@@ -319,7 +321,11 @@ def pets_split(data_root, part: str, *, train_fraction: float = 1.0, split_seed:
     chooses them; it moves nothing else.
     """
     path = _open_source(data_root, "oxford-iiit-pet/annotations/list.txt")
-    lines = [line for line in path.read_text().splitlines() if line.strip() and not line.startswith("#")]
+    lines = [
+        line
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines()
+        if line.strip() and not line.startswith("#")
+    ]
     names = sorted(line.rsplit(maxsplit=3)[0] for line in lines)
     if len(names) < 3 or len(set(names)) < len(names):
         raise DataError(f"{_show(path)} must name at least 3 images, each once; fetch it again")
@@ -359,10 +365,11 @@ def _opened(path) -> Iterator[Image.Image]:
     except DataError:
         raise
     except Exception as error:  # decoders raise anything from OSError to struct.error on damaged files
-        reason = "decompression bomb" if isinstance(error, Image.DecompressionBombError) else None
-        reason = reason or getattr(error, "strerror", None) or str(error).split(": ")[0] or type(error).__name__
-        empty = " (empty file)" if os.path.isfile(path) and not os.path.getsize(path) else ""
-        raise DataError(f"{_show(path)}: cannot be read: {' '.join(reason.split())}{empty}") from None
+        known = {"DecompressionBombError": "decompression bomb, refused", "UnidentifiedImageError": "not an image"}
+        reason = known.get(type(error).__name__) or getattr(error, "strerror", None) or str(error) or repr(error)
+        empty = os.path.isfile(path) and not os.path.getsize(path)
+        reason = "the file is empty" if empty else " ".join(reason.split())
+        raise DataError(f"{_show(path)}: cannot be read: {reason}") from None
 
 
 def _orientation(image: Image.Image) -> Image.Transpose | None:
@@ -488,7 +495,6 @@ def build_cache(data_root, images: Sequence[str], *, kind: str = "image", cache_
     """
     files = _CacheFiles(data_root, kind, cache_dir, cache_size)
     keys = list(dict.fromkeys(images))
-    Path(cache_dir).mkdir(parents=True, exist_ok=True)
     with _locked(files.index):
         entries, end = files.read_index()
         latest = {entry[0]: entry for entry in entries}
@@ -533,8 +539,9 @@ def _append_rows(files: _CacheFiles, todo: list[str], latest: dict, rows, index,
 def _check_space(files: _CacheFiles, count: int) -> None:
     needed, free = count * files.row_bytes, shutil.disk_usage(files.rows.parent).free
     if needed > free:
-        raise DataError(f"the cache of {count:,} {files.kind}s needs {needed / 1e9:,.1f} GB in {_show(files.rows.parent)}, "
-            f"{free / 1e9:,.1f} GB are free; free some, choose another --cache_dir or a smaller --cache_size", 1)  # fmt: skip
+        raise DataError(f"the cache of {count:,} {files.kind}s needs {needed / 1e9:,.1f} GB, "
+            f"{free / 1e9:,.1f} GB are free in {_show(files.rows.parent)}; free some, choose another --cache_dir "
+            "or a smaller --cache_size", 1)  # fmt: skip
 
 
 def _report_failures(files: _CacheFiles, failed: list[list], total: int) -> None:
@@ -545,9 +552,8 @@ def _report_failures(files: _CacheFiles, failed: list[list], total: int) -> None
         return
     advice = f"see `python prepare.py verify --data_root {shlex.quote(str(files.root))}`"
     limit = "at most 1 % may be left out" if files.kind == "image" else "every trimap is needed"
-    raise DataError(
-        f"{len(failed):,} of {total:,} {files.kind}s cannot be used ({limit}), first {failed[0][5]}; {advice}"
-    )
+    message = f"{len(failed):,} of {total:,} {files.kind}s cannot be used ({limit})"
+    raise DataError(f"{message}, first {failed[0][5]}; {advice}")
 
 
 class ImageStore:
@@ -575,7 +581,7 @@ class ImageStore:
         self.sizes = np.array([entries[latest[k]][2:0:-1] for k in good], np.float32).reshape(-1, 2)
         self.size, self.device, self.tensor = cache_size, torch.device(device), None
         self._places = np.array([latest[k] for k in good], np.int64)
-        self._map = np.memmap(files.rows, np.uint8, "r").reshape(-1, *files.shape) if good else None
+        self._map = np.memmap(files.rows, np.uint8, "r", shape=(len(entries), *files.shape)) if good else None
         if on_device and good:
             self.tensor = torch.empty(len(good), *files.shape, dtype=torch.uint8, device=device)
             for i in range(0, len(good), CHUNK):
@@ -598,15 +604,20 @@ class ImageStore:
 # Augmentation, for a whole batch at once
 
 
+@functools.lru_cache
+def _statistics(device: torch.device) -> torch.Tensor:
+    return 255 * torch.tensor([MEAN, STD], device=device)[..., None, None]  # kept: a copy to a GPU waits for it
+
+
 def normalise(images: torch.Tensor) -> torch.Tensor:
     """Map float [B, 3, H, W] in 0..255 to zero mean and unit variance over ImageNet."""
-    mean, std = (images.new_tensor(x).view(3, 1, 1) * 255 for x in (MEAN, STD))
-    return (images - mean) / std
+    mean, std = _statistics(images.device)
+    return images.sub(mean).div_(std)
 
 
 def denormalise(images: torch.Tensor) -> torch.Tensor:
     """Undo normalise: float [..., 3, H, W] -> 0..255."""
-    mean, std = (images.new_tensor(x).view(3, 1, 1) * 255 for x in (MEAN, STD))
+    mean, std = _statistics(images.device)
     return images * std + mean
 
 
@@ -670,7 +681,7 @@ def crop_resize(images: torch.Tensor, boxes: torch.Tensor, flips: torch.Tensor, 
     with torch.autocast(images.device.type, enabled=False):
         wy = resize_weights(boxes[:, 0], boxes[:, 2], flips[:, 1], images.shape[2], h)
         wx = resize_weights(boxes[:, 1], boxes[:, 3], flips[:, 0], images.shape[3], w)
-        if images.is_cuda:
+        if images.device.type != "cpu":
             rows = torch.bmm(images.flatten(1, 2).float(), wx.mT).unflatten(1, images.shape[1:3])
             result = torch.stack([torch.bmm(wy, channel) for channel in rows.unbind(1)], 1)
         else:  # one by one, cut to the box: fewer operations, and temporaries that stay in the processor's cache
@@ -686,8 +697,9 @@ def crop_resize(images: torch.Tensor, boxes: torch.Tensor, flips: torch.Tensor, 
 
 def crop_resize_nearest(masks: torch.Tensor, boxes: torch.Tensor, flips: torch.Tensor, out: int | tuple[int, int]
                         ) -> torch.Tensor:  # fmt: skip
-    """Crop, resize and flip masks [B, S, S] with the same boxes, nearest pixel centre -> int64 [B, h, w]."""
+    """Crop, resize and flip masks [B, (1,) S, S] with the same boxes, nearest pixel centre -> int64 [B, h, w]."""
     h, w = (out, out) if isinstance(out, int) else out
+    masks = masks[:, 0] if masks.ndim == 4 else masks
     y = _centres(boxes[:, 0], boxes[:, 2], flips[:, 1], h).floor().long().clamp(0, masks.shape[1] - 1)
     x = _centres(boxes[:, 1], boxes[:, 3], flips[:, 0], w).floor().long().clamp(0, masks.shape[2] - 1)
     return masks[torch.arange(len(masks), device=masks.device)[:, None, None], y[:, :, None], x[:, None, :]].long()
@@ -731,9 +743,10 @@ class TrainBatches:
     Raises DataError for a batch that is larger than the split or not divisible, naming the nearest valid size.
     """
 
-    def __init__(self, images: ImageStore, masks: ImageStore | None = None, *, img_size: int, batch_size: int, seed: int,
-                 scale=(0.2, 1.0), vertical_flip: bool = False, flip: bool = True, crop: bool = True, draws: dict | None = None,
-                 rank: int = 0, world_size: int = 1, micro_batch_size: int | None = None, device="cpu"):  # fmt: skip
+    def __init__(self, images: ImageStore, masks: ImageStore | None = None, *, img_size: int, batch_size: int,
+                 seed: int, scale=(0.2, 1.0), vertical_flip: bool = False, flip: bool = True, crop: bool = True,
+                 draws: dict | None = None, rank: int = 0, world_size: int = 1, micro_batch_size: int | None = None,
+                 device="cpu"):  # fmt: skip
         if masks is not None and masks.images != images.images:
             raise DataError("images and masks must be stores of the same list")
         share = batch_size // world_size
@@ -744,57 +757,50 @@ class TrainBatches:
                 f"{self.micro}; the nearest valid size is {max(1, round(batch_size / unit)) * unit}")  # fmt: skip
         if batch_size > len(images):
             raise DataError(f"--batch_size {batch_size} is larger than the split's {len(images)} images; "
-                f"the nearest valid size is {len(images) // unit * unit or 'none: add images or use fewer processes'}")  # fmt: skip
-        self.images, self.masks, self.seed, self.batch_size, self.rank = images, masks, seed, batch_size, rank
-        self.img_size, self.scale, self.crop, self.draws, self.device = (
-            img_size,
-            scale,
-            crop,
-            draws or {},
-            _device(device),
-        )
-        self.flips = np.array([flip, flip and vertical_flip])
+                f"the largest valid size is {len(images) // unit * unit} (0: add images)")  # fmt: skip
+        self.images, self.seed, self.batch_size, self.rank = images, seed, batch_size, rank
+        self.stores = {"images": images} if masks is None else {"images": images, "masks": masks}
+        self.img_size, self.scale, self.crop, self.draws = img_size, scale, crop, draws or {}
+        self.device, self.flips = _device(device), np.array([flip, flip and vertical_flip])
         self.micro_batches, self.steps_per_epoch = share // self.micro, len(images) // batch_size
+        self._known: tuple = (None, None)  # the epoch whose order is at hand, and the order
+        _rng(seed)  # refuses a bad seed now, not in the thread
 
-    @functools.lru_cache(maxsize=2)  # noqa: B019 - lives as long as the training
     def _order(self, epoch: int) -> np.ndarray:
-        return _rng(self.seed, 0, epoch).permutation(len(self.images))
+        if self._known[0] != epoch:
+            self._known = (epoch, _rng(self.seed, 0, epoch).permutation(len(self.images)))
+        return self._known[1]
 
     def _prepare(self, step: int) -> dict[str, torch.Tensor]:
         """Draw for the whole global batch and keep this rank's part: all that is left to the host."""
         epoch, number = divmod(step, self.steps_per_epoch)
-        size = self.batch_size // self.micro_batches // self.micro  # processes
-        mine = slice(self.rank * self.batch_size // size, (self.rank + 1) * self.batch_size // size)
+        share = self.micro_batches * self.micro
+        mine = slice(self.rank * share, (self.rank + 1) * share)
         index = self._order(epoch)[number * self.batch_size :][: self.batch_size]
         sizes = self.images.sizes[self.images.rows[index]]
         rng = _rng(self.seed, 1, epoch, number)
-        whole = np.concatenate([np.zeros_like(sizes), sizes], 1)
-        boxes = random_boxes(rng, sizes, self.scale) if self.crop else whole
-        made = {"boxes": boxes / np.concatenate([sizes, sizes], 1)}  # as shares of the image: any cache size
-        made["flips"] = (rng.random((len(index), 2)) < 0.5) & self.flips
+        boxes = random_boxes(rng, sizes, self.scale) if self.crop else np.hstack([0 * sizes, sizes])
+        made = {"boxes": boxes / np.hstack([sizes, sizes]),  # as shares of the image, for any cache size
+                "flips": (rng.random((len(index), 2)) < 0.5) & self.flips}  # fmt: skip
         for name, shape in self.draws.items():
             key = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4])
             made[name] = _rng(self.seed, 2, epoch, number, key).random((len(index), *shape), np.float32)
         pin = self.device.type == "cuda"
         tensors = {k: torch.from_numpy(np.ascontiguousarray(v[mine])) for k, v in made.items()}
-        for name, store in (("images", self.images), ("masks", self.masks)):
-            if store is not None:
-                on_device = store.tensor is not None
-                tensors[name] = (
-                    torch.from_numpy(store.rows[index[mine]]) if on_device else store.gather(index[mine], pin)
-                )
+        for name, store in self.stores.items():
+            local = store.tensor is None
+            tensors[name] = store.gather(index[mine], pin) if local else torch.from_numpy(store.rows[index[mine]])
         return {k: v.pin_memory() if pin and not v.is_pinned() else v for k, v in tensors.items()}
 
     def _augment(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         batch = {k: v.to(self.device, non_blocking=True) for k, v in batch.items()}
         boxes, flips = batch.pop("boxes"), batch.pop("flips")
-        for name, store in (("images", self.images), ("masks", self.masks)):
-            if store is not None and store.tensor is not None:
+        for name, store in self.stores.items():
+            if store.tensor is not None:
                 batch[name] = store.tensor.index_select(0, batch[name])
-        batch["images"] = normalise(crop_resize(batch["images"], boxes * self.images.size, flips, self.img_size))
-        if self.masks is not None:
-            batch["masks"] = crop_resize_nearest(batch["masks"][:, 0], boxes * self.masks.size, flips, self.img_size)
-        return batch
+            cut = crop_resize if name == "images" else crop_resize_nearest
+            batch[name] = cut(batch[name], boxes * store.size, flips, self.img_size)
+        return batch | {"images": normalise(batch["images"])}
 
     def run(self, first_step: int, last_step: int) -> Iterator[list[dict[str, torch.Tensor]]]:
         """Yield, for each global step in [first_step, last_step), this rank's micro-batches on the device.
@@ -802,10 +808,8 @@ class TrainBatches:
         Each is a dict: images float32 [b, 3, H, W] normalised, masks int64 [b, H, W], and the draws, float32 in [0, 1).
         """
         for batch in _prefetched(self._prepare, range(first_step, last_step), self.device):
-            parts = [
-                {k: v[i * self.micro :][: self.micro] for k, v in batch.items()} for i in range(self.micro_batches)
-            ]
-            yield [self._augment(part) for part in parts]
+            starts = range(0, self.micro_batches * self.micro, self.micro)
+            yield [self._augment({k: v[i : i + self.micro] for k, v in batch.items()}) for i in starts]
 
 
 class EvalBatches:
