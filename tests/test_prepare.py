@@ -1,0 +1,168 @@
+"""The command line that gets and checks the data, on drawn photos and on COCO's own labels."""
+
+import gzip
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import data
+import demo
+import prepare
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def call(*args, **kwargs):
+    return subprocess.run(
+        [sys.executable, ROOT / "prepare.py", *map(str, args)], capture_output=True, text=True, **kwargs
+    )
+
+
+def run(*args):
+    """Run a command in this process: faster than a new one."""
+    prepare.main(prepare.get_args_parser().parse_args([str(arg) for arg in args]))
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory):
+    root = tmp_path_factory.mktemp("prepare") / "drawn demo"
+    run("demo", "--data_root", root, "--num_train", 40, "--num_val", 16, "--num_pets", 28)
+    return root
+
+
+@pytest.fixture
+def copy(drawn, tmp_path):
+    """A copy of the drawn data whose files may be damaged."""
+    subprocess.run(["cp", "-r", drawn, tmp_path / "copy"], check=True)
+    return tmp_path / "copy"
+
+
+def test_verify_finds_nothing_wrong_with_good_data(drawn, tmp_path, capsys):
+    run("verify", "--data_root", drawn, "--cache_dir", tmp_path)
+    assert "56 COCO images, 28 pets and their trimaps are readable" in capsys.readouterr().out
+
+
+def test_verify_names_every_damaged_and_missing_file_and_what_to_do(copy, tmp_path, capsys):
+    photos, pets = sorted((copy / "coco/train2017").iterdir()), sorted((copy / "oxford-iiit-pet/images").iterdir())
+    photos[0].write_bytes(photos[0].read_bytes()[:2000])
+    photos[1].write_bytes(b"")
+    photos[2].unlink()
+    pets[0].write_text("not a photo")
+    trimap = copy / data.trimap_path(pets[5].name)
+    demo.Image.new("L", (9, 9), 7).save(trimap)
+    with pytest.raises(prepare.PrepareError) as error:
+        run("verify", "--data_root", copy, "--cache_dir", tmp_path / "cache")
+    out = capsys.readouterr().out
+    assert (
+        error.value.exit_code == 1
+        and "6 of 112 files" in str(error.value)
+        and "download --data_root" in str(error.value)
+    )
+    for path in (*photos[:3], pets[0], trimap):
+        assert str(path) in out
+    assert len(out.splitlines()) == 6  # a pet that is no photo spoils its trimap's check too
+
+
+def test_splits_print_every_split_beside_the_paper_and_write_manifests(drawn, tmp_path, capsys):
+    run("splits", "--data_root", drawn, "--cache_dir", tmp_path / "cache", "--output", tmp_path / "out")
+    rows = [line.split() for line in capsys.readouterr().out.splitlines() if line]
+    assert rows[1][:4] == ["animal", "21", "25,739", "18"]
+    assert ["pets", "train", "19", "5,144"] in [row[:4] for row in rows]
+    manifest = json.loads((tmp_path / "out/mixed.json").read_text())
+    assert manifest["entries"] == 21 and manifest["sha256"][:12] == rows[5][-1]
+    assert len(list((tmp_path / "out").iterdir())) == 12
+
+
+def test_splits_are_a_function_of_the_seed(drawn, tmp_path, capsys):
+    hashes = []
+    for seed in (0, 0, 1):
+        run("splits", "--data_root", drawn, "--cache_dir", tmp_path, "--output", tmp_path / "o", "--split_seed", seed)
+        hashes.append(json.loads((tmp_path / "o/mixed.json").read_text())["sha256"])
+    assert hashes[0] == hashes[1] != hashes[2]
+
+
+def test_cache_decodes_once_and_says_size_and_rate(drawn, tmp_path, capsys):
+    run("cache", "--data_root", drawn, "--cache_dir", tmp_path, "--cache_size", 32)
+    assert "images/s" in capsys.readouterr().out
+    run("cache", "--data_root", drawn, "--cache_dir", tmp_path, "--cache_size", 32, "--splits", "mixed", "pets")
+    assert "complete before" in capsys.readouterr().out
+    trimaps = data.ImageStore(
+        drawn, data.pets_split(drawn, "train").images, kind="trimap", cache_dir=tmp_path, cache_size=32
+    )
+    assert len(trimaps) == 19
+
+
+@pytest.mark.parametrize("args, words", [
+    (["splits", "--data_root", "nowhere"], "python prepare.py download --data_root nowhere"),
+    (["verify", "--data_root", "nowhere"], "nowhere"),
+    (["cache", "--data_root", "nowhere", "--cache_size", "2"], "--cache_size must be 16 or more"),
+    (["cache", "--splits", "cats"], "invalid choice"),
+    (["demo", "--data_root", "new", "--num_pets", "3"], "--num_pets 3 is too few"),
+    (["demo", "--data_root", "new", "--seed", "-1"], "--seed"),
+    (["demo", "--data_root", "mine"], "holds something else than a demo data set"),
+    (["demo", "--data_root", "file"], "holds something else"),
+    (["download", "--only", "imagenet"], "invalid choice"),
+    (["download", "--mirror", "example.org"], "--mirror"),
+    ([], "required"),
+])  # fmt: skip
+def test_wrong_use_is_one_clear_line_with_code_2_and_nothing_written(tmp_path, capsys, monkeypatch, args, words):
+    monkeypatch.chdir(tmp_path)
+    Path("mine").mkdir()
+    Path("mine/thesis.txt").write_text("years of work")
+    Path("file").touch()
+    with pytest.raises((ValueError, SystemExit)) as error:
+        run(*args)
+    text = str(error.value) if error.type is not SystemExit else capsys.readouterr().err
+    assert getattr(error.value, "exit_code", getattr(error.value, "code", None)) == 2
+    assert words in text.splitlines()[-1]
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "mine", "thesis.txt"]
+
+
+def test_the_command_line_ends_with_its_code_and_one_line(tmp_path):
+    done = call("demo", "--data_root", tmp_path / "new", "--num_pets", 3, cwd=tmp_path)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr == "prepare.py: error: --num_pets 3 is too few for every split: use 14 or more\n"
+
+
+def full_size(labels: Path, root: Path):
+    """Build instances files of COCO's full size, boxes and short outlines included, from its image-level labels."""
+    folder = root / "coco" / "annotations"
+    folder.mkdir(parents=True)
+    names = json.loads((labels / "categories.json").read_text())
+    for part in ("train", "val"):
+        with gzip.open(labels / f"{part}2017_labels.json.gz", "rt") as file:
+            found = json.load(file)
+        images = [{"id": int(i), "file_name": f"{i}.jpg", "height": 480, "width": 640} for i in found]
+        pairs = [(int(image), category) for image, categories in found.items() for category in categories]
+        annotations = [{"id": n, "image_id": i, "category_id": c, "bbox": [0, 0, 640, 480], "area": 307200.0, "iscrowd": 0,
+                        "segmentation": [[float(k) for k in range(24)]]} for n, (i, c) in enumerate(pairs)]  # fmt: skip
+        content = {"images": images, "annotations": annotations, "categories": names}
+        (folder / f"instances_{part}2017.json").write_text(json.dumps(content))
+    pets = root / "oxford-iiit-pet" / "annotations"
+    pets.mkdir(parents=True)
+    (pets / "list.txt").write_text("".join(f"Abyssinian_{i} 1 1 1\n" for i in range(7349)))
+
+
+@pytest.mark.skipif("COCO_LABELS" not in os.environ, reason="COCO_LABELS does not name a folder with COCO's labels")
+def test_the_real_labels_give_the_papers_numbers_in_a_minute_and_3_gib(tmp_path):
+    full_size(Path(os.environ["COCO_LABELS"]), tmp_path / "data")
+    start = time.monotonic()
+    done = call("splits", "--data_root", "data", cwd=tmp_path)
+    seconds, memory = time.monotonic() - start, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
+    print(f"\n{done.stdout}{seconds:.1f} s, {memory:.2f} GiB")
+    assert done.returncode == 0 and seconds < 60 and memory < 3
+    manifest = {path.stem: json.loads(path.read_text()) for path in (tmp_path / "splits").iterdir()}
+    counts = {name: m["entries"] for name, m in manifest.items()}
+    assert [counts[f"animal{rule}"] for rule in ("", "_unique", "_single")] == [25_739, 23_989, 22_337]
+    assert [counts[f"validation{rule}"] for rule in ("", "_unique", "_single")] == [1_090, 1_016, 946]
+    assert counts["non_animal"] == 25_739 and manifest["non_animal"]["animal_images"] == 0
+    assert counts["mixed"] == 25_918 and manifest["mixed"]["definition"]["animal_fraction"] == 0.5
+    assert counts["all"] == 118_287 and manifest["all"]["without_annotation"] == 1_021
+    assert [counts[f"pets_{part}"] for part in ("train", "val", "test")] == [5_144, 1_102, 1_103]
+    assert manifest["animal"]["categories"]["zebra"] == 1916
