@@ -82,9 +82,9 @@ PRETRAIN=(); FINETUNE=(); RESNET=()
 if [ "$DEMO" = 1 ]; then # the same path at a size that two CPU cores finish in minutes
   SIZE=(--model "${MODEL:-mae_tiny}"); IMG=128
   small=(--img_size 128 --cache_size 160 --no-compile --log_every 10)
-  PRETRAIN=("${small[@]}" --epochs 60 --batch_size 32 --blr 2e-3 --warmup_epochs 3)
-  FINETUNE=("${small[@]}" --epochs 20 --batch_size 16 --warmup_epochs 1 --blr 8e-3)
-  RESNET=(--epochs 12 --blr 8e-3)
+  PRETRAIN=("${small[@]}" --epochs 20 --batch_size 32 --blr 4e-3 --warmup_epochs 2)
+  FINETUNE=("${small[@]}" --epochs 10 --batch_size 16 --warmup_epochs 1 --blr 8e-3)
+  RESNET=(--epochs 3 --blr 8e-3)
 fi
 PAPER_MIXED=(); MIXED_NOTE=""
 

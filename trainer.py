@@ -139,7 +139,7 @@ class Trainer:
 
     def train_step(self, micro_batches: list[dict], want_norm: bool) -> torch.Tensor | None:
         """Do one update; returns the gradient norm (a device scalar) if it was needed."""
-        lr = lr_at(self.step, self.total_steps, self.warmup_steps, self.lr, self.min_lr)
+        lr = self._lr(self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
         scaler, loss_sum = self.precision.scaler, 0.0
@@ -226,26 +226,28 @@ class Trainer:
             self._leave(stop)
 
     def _refuse_non_finite(self, step: int) -> None:
-        lr = lr_at(step - 1, self.total_steps, self.warmup_steps, self.lr, self.min_lr)
         kept = "the last checkpoint is intact" if (self.run.dir / "last.pt").exists() else "no checkpoint was due yet"
-        advice = "try a lower rate (--blr or --lr), --clip_grad 1 or --precision fp32"
-        raise EngineError(
-            f"the loss became non-finite at step {step} (lr {lr:.3g}); {kept} in {self.run.dir}; {advice}", 1
-        )
+        advice = "try a lower rate (--blr), --clip_grad 1 or --precision fp32"
+        found = f"the loss became non-finite at step {step} (lr {self._lr(step - 1):.3g})"
+        raise EngineError(f"{found}; {kept} in {self.run.dir}; {advice}", 1)
+
+    def _lr(self, step: int) -> float:
+        return lr_at(step, self.total_steps, self.warmup_steps, self.lr, self.min_lr)
+
+    def _mfu(self, img_s: float | None) -> float | None:
+        peak = peak_flops(self.dist.device, self.precision.name)
+        return img_s * self.flops / (peak * self.dist.world_size) if peak and img_s and self.flops else None
+
+    def _memory(self) -> float | None:
+        gpu = self.dist.device.type == "cuda"
+        return round(torch.cuda.max_memory_allocated() / 2**30, 2) if gpu else None
 
     def _log_line(self, norm: torch.Tensor, img_s: float) -> None:
         steps, skipped = int(self.meter[1].item()), int(self.meter[2].item())
-        loss, lr = (
-            self.loss_sum / steps,
-            lr_at(self.step - 1, self.total_steps, self.warmup_steps, self.lr, self.min_lr),
-        )
-        peak = peak_flops(self.dist.device, self.precision.name)
-        mfu = round(img_s * self.flops / (peak * self.dist.world_size), 4) if peak and self.flops else None
-        gpu = self.dist.device.type == "cuda"
-        memory = round(torch.cuda.max_memory_allocated() / 2**30, 2) if gpu else None
+        loss, lr, mfu = statistics.fmean(self.loss_sums) / steps, self._lr(self.step - 1), self._mfu(img_s)
         more = {"skipped": skipped} if self.precision.scaler.is_enabled() else {}
         self.run.log("train", step=self.step, epoch=self.step / self.epoch_steps, loss=loss, lr=lr, grad_norm=norm.item(), **more,
-                     img_s=round(img_s, 1), mfu=mfu, mem_gb=memory, seconds=round(self.seconds, 2))  # fmt: skip
+                     img_s=round(img_s, 1), mfu=mfu, mem_gb=self._memory(), seconds=round(self.seconds, 2))  # fmt: skip
         self.rates.append(img_s)
         self.meter.zero_()
         self.note = f"loss {loss:.4f}, lr {lr:.2e}" + (f", MFU {100 * mfu:.1f} %" if mfu else "")
@@ -314,13 +316,14 @@ class Trainer:
             print(f"resumed {self.run.dir} at step {self.step} of {self.total_steps}", flush=True)
 
     def _metrics(self) -> dict:
-        gpu, peak = self.dist.device.type == "cuda", peak_flops(self.dist.device, self.precision.name)
         rate = statistics.median(self.rates) if self.rates else None
-        mfu = rate * self.flops / (peak * self.dist.world_size) if peak and rate and self.flops else None
         metrics = {"best": self.best["scores"]} if self.best else {}
-        metrics |= {"last": self.last_val, "seconds": round(self.seconds, 2), "img_s": rate, "mfu": mfu}
-        metrics["mem_gb"] = round(torch.cuda.max_memory_allocated() / 2**30, 2) if gpu else None
-        return metrics | {"updates": self.total_steps, "epochs": self.total_steps / self.epoch_steps}
+        metrics |= {"last": self.last_val, "seconds": round(self.seconds, 2), "img_s": rate, "mfu": self._mfu(rate)}
+        return metrics | {
+            "mem_gb": self._memory(),
+            "updates": self.total_steps,
+            "epochs": self.total_steps / self.epoch_steps,
+        }
 
     @property
     def weights(self) -> dict:
