@@ -15,6 +15,11 @@ from PIL import Image, ImageDraw, ImageFilter
 
 SS = 2  # supersampling per axis
 SIZES = ((160, 214), (180, 220), (214, 160), (200, 200), (220, 172), (168, 168), (165, 220))  # height, width
+GROUNDS = (  # of a meadow, a room and a cloth: colours of the background, of the floor
+    ("6fa4d8486848 a8c4dc6c7a8c e0b8907a6a54 b8bcc0586454", "6a8c40 a89858 8c7454 c8b890 e0e0e0 587838"),
+    ("d8ccb4b8a488 b8c4ccd8e0e4 c8a0888a5848 8a947c6a7460 e8e0d4c8b8a4", "a878486a4428 c8b8a0a08c70 7c747c585058"),
+    ("a83c38d8b8a0 4c6890c8d4e0 8a6a48d8c4a0 d8d0c4a89c8c 5c5450908478 3c5c30a8b868", "808080"),
+)  # fmt: skip
 THING_COATS = "b83830e8dcc8 2c5c94e8e8e0 d8a030384048 4a7a50d8c8a0 8a6040c8a880 e8e4dc504840 58585cc0b8a8 8c4878e0c8d0"
 ROWS = (Path(__file__).parent / "demo_figures.txt").read_text().replace("\n ", " ").split("\n")
 ROWS = [row.partition("|")[::2] for row in ROWS if row and row[0] != "#"]
@@ -67,30 +72,31 @@ def figure(text, palette, at=(0, 0)):
 
 def quadruped(rng, name, palette):
     """Build an animal seen from the side, facing right: a list of parts."""
-    body, leg, neck, angle, head, snout, width = (float(x) for x in ANIMALS[name][1:8])
-    ear, tail, pattern = ANIMALS[name][8:11]
-    angle, floor = angle + rng.uniform(-0.25, 0.15), body * 0.3 + leg
+    body, leg, neck, angle, head, snout, width = (float(v) for v in ANIMALS[name][1:8])
+    (ear, tail, pattern), angle, floor = ANIMALS[name][8:11], angle + rng.uniform(-0.25, 0.15), body * 0.3 + leg
     x, y = 0.38 + (neck + head * 0.6) * np.cos(angle), -body * 0.18 - (neck + head * 0.6) * np.sin(angle)  # the head
-    nose = f"{x + head * 0.5 + snout} {y + head * 0.35 + snout * 0.45} {head * 0.8} {head * 0.5}"
-    legs = [f"c s {hip} 0 {hip + s * 0.3 - 0.02} {floor * 0.55} {hip + s} {floor} {width * 1.25} {width * 0.72} A{tone};"
-            for hip, tone, s in zip((-0.3, 0.38, -0.38, 0.28), (0.7, 0.7, 1, 1), rng.uniform(-0.11, 0.11, 4), strict=True)]  # fmt: skip
-    face = {**palette, "A": palette["B"]} if pattern == "wool" else palette
-    trunk = f"c e 0 0 .55 {body / 2} A;c e .3 -.02 .25 {body * 0.53} A;c e -.32 -.02 .25 {body * 0.5} A"
-    throat = f"c s .32 {-body * 0.06} {x} {y} {body * (0.36 if neck < 0.6 else 0.28)} {head * 0.75} A;"
-    mane = f"c s .28 {-body * 0.3} {x - 0.09} {y - head * 0.9} .06 .04 B.8" if tail == "hair" else ""
-    parts = figure(legs[0] + legs[1], face) + figure(FIGURES[tail], palette, (-0.47, -body * 0.22)) + figure(trunk, palette)
-    parts += figure(legs[2] + legs[3], face) + figure(throat + mane, palette)
-    parts += figure(f"c s {x} {y} {nose} A;c e {x} {y} {head} {head * 0.92} A", face)
+    nose = np.array([x + head * 0.5 + snout, y + head * 0.35 + snout * 0.45])
+    sizes = dict(x=x, y=y, head=head, nx=nose[0], ny=nose[1], half=body / 2, chest=body * 0.53, jaw=head * 0.8)
+    sizes |= dict(throat=body * (0.36 if neck < 0.6 else 0.28), tip=head * 0.5, withers=-body * 0.3)
+    face, steps = {**palette, "A": palette["B" if pattern == "wool" else "A"]}, rng.uniform(-0.11, 0.11, 4)
+    thigh, foot = f"{width * 1.25} {width * 0.72}", zip((-0.3, 0.38, -0.38, 0.28), steps, (0.7, 0.7, 1, 1), strict=True)
+    legs = [
+        figure(f"c s {u} 0 {u + v * 0.3 - 0.02} {floor * 0.55} {u + v} {floor} {thigh} A{k}", face) for u, v, k in foot
+    ]
+    parts = legs[0] + legs[1] + figure(FIGURES[tail], palette, (-0.47, -body * 0.22))
+    parts += figure(FIGURES["trunk"].format(**sizes), palette) + legs[2] + legs[3]
+    parts += figure(FIGURES["mane" if tail == "hair" else "neck"].format(**sizes), palette)
+    parts += figure(FIGURES["head"].format(**sizes), face)
     parts += figure(FIGURES[ear], face, (x - head * 0.35, y - head * 0.8))
-    parts += figure("d e 0 0 .03 .03 14100e;d e .008 -.01 .009 .009 ffffff", face, (x + head * 0.35, y - head * 0.2))
-    tip = figure(f"d e 0 0 {head * 0.24} {head * 0.2} 14100e", face, [float(v) for v in nose.split()[:2]])
-    return parts + (tip if ear != "huge" else [])
+    parts += figure(FIGURES["eye"], face, (x + head * 0.35, y - head * 0.2))
+    return parts + ([] if ear == "huge" else figure(f"d e 0 0 {head * 0.24} {head * 0.2} 14100e", face, nose))
 
 
 def sitting(rng, cat, pattern, coat):
     """Build a cat or dog from the front, sitting, its head turned a little: a list of parts."""
-    palette = {"A": coat[0], "B": coat[1], "E": coat[1] if pattern == "mask" else coat[0] * 0.82}
-    palette |= {"M": coat[1] if pattern in ("mask", "patch") else coat[0] * 1.1, "I": vary(rng, "c8b040 78a850 5c9cc8")[0]}
+    palette = {"A": coat[0], "B": coat[1], "I": vary(rng, "c8b040 78a850 5c9cc8")[0]}
+    palette["E"] = coat[1] if pattern == "mask" else coat[0] * 0.82
+    palette["M"] = coat[1] if pattern in ("mask", "patch") else coat[0] * 1.1
     at, name = (rng.uniform(-0.12, 0.12), rng.uniform(-0.05, 0.1)), "cat" if cat else "dog"
     head, face = figure(FIGURES[name + "_ears"], palette, at), figure("c e 0 0 .5 .44 A", palette, at)
     parts = figure(FIGURES["pet_tail"] + ";" + FIGURES["pet_body"], palette) + (head + face if cat else face + head)
@@ -100,10 +106,10 @@ def sitting(rng, cat, pattern, coat):
 @lru_cache(maxsize=1)
 def textures(n=512):
     """Make noise tiles [n, n], mean 0 and deviation 1: "cloud" (many octaves), "fur" (streaks), "grain"."""
-    rng = np.random.default_rng(99)
+    rng, bicubic = np.random.default_rng(99), Image.Resampling.BICUBIC
 
     def layer(h, w):
-        return np.asarray(Image.fromarray(rng.normal(size=(h, w)).astype(np.float32)).resize((n, n), Image.Resampling.BICUBIC))
+        return np.asarray(Image.fromarray(rng.normal(size=(h, w)).astype(np.float32)).resize((n, n), bicubic))
 
     tiles = {"cloud": sum(layer(2**k, 2**k) * 0.55**k for k in range(3, 9)), "grain": layer(n, n)}
     tiles["fur"] = layer(n // 2, n // 8) * 0.7 + layer(n // 8, n // 2) * 0.3 + layer(n // 16, n // 16) * 0.5
@@ -118,9 +124,10 @@ def noise(rng, name, h, w):
 
 
 def blur(array, radius):
-    """Blur an array [H, W] or [H, W, 3] in 0..1 by a Gaussian."""
-    image = Image.fromarray(np.uint8(np.clip(array, 0, 1) * 255))
-    return np.asarray(image.filter(ImageFilter.GaussianBlur(float(radius))), np.float32) / 255
+    """Blur an array [H, W] in 0..1 by a Gaussian."""
+    return np.asarray(
+        Image.fromarray(np.uint8(array * 255)).filter(ImageFilter.GaussianBlur(float(radius)))
+    ) / np.float32(255)
 
 
 def rgb_tuple(colour):
@@ -186,35 +193,27 @@ def paste(canvas, rgb, alpha, x, y, shadow=0.45):
 
 
 def ground(rng, h, w):
-    """Draw a place [h, w, 3], meadow, room, blanket or blurred leaves, and where its floor begins (share of the height)."""
-    kind, y, x = rng.choice(4, p=[0.4, 0.35, 0.15, 0.1]), np.linspace(0, 1, h)[:, None, None], np.linspace(0, 1, w)[:, None]
-    cloud, fur = noise(rng, "cloud", h, w)[..., None], noise(rng, "fur", h, w)[..., None]
-    horizon = rng.uniform(0.3, 0.58) if kind < 2 else 0.3
-    near = np.clip((y - horizon) / (1 - horizon), 0, 1)
+    """Draw a place [h, w, 3], meadow, room or cloth, and where its floor begins (share of the height)."""
+    kind, y, x = rng.choice(3, p=[0.4, 0.35, 0.25]), np.linspace(0, 1, h)[:, None, None], np.linspace(0, 1, w)[:, None]
+    (cloud, fur), horizon = (noise(rng, name, h, w)[..., None] for name in ("cloud", "fur")), rng.uniform(0.3, 0.58)
+    near, (far, floor) = np.clip((y - horizon) / (1 - horizon), 0, 1), (vary(rng, text) for text in GROUNDS[kind])
     if kind == 0:
-        sky, far = vary(rng, "6fa4d8486848 a8c4dc6c7a8c e0b8907a6a54 b8bcc0586454")
-        grass = vary(rng, "6a8c40 a89858 8c7454 c8b890 e0e0e0 587838")[0]
         hills = horizon - 0.05 + 0.07 * np.sin(x * rng.uniform(2, 9) + rng.uniform(0, 6)) + 0.02 * cloud
-        back = np.where(y > hills, far * (1 + 0.14 * cloud), sky + (y / horizon) * 0.22 + 0.06 * np.maximum(cloud, 0))
-        floor = grass * (0.75 + 0.35 * near + 0.12 * fur * (0.3 + near) + 0.08 * cloud)
+        back = np.where(y > hills, far[1] * (1 + 0.14 * cloud), far[0] + y * 0.4 + 0.06 * np.maximum(cloud, 0))
+        front = floor[0] * (0.75 + 0.35 * near + 0.12 * fur * (0.3 + near) + 0.08 * cloud)
     elif kind == 1:
-        wall = vary(rng, "d8ccb4b8a488 b8c4ccd8e0e4 c8a0888a5848 8a947c6a7460 e8e0d4c8b8a4")
-        wood = vary(rng, "a878486a4428 c8b8a0a08c70 7c747c585058 8c604058402c")
         bands = np.sin((x if rng.random() < 0.6 else y) * rng.uniform(20, 70)) > rng.choice([-0.6, 0, 0.6, 2])
         planks = np.sin((x - 0.5) / (0.3 + near) * rng.uniform(18, 34)) > rng.choice([0.93, 2, 0])
-        back = np.where(bands, wall[1], wall[0]) * (1 + 0.04 * cloud) * (0.85 + 0.25 * (horizon - y))
-        floor = np.where(planks, wood[1], wood[0]) * (1 + 0.06 * fur) * (0.8 + 0.3 * near)
-    else:
-        cloth = vary(rng, "a83c38d8b8a0 4c6890c8d4e0 8a6a48d8c4a0 d8d0c4a89c8c 5c5450908478 3c5c30a8b868")
-        fold = 0.5 + 0.3 * np.sin(x * rng.uniform(4, 24) + y * rng.uniform(4, 24) + cloud * (0.4 if kind == 2 else 1.6))
-        back = floor = cloth[0] + (cloth[1] - cloth[0]) * fold + (0.05 * fur if kind == 2 else 0.05 * cloud)
-    canvas = np.clip(np.where(y > horizon, floor, back), 0, 1).astype(np.float32)
-    coats = " ".join(row[-1] for row in BREEDS.values()) + " 5a7a4444603a 6a6a6a505050 " + THING_COATS
-    for _ in range(rng.integers(0, 4)):  # cushions, stones and bushes in fur's own colours: colour alone tells no animal
-        coat = vary(rng, coats)
-        shape = rng.choice(["c e 0 0 1 .7 A", "c s -.6 .1 .6 -.1 .5 .5 A;c s -.5 .3 .5 .3 .3 .3 B", "c p -.7 -.6 .6 -.7 .7 .5 -.6 .6 A"])
-        drawn = render(rng, figure(shape, {"A": coat[0], "B": coat[1]}), rng.uniform(0.15, 0.4) * h, coat,
-                       rng.choice(["plain", "stripe", "patch"]))  # fmt: skip
+        back = np.where(bands, far[1], far[0]) * (1 + 0.04 * cloud) * (0.85 + 0.25 * (horizon - y))
+        front = np.where(planks, floor[1], floor[0]) * (1 + 0.06 * fur) * (0.8 + 0.3 * near)
+    else:  # folds, with the weave of cloth or soft like leaves out of focus
+        fold = np.sin(x * rng.uniform(4, 24) + y * rng.uniform(4, 24) + cloud * rng.choice([0.4, 1.6]))
+        back = front = far[0] + (far[1] - far[0]) * (0.5 + 0.3 * fold) + 0.05 * (fur if rng.random() < 0.6 else cloud)
+    canvas = np.clip(np.where(y > horizon, front, back), 0, 1).astype(np.float32)
+    for _ in range(rng.integers(0, 4)):  # cushions and stones in fur's own colours: colour alone tells no animal
+        coat = vary(rng, " ".join([row[-1] for row in BREEDS.values()] + [THING_COATS]))
+        cushion = figure(FIGURES[rng.choice(["stone", "bag", "cushion"])], dict(zip("AB", coat, strict=True)))
+        drawn = render(rng, cushion, rng.uniform(0.15, 0.4) * h, coat, rng.choice(["plain", "stripe", "patch"]))
         paste(canvas, *drawn, rng.uniform(0, w), h * rng.uniform(horizon + 0.1, 1), 0.3)
     return canvas, horizon
 
@@ -224,8 +223,9 @@ def develop(rng, canvas):
     h, w = canvas.shape[:2]
     x, y = np.linspace(-1, 1, w)[None, :], np.linspace(-1, 1, h)[:, None]
     light = 1 + rng.uniform(-0.14, 0.14) * x + rng.uniform(-0.12, 0.12) * y - rng.uniform(0, 0.16) * (x * x + y * y)
-    light = (light * rng.uniform(0.85, 1.1) + 0.012 * noise(rng, "grain", h, w)).astype(np.float32)
-    return Image.fromarray(np.uint8(np.clip(canvas * light[..., None] * rng.normal(1, 0.02, 3).astype(np.float32), 0, 1) * 255))
+    light = light[..., None] * rng.uniform(0.85, 1.1) * rng.normal(1, 0.02, 3)
+    canvas = canvas * light.astype(np.float32) + 0.006 * noise(rng, "grain", h, w)[..., None]
+    return Image.fromarray(np.uint8(np.clip(canvas, 0, 1) * 255))
 
 
 def draw_coco(seed, stream, index):
@@ -239,8 +239,8 @@ def draw_coco(seed, stream, index):
     kinds = rng.choice(list(ANIMALS), (slot < 18) + (slot < 3), replace=False)
     names = [kind for kind in kinds for _ in range(rng.choice([1, 1, 1, 2, 3]) if len(kinds) == 1 else 1)]
     things = rng.choice(list(THINGS), rng.integers(0, 3) if names else rng.integers(1, 4) if slot < 38 else 0)
-    labels = []
-    for name, floor in zip(rng.permutation([*names, *things]), np.sort(rng.uniform(horizon + 0.12, 0.98, 9)), strict=False):
+    floors, labels = np.sort(rng.uniform(horizon + 0.12, 0.98, len(names) + len(things))), []
+    for name, floor in zip(rng.permutation([*names, *things]), floors, strict=True):
         flies, near = name in ("kite", "clock"), h * (0.55 + 0.6 * (floor - horizon) / (1 - horizon))
         text = " ".join(ANIMALS[name][11:]) if name in ANIMALS else THING_COATS
         palette = dict(zip("AB", coat := vary(rng, text), strict=True))
@@ -279,42 +279,39 @@ def draw_pet(seed, index):
 def describe(mask):
     """Give a mask bool [H, W] as COCO does: box, area and run lengths down the columns."""
     rows, columns, flat = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0)), mask.ravel(order="F")
-    changes = np.flatnonzero(flat[1:] != flat[:-1]) + 1
-    runs = np.diff([0, *changes, flat.size]).tolist()
+    runs = np.diff([0, *(np.flatnonzero(flat[1:] != flat[:-1]) + 1), flat.size]).tolist()
     box = [columns[0], rows[0], np.ptp(columns) + 1, np.ptp(rows) + 1]
-    return {"bbox": [float(v) for v in box], "area": float(mask.sum()), "iscrowd": 0,
-            "segmentation": {"size": list(mask.shape), "counts": [0, *runs] if flat[0] else runs}}  # fmt: skip
+    outline = {"size": list(mask.shape), "counts": [0, *runs] if flat[0] else runs}
+    return {"bbox": [float(v) for v in box], "area": float(mask.sum()), "iscrowd": 0, "segmentation": outline}
 
 
 def write_coco(folder, part, count, seed, stream, update):
     """Draw `count` photos into folder/part and their instances file; `update()` is called after each."""
-    images, annotations = [], []
-    for path in (folder / part, folder / "annotations"):
-        path.mkdir(parents=True, exist_ok=True)
+    content = {"info": {"description": "drawn demo photos"}, "images": [], "annotations": [], "categories": CATEGORIES}
+    (folder / part).mkdir(parents=True)
+    (folder / "annotations").mkdir(exist_ok=True)
     for index in range(count):
-        photo, labels = draw_coco(seed, stream, index)
-        image = {"id": 1 + stream + index * 37, "width": photo.width, "height": photo.height}
-        image["file_name"] = f"{image['id']:012d}.jpg"
-        photo.save(folder / part / image["file_name"], quality=90)
-        images.append(image)
+        (photo, labels), image = draw_coco(seed, stream, index), 1 + stream + index * 37
+        name = f"{image:012d}.jpg"
+        photo.save(folder / part / name, quality=90)
+        content["images"].append({"id": image, "file_name": name, "width": photo.width, "height": photo.height})
         for label, mask in labels:
-            annotations.append({"id": len(annotations) + 1, "image_id": image["id"], "category_id": label, **describe(mask)})
+            number = len(content["annotations"]) + 1
+            content["annotations"].append({"id": number, "image_id": image, "category_id": label, **describe(mask)})
         update()
-    content = {"info": {"description": "drawn demo photos"}, "licenses": [], "images": images, "annotations": annotations}
-    (folder / "annotations" / f"instances_{part}.json").write_text(json.dumps({**content, "categories": CATEGORIES}))
+    (folder / "annotations" / f"instances_{part}.json").write_text(json.dumps(content))
 
 
 def write_pets(folder, count, seed, update):
     """Draw `count` pets into folder/images with trimaps and list.txt in the publisher's format."""
-    rows = []
-    for path in (folder / "images", folder / "annotations" / "trimaps"):
-        path.mkdir(parents=True)
+    trimaps, rows = folder / "annotations" / "trimaps", ["#Image CLASS-ID SPECIES BREED ID"]
+    trimaps.mkdir(parents=True)
+    (folder / "images").mkdir()
     for index in range(count):
         breed, photo, trimap = draw_pet(seed, index)
         name = f"{breed}_{index // len(BREEDS) + 1}"
         photo.save(folder / "images" / f"{name}.jpg", quality=90)
-        Image.fromarray(trimap).save(folder / "annotations" / "trimaps" / f"{name}.png")
+        Image.fromarray(trimap).save(trimaps / f"{name}.png")
         rows.append(" ".join([name, *BREEDS[breed][:3]]))
         update()
-    header = ["#Image CLASS-ID SPECIES BREED ID", "#ID: 1:37 Class ids", "#SPECIES: 1:Cat 2:Dog"]
-    (folder / "annotations" / "list.txt").write_text("\n".join(header + sorted(rows)) + "\n")
+    (folder / "annotations" / "list.txt").write_text("\n".join(sorted(rows)) + "\n")

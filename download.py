@@ -82,10 +82,8 @@ def check_space(archives, data_root: Path, keep: bool) -> None:
         held += archive.limit + (archive.size * keep - there)
     free = shutil.disk_usage(next(folder for folder in (data_root, *data_root.parents) if folder.exists())).free
     if free < needed:
-        raise DownloadError(
-            f"{data_root} needs {needed / 1e9:.1f} GB for archives and files, {free / 1e9:.1f} GB are free: "
-            "make room or name another --data_root"
-        )
+        advice = f"{free / 1e9:.1f} GB are free: make room or name another --data_root"
+        raise DownloadError(f"{data_root} needs {needed / 1e9:.1f} GB for archives and files, {advice}")
 
 
 def open_url(url: str, start: int, archive: Archive, timeout: float):
@@ -173,11 +171,8 @@ def unpack(path: Path, folder: Path, limit: int, bar) -> None:
     if path.suffix == ".zip":
         with zipfile.ZipFile(path) as file:
             for member in file.infolist():
-                check(
-                    member.filename,
-                    stat.S_IFMT(member.external_attr >> 16) in (0, stat.S_IFREG, stat.S_IFDIR),
-                    member.file_size,
-                )
+                kind = stat.S_IFMT(member.external_attr >> 16)
+                check(member.filename, kind in (0, stat.S_IFREG, stat.S_IFDIR), member.file_size)
             for member in file.infolist():
                 file.extract(member, folder)
                 bar.update(member.compress_size)
@@ -199,12 +194,10 @@ def extract(archive: Archive, path: Path, data_root: Path, progress) -> None:
     try:
         with progress(f"extract {archive.name}", path.stat().st_size, "B", 0) as bar:
             unpack(path, work, archive.limit, bar)
-    except (zipfile.BadZipFile, tarfile.TarError, EOFError, zlib.error) as error:
+    except (zipfile.BadZipFile, tarfile.TarError, EOFError, zlib.error, DownloadError) as error:
         shutil.rmtree(work)
-        raise DownloadError(f"{path} cannot be extracted ({error}): delete it and run again") from None
-    except DownloadError:
-        shutil.rmtree(work)
-        raise
+        broken = DownloadError(f"{path} cannot be extracted ({error}): delete it and run again")
+        raise (error if isinstance(error, DownloadError) else broken) from None
     for folder, _, names in os.walk(work / archive.top):
         place = target / Path(folder).relative_to(work / archive.top)
         place.mkdir(exist_ok=True)
@@ -221,9 +214,7 @@ def install(data_root, datasets, mirror, keep, progress, archives=None, say=prin
     `mirror`: address of a folder that holds the archives by name, or None for the publishers'; `keep`: keep the archives.
     """
     data_root = Path(data_root)
-    chosen = [
-        (archive, is_complete(archive, data_root)) for archive in archives or ARCHIVES if archive.dataset in datasets
-    ]
+    chosen = [(a, is_complete(a, data_root)) for a in archives or ARCHIVES if a.dataset in datasets]
     check_space([archive for archive, done in chosen if not done], data_root, keep)
     store = data_root / "archives"
     store.mkdir(parents=True, exist_ok=True)

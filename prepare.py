@@ -46,12 +46,6 @@ def run_download(args) -> None:
     download.install(args.data_root, args.only, args.mirror, args.keep_archives, Progress)
 
 
-def validation_split(args, rule: str) -> data.Split:
-    """Select val2017's animal images under a counting rule (mae_validation uses "unique")."""
-    coco = data._Coco(args.data_root, "val2017", None, args.cache_dir)
-    return coco.split(f"validation_{rule}", coco.animal_list(rule), {"part": "val2017", "animal_images": rule})
-
-
 def all_splits(args) -> dict[str, data.Split]:
     """Select every split the study can use: {title: split}, the paper's first."""
     select = partial(data.select_split, args.data_root, split_seed=args.split_seed, cache_dir=args.cache_dir)
@@ -59,8 +53,13 @@ def all_splits(args) -> dict[str, data.Split]:
     splits |= {"animal single": select("animal", animal_images="single"), "non_animal": select("non_animal")}
     full = len(splits["animal"].images) == PAPER["animal"]  # the paper's mixed set is larger than its others
     splits |= {"mixed": select("mixed", num_images=PAPER["mixed"] if full else None), "all": select("all")}
-    for rule in data.ANIMAL_IMAGES:
-        splits["validation" if rule == "per_category" else f"validation {rule}"] = validation_split(args, rule)
+    coco = data._Coco(args.data_root, "val2017", None, args.cache_dir)
+    for rule in data.ANIMAL_IMAGES:  # pre-training's validation takes the unique ones
+        title, definition = (
+            f"validation {rule}".removesuffix(" per_category"),
+            {"part": "val2017", "animal_images": rule},
+        )
+        splits[title] = coco.split(title, coco.animal_list(rule), definition)
     splits |= {f"pets {part}": data.pets_split(args.data_root, part) for part in ("train", "val", "test")}
     return splits
 
@@ -69,9 +68,7 @@ def print_table(rows: list[list[str]]) -> None:
     """Print rows of text in columns, the first one to the left."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
-        print(
-            "  ".join(f"{c:<{w}}" if i == 0 else f"{c:>{w}}" for i, (c, w) in enumerate(zip(row, widths, strict=True)))
-        )
+        print(row[0].ljust(widths[0]), *(c.rjust(w + 1) for c, w in zip(row[1:], widths[1:], strict=True)))
 
 
 def run_splits(args) -> None:
@@ -81,10 +78,10 @@ def run_splits(args) -> None:
         raise PrepareError(f"--output {output} is a file: name a folder")
     rows = [["split", "images", "paper", "unique", "animal", "no label", "person", "sha256"]]
     for title, split in splits.items():
-        m, paper = split.manifest, f"{PAPER[title]:,}" if title in PAPER else ""
+        m = split.manifest | {"paper": PAPER.get(title, "")}
+        counts = [m.get(key, "") for key in ("entries", "paper", "unique", "animal_images", "without_annotation")]
         person = f"{m['person_share']:.1%}" if "person_share" in m else ""
-        rows.append([title, f"{m['entries']:,}", paper, f"{m['unique']:,}", f"{m['animal_images']:,}",
-                     f"{m['without_annotation']:,}" if "without_annotation" in m else "", person, split.sha256[:12]])  # fmt: skip
+        rows.append([title, *(f"{n:,}" if n != "" else "" for n in counts), person, split.sha256[:12]])
     print_table(rows)
     print("\nunique images with each animal:")
     shown = {title: splits[title].manifest["categories"] for title in ("animal", "mixed", "all", "validation")}
@@ -93,9 +90,7 @@ def run_splits(args) -> None:
     for title, split in splits.items():
         text = json.dumps(split.manifest, indent=1)
         write_atomic(output / f"{title.replace(' ', '_')}.json", lambda file, text=text: file.write(text.encode()))
-    print(
-        f"\n{len(splits)} manifests in {output}; no label: images without any annotation; person: share that shows one"
-    )
+    print(f"\n{len(splits)} manifests in {output}; no label: images without annotation; person: share that shows one")
 
 
 def run_verify(args) -> None:
@@ -122,8 +117,8 @@ def run_verify(args) -> None:
                     damaged.append(problem)
                     print(problem, flush=True)
     if damaged:
-        raise PrepareError(f"{len(damaged):,} of {len(jobs):,} files damaged or missing (named above): delete the damaged ones "
-                           f"and run python prepare.py download --data_root {root}, which brings back what is missing", 1)  # fmt: skip
+        advice = f"delete what is damaged; python prepare.py download --data_root {root} brings it back"
+        raise PrepareError(f"{len(damaged):,} of {len(jobs):,} files damaged or missing (named above): {advice}", 1)
     print(f"{len(coco):,} COCO images, {len(pets):,} pets and their trimaps are readable")
 
 
@@ -131,15 +126,13 @@ def run_cache(args) -> None:
     """Decode the chosen splits, the validation images and the pets into the cache that all scripts share."""
     jobs, decoded = [], []
     for name in dict.fromkeys(args.splits):
-        if name == "pets":
-            parts = {part: data.pets_split(args.data_root, part).images for part in ("train", "val", "test")}
-            jobs += [("image", sum(parts.values(), ())), ("trimap", parts["train"])]
-            continue
         split = data.select_split(args.data_root, name, split_seed=args.split_seed, cache_dir=args.cache_dir)
         jobs.append(("image", split.images))
+        if name == "pets":
+            held_out = [data.pets_split(args.data_root, part).images for part in ("val", "test")]
+            jobs += [("trimap", split.images), ("image", sum(held_out, ()))]
     if set(args.splits) - {"pets"}:
-        validation = data.mae_validation(args.data_root, cache_dir=args.cache_dir)
-        jobs.append(("image", validation["animal"].images + validation["non_animal"].images))
+        jobs += [("image", s.images) for s in data.mae_validation(args.data_root, cache_dir=args.cache_dir).values()]
 
     def progress(desc, total):
         decoded.append(total)
@@ -209,9 +202,8 @@ def get_args_parser() -> argparse.ArgumentParser:
         name = function.__name__.removeprefix("run_")
         run[name] = commands.add_parser(name, help=function.__doc__, description=function.__doc__)
         run[name].set_defaults(function=function)
-        run[name].add_argument(
-            "--data_root", default="data/demo" if name == "demo" else "data", help="folder of the data sets"
-        )
+        folder = "data/demo" if name == "demo" else "data"
+        run[name].add_argument("--data_root", default=folder, help="folder of the data sets")
         if name in ("verify", "splits", "cache"):
             run[name].add_argument("--cache_dir", default="cache", help="folder of the decoded cache")
         if name in ("splits", "cache"):
@@ -225,13 +217,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     run["splits"].add_argument("--output", default="splits", help="folder for the manifests")
     add = run["cache"].add_argument
     add("--cache_size", type=int, default=384, help="side of the squashed square in pixels; as in training")
-    add(
-        "--splits",
-        nargs="+",
-        choices=data.SPLITS,
-        default=("animal", "non_animal", "mixed", "pets"),
-        help="what to decode",
-    )
+    default = ("animal", "non_animal", "mixed", "pets")
+    add("--splits", nargs="+", choices=data.SPLITS, default=default, help="what to decode")
     add = run["demo"].add_argument
     add("--num_train", type=int, default=480, help="COCO-like training photos")
     add("--num_val", type=int, default=96, help="COCO-like validation photos")
