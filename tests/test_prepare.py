@@ -142,8 +142,9 @@ def full_size(labels: Path, root: Path):
         pairs = [
             (int(image), c) for image, categories in found.items() for c in categories * 3
         ]  # as many as the real file
-        annotations = [{"id": n, "image_id": i, "category_id": c, "bbox": [0, 0, 640, 480],
-                        "segmentation": [[k + 0.25 for k in range(100, 130)]]} for n, (i, c) in enumerate(pairs)]  # fmt: skip
+        outline = [[k + 0.25 for k in range(100, 130)]]
+        annotations = [{"id": n, "image_id": i, "category_id": c, "bbox": [0, 0, 640, 480], "segmentation": outline}
+                       for n, (i, c) in enumerate(pairs)]  # fmt: skip
         content = {"images": images, "annotations": annotations, "categories": names}
         (folder / f"instances_{part}2017.json").write_text(json.dumps(content))
     pets = root / "oxford-iiit-pet" / "annotations"
