@@ -73,12 +73,9 @@ def launch(main, parser: argparse.ArgumentParser) -> None:
             raise
     rank = int(os.environ.get("RANK", 0))
     if code != 2 or int(os.environ.get("LOCAL_RANK", 0)) == 0:  # wrong use is the same on every rank: say it once
-        print(
-            f"{parser.prog}: {'error' if code < 3 else 'stopped'}{f' on rank {rank}' if rank else ''}: {message}",
-            file=sys.stderr,
-        )
+        kind, where = "error" if code < 3 else "stopped", f" on rank {rank}" if rank else ""
+        print(f"{parser.prog}: {kind}{where}: {message}", file=sys.stderr, flush=True)
     sys.stdout.flush()
-    sys.stderr.flush()
     os._exit(code)  # not sys.exit: other ranks may sit in a collective that interpreter shutdown would wait for
 
 
@@ -118,23 +115,23 @@ class Distributed:
 def setup(device: str = "auto") -> Distributed:
     """Join the process group that `torchrun` describes in the environment, or be a single process; pick the device."""
     rank, local_rank, world_size = (
-        int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
+        int(os.environ.get(k, v)) for k, v in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
     )
-    chosen = torch.device(
-        "cuda" if device == "auto" and torch.cuda.is_available() else "cpu" if device == "auto" else device
-    )
+    gpus = torch.cuda.device_count()
+    try:
+        chosen = torch.device(("cuda" if gpus else "cpu") if device == "auto" else device)
+    except RuntimeError:
+        raise EngineError(f"--device must be auto, cpu, cuda or cuda:N, got {device!r}") from None
     if chosen.type == "cuda":
-        if not torch.cuda.is_available():
-            raise EngineError("--device cuda was asked for, but torch sees no CUDA GPU; use --device cpu")
         index = local_rank if chosen.index is None else chosen.index
-        if index >= torch.cuda.device_count():
+        if index >= gpus:
             raise EngineError(
-                f"process {local_rank} has no GPU of its own: torch sees {torch.cuda.device_count()}; lower --nproc_per_node"
+                f"--device {chosen} needs GPU {index}, torch sees {gpus}; use --device cpu or fewer processes"
             )
         chosen = torch.device("cuda", index)
         torch.cuda.set_device(chosen)
         torch.backends.cudnn.benchmark = True
-    torch.set_float32_matmul_precision("high")  # TF32 on CUDA for what stays in float32; no effect on CPUs without it
+        torch.set_float32_matmul_precision("high")  # TF32 for what stays in float32
     if world_size > 1 and not torch.distributed.is_initialized():
         # The first process may build the decoded cache for many minutes while the others wait in a collective.
         backend = "nccl" if chosen.type == "cuda" else "gloo"
@@ -151,9 +148,7 @@ class Precision:
         if name == "auto":
             name = ("bf16" if bf16_gpu else "fp16") if on_gpu else "fp32"
         if name == "bf16" and on_gpu and not bf16_gpu:
-            raise EngineError(
-                f"--precision bf16: {torch.cuda.get_device_name(device)} has no bfloat16 units; use --precision fp16"
-            )
+            raise EngineError(f"--precision bf16: {hardware_name(device)} has no bfloat16 units; use --precision fp16")
         self.name, self.device_type = name, device.type
         self.dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}[name]
         self.scaler = torch.amp.GradScaler(device.type, enabled=name == "fp16")
@@ -204,9 +199,7 @@ def layer_id(name: str, depth: int) -> int:
     return int(name.split(".")[1]) + 1 if name.startswith("blocks.") else depth + 1
 
 
-def param_groups(
-    model: nn.Module, weight_decay: float, layer_decay: float = 1.0, no_decay: tuple[str, ...] = ()
-) -> list[dict]:
+def param_groups(model: nn.Module, weight_decay: float, layer_decay: float = 1.0, no_decay=()) -> list[dict]:
     """Group trainable parameters by rate and decay; each group has `params`, `names`, `lr_scale`, `weight_decay`.
 
     One-dimensional parameters (norms, biases) and those named in no_decay are exempt from weight decay. lr_scale is
@@ -233,16 +226,10 @@ class Progress:
     """Progress of long work with rate and time left: tqdm on a terminal, a plain line every `every` seconds otherwise."""
 
     def __init__(
-        self, desc: str, total: int, unit: str = "img", initial: int = 0, quiet: bool = False, every: float = 10.0
+        self, desc: str, total: int, unit: str = "img", initial: int = 0, quiet: bool = False, every: float = 10
     ):
-        self.desc, self.total, self.done, self.first, self.quiet, self.every = (
-            desc,
-            total,
-            initial,
-            initial,
-            quiet,
-            every,
-        )
+        self.desc, self.total, self.done, self.first = desc, total, initial, initial
+        self.quiet, self.every = quiet, every
         self.factor, self.unit, self.note = (1e6, "MB", "") if unit == "B" else (1, unit, "")
         self.start = self.last = time.monotonic()
         options = {"unit": unit, "unit_scale": unit == "B", "initial": initial, "dynamic_ncols": True}
@@ -334,7 +321,7 @@ class Run:
             foreign = sorted(p.name for p in self.dir.iterdir() if p.name not in (".lock", "config.json.tmp"))
             if foreign:
                 raise EngineError(
-                    f"--output_dir {self.dir} is not a run of this project (it holds {foreign[0]}); choose another"
+                    f"--output_dir {self.dir} holds {foreign[0]} and is no run of this project; choose another"
                 )
             return
         try:
@@ -346,10 +333,9 @@ class Run:
         if changed and resume != "never":
             key = changed[0]
             more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
-            raise EngineError(
-                f"--output_dir {self.dir} holds another experiment: {key} was {before.get(key)!r}, now {now.get(key)!r}{more}; "
-                "choose another --output_dir, or --resume never to start over"
-            )
+            found = f"{key} was {before.get(key)!r}, now {now.get(key)!r}{more}"
+            advice = "choose another --output_dir, or --resume never to start over"
+            raise EngineError(f"--output_dir {self.dir} holds another experiment: {found}; {advice}")
 
     def _check_space(self, state_bytes: int) -> None:
         """Three states must fit: the last one, the one before it, and the one being written."""
@@ -364,9 +350,8 @@ class Run:
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise EngineError(
-                f"another process is training in {self.dir}; wait for it or choose another --output_dir"
-            ) from None
+            busy = f"another process is training in {self.dir}"
+            raise EngineError(f"{busy}; wait for it or choose another --output_dir") from None
 
     def log(self, event: str, **fields) -> None:
         """Append one object to log.jsonl (first process only)."""
