@@ -83,8 +83,8 @@ def main(args: argparse.Namespace) -> None:
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         elif dist.is_main:
             print("note: PyTorch has no SyncBatchNorm on CPUs; batch statistics are those of each process's own images")
-    train_segmenter(args, "baseline", model, dist, precision, layer_decay=1.0, config_of_model={"name": args.model}, init=init,
-                    flops=flops, channels_last=resnet)  # fmt: skip
+    train_segmenter(args, "baseline", model, dist, precision, layer_decay=1.0, config_of_model={"name": args.model},
+                    init=init, flops=flops, channels_last=resnet)  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -14,14 +14,14 @@ import argparse
 import functools
 from pathlib import Path
 
-import data
 import numpy as np
 import torch
 import torch.nn.functional as F
-from metrics import dataset_scores
 from PIL import Image
 
+import data
 from engine import EngineError, Precision, Progress, launch, setup, write_atomic
+from metrics import dataset_scores
 from weights import load_model
 
 COLOURS = ((230, 159, 0), (0, 0, 0), (86, 180, 233))  # pet, background, border; safe for colour-blind eyes
@@ -223,7 +223,7 @@ def main_predict(args: argparse.Namespace) -> None:
     model, checkpoint = load_model(args.checkpoint)
     if checkpoint["model_config"]["kind"] != "segmenter":
         raise EngineError(
-            f"{args.checkpoint} is a pre-trained autoencoder; fine-tune it first: python finetune.py --init {args.checkpoint}"
+            f"{args.checkpoint} is a pre-trained autoencoder; fine-tune it: finetune.py --init {args.checkpoint}"
         )
     device = setup(args.device).device
     model, failed = model.to(device), 0

@@ -13,65 +13,48 @@ from __future__ import annotations
 
 import argparse
 
-import data
 import torch
 import torch.nn.functional as F
-from metrics import dataset_scores
 from torch import nn
 
+import data
 from engine import Distributed, EngineError, Precision, Run, launch, param_groups, setup
 from evaluate import confusion
+from metrics import dataset_scores
 from models import MODELS, build_segmenter
-from trainer import (
-    Trainer,
-    add_training_arguments,
-    base_config,
-    check_training_arguments,
-    experiment_of,
-    init_model,
-    open_store,
-    print_plan,
-)
+from trainer import Trainer, add_training_arguments, check_training_arguments, init_model, open_store, plan_run
 
 ENCODER = ("cls_token", "pos_embed", "patch_embed.", "blocks.", "norm.")
 NO_DECAY = ("cls_token", "pos_embed", "decoder_pos_embed")  # and all one-dimensional parameters
 SCORES = ("accuracy", "iou", "iou_pet", "iou_background", "iou_border", "miou")
 
 
+# fmt: off
 def get_args_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("finetune.py", description="Fine-tune a Masked Autoencoder to segment pets")
-    model = parser.add_argument_group("model")
-    model.add_argument("--model", choices=list(MODELS), default="mae_base", help="size of the checkpoint in --init")
-    model.add_argument(
-        "--init", required=True, help="checkpoint of pretrain.py, facebookresearch/mae, timm or transformers"
-    )
-    model.add_argument("--head", choices=["decoder", "linear"], default="decoder",
-                       help="linear: one layer on the frozen encoder's features, without decoder")  # fmt: skip
-    model.add_argument(
-        "--freeze", choices=["none", "encoder"], default="none", help="encoder: train decoder and head only"
-    )
-    model.add_argument("--drop_path", type=float, default=0.1, help="stochastic depth of the last encoder block")
+    add = parser.add_argument_group("model").add_argument
+    add("--model", choices=list(MODELS), default="mae_base", help="size of the checkpoint in --init")
+    add("--init", required=True, help="checkpoint of pretrain.py, facebookresearch/mae, timm or transformers")
+    add("--head", choices=["decoder", "linear"], default="decoder",
+        help="linear: one layer on the frozen encoder's features, without decoder")
+    add("--freeze", choices=["none", "encoder"], default="none", help="encoder: train decoder and head only")
+    add("--drop_path", type=float, default=0.1, help="stochastic depth of the last encoder block")
     add_training_arguments(parser, output_dir="runs/finetune", epochs=100, batch_size=64, warmup_epochs=5, min_lr=1e-6)
-    parser.add_argument("--blr", type=float, default=5e-4, help="base rate: lr = blr * batch_size / 256")
-    parser.add_argument(
-        "--layer_decay", type=float, default=0.65, help="rate factor per encoder layer downwards; decoder and head: 1"
-    )
+    add = parser.add_argument
+    add("--blr", type=float, default=5e-4, help="base rate: lr = blr * batch_size / 256")
+    add("--layer_decay", type=float, default=0.65, help="rate factor per encoder layer downwards; decoder and head: 1")
     add_segmentation_arguments(parser)
     return parser
 
 
 def add_segmentation_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags that every arm trained on trimaps has."""
-    flag = argparse.BooleanOptionalAction
-    parser.add_argument(
-        "--train_fraction", type=float, default=1.0, help="random part of the training images; 0.5 is the half arm"
-    )
-    parser.add_argument("--equal_updates", action=flag, default=False,
-                        help="as many updates as with all training images, batch at most their number (for label sweeps)")  # fmt: skip
-    parser.add_argument(
-        "--crop_scale", type=float, default=0.5, help="smallest crop as a share of the image's area; 1: whole image"
-    )
-    parser.add_argument("--flips", action=flag, default=True, help="random horizontal and vertical flips")
+    add, flag = parser.add_argument_group("trimaps").add_argument, argparse.BooleanOptionalAction
+    add("--train_fraction", type=float, default=1.0, help="random part of the training images; 0.5 is the half arm")
+    add("--equal_updates", action=flag, default=False, help="as many updates as with all labels, smaller batch if need be")
+    add("--crop_scale", type=float, default=0.5, help="smallest crop as a share of the image's area; 1: whole image")
+    add("--flips", action=flag, default=True, help="random horizontal and vertical flips")
+# fmt: on
 
 
 class Validation:
@@ -117,11 +100,8 @@ def train_segmenter(args, kind: str, model: nn.Module, dist: Distributed, precis
 
     lr = args.blr * args.batch_size / 256
     groups = param_groups(model, args.weight_decay, layer_decay, NO_DECAY)
-    experiment = experiment_of(args, train=train.sha256, val=val.sha256, init=init)
-    config = base_config(
-        kind, args, dist, precision, model, flops=flops, epoch_steps=epoch_steps, train=train, experiment=experiment
-    )
-    print_plan(config, lr, groups, dist, model)
+    config = plan_run(kind, args, dist, precision, model, groups, lr=lr, flops=flops, epoch_steps=epoch_steps, train=train,
+                      val=val.sha256, init=init)  # fmt: skip
     if args.dry_run:
         return
     run = Run(args.output_dir, dist, config, args.resume, state_bytes=config["params"] * 16)
@@ -134,8 +114,8 @@ def train_segmenter(args, kind: str, model: nn.Module, dist: Distributed, precis
     drops = {"drop_path": (depth, 2)} if getattr(args, "drop_path", 0) and depth else {}
     batches = data.TrainBatches(
         images, masks, img_size=args.img_size, batch_size=args.batch_size, seed=args.seed, scale=(args.crop_scale, 1.0),
-        vertical_flip=True, crop=args.crop_scale < 1, flip=args.flips, draws=drops, rank=dist.rank, world_size=dist.world_size,
-        micro_batch_size=args.micro_batch_size, device=dist.device,
+        crop=args.crop_scale < 1, flip=args.flips, vertical_flip=True, draws=drops, rank=dist.rank,
+        world_size=dist.world_size, micro_batch_size=args.micro_batch_size, device=dist.device,
     )  # fmt: skip
     layout = torch.channels_last if channels_last else torch.contiguous_format
     model.to(dist.device, memory_format=layout)
@@ -144,12 +124,8 @@ def train_segmenter(args, kind: str, model: nn.Module, dist: Distributed, precis
         logits = network(b["images"].contiguous(memory_format=layout), b.get("drop_path"))
         return F.cross_entropy(logits.float(), b["masks"])
 
-    trainer = Trainer(
-        run, model, loss, batches, groups, dist=dist, precision=precision, lr=lr, min_lr=args.min_lr, betas=(0.9, 0.999),
-        total_steps=args.epochs * epoch_steps, warmup_steps=round(args.warmup_epochs * epoch_steps), epoch_steps=epoch_steps,
-        batch_size=args.batch_size, flops=flops, clip_grad=args.clip_grad, compile=args.compile, save_minutes=args.save_minutes,
-        log_every=args.log_every, best="iou",
-    )  # fmt: skip
+    trainer = Trainer(run, model, loss, batches, groups, args=args, dist=dist, precision=precision, lr=lr,
+                      betas=(0.9, 0.999), epoch_steps=epoch_steps, flops=flops, best="iou")  # fmt: skip
     metrics = trainer.fit(Validation(model, args, dist, val.images))
     metrics |= {
         "kind": kind,

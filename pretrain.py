@@ -14,59 +14,37 @@ from __future__ import annotations
 
 import argparse
 
-import data
 import numpy as np
 import torch
 from PIL import Image
 
+import data
 from engine import EngineError, Precision, Run, launch, param_groups, setup
 from models import MODELS, build_mae, patchify, take_rows
-from trainer import (
-    Trainer,
-    add_training_arguments,
-    base_config,
-    check_training_arguments,
-    experiment_of,
-    init_model,
-    open_store,
-    print_plan,
-)  # fmt: skip
+from trainer import Trainer, add_training_arguments, check_training_arguments, init_model, open_store, plan_run
 
 
+# fmt: off
 def get_args_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("pretrain.py", description="Masked Autoencoder pre-training on a split of MS COCO")
-    model = parser.add_argument_group("model")
-    model.add_argument(
-        "--model",
-        choices=list(MODELS),
-        default="mae_base",
-        help="mae_base is the paper's Table 1; mae_tiny suits a CPU",
-    )
-    model.add_argument("--mask_ratio", type=float, default=0.75, help="share of patches hidden from the encoder")
-    model.add_argument("--norm_pix_loss", action=argparse.BooleanOptionalAction, default=True,
-                       help="predict pixels normalised per patch; gives better features, blurrier colours")  # fmt: skip
-    model.add_argument("--init", help="continue from this MAE checkpoint instead of random weights")
-    split = parser.add_argument_group("split")
-    split.add_argument(
-        "--split", choices=data.SPLITS, default="animal", help="which images to pre-train on; see `prepare.py splits`"
-    )
-    split.add_argument(
-        "--animal_fraction", type=float, help="share of animal images in the mixed split, 0 to 1 (default 0.5)"
-    )
-    split.add_argument(
-        "--num_images", type=int, help="size of the split (default: that of the animal split, so that arms are matched)"
-    )
-    split.add_argument("--animal_images", choices=["per_category", "unique", "single"], default="per_category",
-                       help="count an image once per animal category (the paper), once, or only if it has exactly one")  # fmt: skip
-    split.add_argument(
-        "--categories", nargs="+", help="COCO categories that take the place of the animals, for other studies"
-    )
+    add = parser.add_argument_group("model").add_argument
+    add("--model", choices=list(MODELS), default="mae_base", help="mae_base is the paper's Table 1; mae_tiny suits a CPU")
+    add("--mask_ratio", type=float, default=0.75, help="share of patches hidden from the encoder")
+    add("--norm_pix_loss", action=argparse.BooleanOptionalAction, default=True,
+        help="predict pixels normalised per patch; gives better features, blurrier colours")
+    add("--init", help="continue from this MAE checkpoint instead of random weights")
+    add = parser.add_argument_group("split").add_argument
+    add("--split", choices=data.SPLITS, default="animal", help="which images to pre-train on; see `prepare.py splits`")
+    add("--animal_fraction", type=float, help="share of animal images in the mixed split, 0 to 1 (default 0.5)")
+    add("--num_images", type=int, help="size of the split (default: that of the animal split, so that arms are matched)")
+    add("--animal_images", choices=["per_category", "unique", "single"], default="per_category",
+        help="count an image once per animal category (the paper), once, or only if it has exactly one")
+    add("--categories", nargs="+", help="COCO categories that take the place of the animals, for other studies")
     add_training_arguments(parser, output_dir="runs/pretrain", epochs=150, batch_size=256, warmup_epochs=10, min_lr=0.0)
     parser.add_argument("--blr", type=float, default=1.5e-4, help="base rate: lr = blr * batch_size / 256")
-    parser.add_argument(
-        "--figure_every", type=int, default=0, help="epochs between reconstruction figures (0: only at the end)"
-    )
+    parser.add_argument("--figure_every", type=int, default=0, help="epochs between figures (0: only at the end)")
     return parser
+# fmt: on
 
 
 def validation_noise(count: int, patches: int) -> torch.Tensor:
@@ -166,9 +144,8 @@ def main(args: argparse.Namespace) -> None:
     init = init_model(model, args.init, dist)
     lr = args.blr * args.batch_size / 256
     groups = param_groups(model, args.weight_decay)
-    config = base_config("pretrain", args, dist, precision, model, flops=flops, epoch_steps=epoch_steps, train=split,
-                         experiment=experiment_of(args, train=split.sha256, init=init))  # fmt: skip
-    print_plan(config, lr, groups, dist, model, mask_ratio=args.mask_ratio)
+    config = plan_run("pretrain", args, dist, precision, model, groups, lr=lr, flops=flops, epoch_steps=epoch_steps,
+                      train=split, mask_ratio=args.mask_ratio, init=init)  # fmt: skip
     if args.dry_run:
         return
     run = Run(args.output_dir, dist, config, args.resume, state_bytes=config["params"] * 12)
@@ -186,12 +163,12 @@ def main(args: argparse.Namespace) -> None:
         model, {k: open_store(args, dist, v.images, "image") for k, v in validation.items()}, args, dist
     )
     validate.run_dir, validate.epoch_steps = run.dir, epoch_steps
-    trainer = Trainer(
-        run, model, lambda network, b: network(b["images"], args.mask_ratio, b["noise"])[0], batches, groups, dist=dist,
-        precision=precision, lr=lr, min_lr=args.min_lr, betas=(0.9, 0.95), total_steps=args.epochs * epoch_steps,
-        warmup_steps=round(args.warmup_epochs * epoch_steps), epoch_steps=epoch_steps, batch_size=args.batch_size, flops=flops,
-        clip_grad=args.clip_grad, compile=args.compile, save_minutes=args.save_minutes, log_every=args.log_every,
-    )  # fmt: skip
+
+    def loss(network, batch):
+        return network(batch["images"], args.mask_ratio, batch["noise"])[0]
+
+    trainer = Trainer(run, model, loss, batches, groups, args=args, dist=dist, precision=precision, lr=lr,
+                      betas=(0.9, 0.95), epoch_steps=epoch_steps, flops=flops)  # fmt: skip
     metrics = trainer.fit(validate)
     zero = validate.predict_zero()
     validate.figure("reconstruction")

@@ -17,11 +17,11 @@ import statistics
 import time
 from pathlib import Path
 
-import data
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+import data
 from engine import Distributed, EngineError, Precision, Progress, Run, describe_environment, lr_at, peak_flops
 from weights import load_pretrained
 
@@ -35,18 +35,18 @@ FREE_ARGUMENTS = {
 # fmt: off
 def add_training_arguments(parser: argparse.ArgumentParser, *, output_dir: str, epochs: int, batch_size: int,
                            warmup_epochs: float, min_lr: float) -> None:
-    """Add the flags that all training scripts have; the keyword arguments are this script's defaults."""
+    """Add the flags that all training scripts have; the keyword arguments are the defaults of one script."""
     add = parser.add_argument_group("data").add_argument
-    add("--data_root", default="data", help="folder with coco/ and oxford-iiit-pet/ (prepare.py download or demo fills it)")
+    add("--data_root", default="data", help="folder with coco/ and oxford-iiit-pet/ (see prepare.py)")
     add("--cache_dir", default="cache", help="folder of the decoded images; put it on a fast disk")
     add("--cache_size", type=int, default=384, help="side of decoded images in pixels; smaller saves memory, blurs crops")
-    add("--cache_device", choices=["auto", "cuda", "cpu"], default="auto", help="auto: decoded images on the GPU if they fit")
+    add("--cache_device", choices=["auto", "cuda", "cpu"], default="auto", help="auto: images on the GPU if they fit")
     add("--img_size", type=int, default=224, help="input size in pixels, divisible by the patch size")
     add("--split_seed", type=int, default=0, help="seed of the image selection (COCO draw, part of the labels)")
     add = parser.add_argument_group("optimisation").add_argument
     add("--epochs", type=int, default=epochs, help="passes over the data")
     add("--batch_size", type=int, default=batch_size, help="images per update, all GPUs and micro-batches together")
-    add("--micro_batch_size", type=int, help="images per GPU at a time; lower it when memory runs out, results stay the same")
+    add("--micro_batch_size", type=int, help="images per GPU at a time; lower it to save memory, results stay")
     add("--weight_decay", type=float, default=0.05, help="AdamW's decay; norms and biases are exempt")
     add("--warmup_epochs", type=float, default=warmup_epochs, help="epochs of linear warm-up before the cosine")
     add("--min_lr", type=float, default=min_lr, help="rate at the end of the cosine")
@@ -56,7 +56,7 @@ def add_training_arguments(parser: argparse.ArgumentParser, *, output_dir: str, 
     add("--output_dir", default=output_dir, help="folder of this run; an interrupted run in it is continued")
     add("--resume", choices=["auto", "never"], default="auto", help="never: start over in --output_dir")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    add("--precision", choices=["auto", "bf16", "fp16", "fp32"], default="auto", help="auto: bf16 or fp16 on GPUs, else fp32")
+    add("--precision", choices=["auto", "bf16", "fp16", "fp32"], default="auto", help="auto: bf16 or fp16 on GPUs")
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the network (default: on GPUs)")
     add("--save_minutes", type=float, default=5, help="minutes between checkpoints; 0: one after every epoch")
     add("--log_every", type=int, default=50, help="steps between lines of log.jsonl")
@@ -80,15 +80,11 @@ def check_training_arguments(args: argparse.Namespace) -> None:
             raise EngineError(f"--{name} must be at least 0, got {getattr(args, name)}")
 
 
-def experiment_of(args: argparse.Namespace, **more) -> dict:
-    """The part of the arguments that defines the result, for config.json and the check on resuming."""
-    return {k: v for k, v in sorted(vars(args).items()) if k not in FREE_ARGUMENTS} | more
-
-
 class Trainer:
     """Trains `model` for total_steps updates inside a `Run`, from its last checkpoint if it has one.
 
     Args:
+        args: the flags of `add_training_arguments`.
         forward: forward(network, micro_batch) -> scalar loss, called under autocast; network wraps model (compile, DDP).
         batches: `run(first_step, last_step)` yields a list of micro-batches per step, as a function of the step alone.
         groups: parameter groups with `lr_scale` (see engine.param_groups).
@@ -96,41 +92,23 @@ class Trainer:
         best: name of the validation score whose highest value selects the weights to keep; None keeps the last.
     """
 
-    def __init__(
-        self, run: Run, model: nn.Module, forward, batches, groups: list[dict], *, dist: Distributed, precision: Precision,
-        lr: float, min_lr: float, betas: tuple[float, float], total_steps: int, warmup_steps: int, epoch_steps: int,
-        batch_size: int, flops: float | None, clip_grad: float | None = None, compile: bool | None = None,
-        save_minutes: float = 5, log_every: int = 50, best: str | None = None,
-    ):  # fmt: skip
-        self.run, self.model, self.forward, self.batches, self.dist, self.precision = (
-            run,
-            model,
-            forward,
-            batches,
-            dist,
-            precision,
-        )
-        self.lr, self.min_lr, self.total_steps, self.warmup_steps, self.epoch_steps = (
-            lr,
-            min_lr,
-            total_steps,
-            warmup_steps,
-            epoch_steps,
-        )
-        self.batch_size, self.flops, self.clip_grad, self.best_key = batch_size, flops, clip_grad, best
-        self.save_seconds, self.log_every = 60 * save_minutes, log_every
+    def __init__(self, run: Run, model: nn.Module, forward, batches, groups: list[dict], *, args, dist: Distributed,
+                 precision: Precision, lr: float, betas: tuple, epoch_steps: int, flops: float, best=None):  # fmt: skip
+        self.run, self.model, self.forward, self.batches, self.args = run, model, forward, batches, args
+        self.dist, self.precision, self.lr, self.flops, self.best_key = dist, precision, lr, flops, best
+        self.epoch_steps, self.total_steps = epoch_steps, args.epochs * epoch_steps
+        self.batch_size, self.log_every, self.save_seconds = args.batch_size, args.log_every, 60 * args.save_minutes
         self.params = [p for g in groups for p in g["params"]]
-        self.optimizer = torch.optim.AdamW(
-            [{k: v for k, v in g.items() if k != "names"} for g in groups], lr=lr, betas=betas, fused=True
-        )
+        groups = [{k: v for k, v in g.items() if k != "names"} for g in groups]
+        self.optimizer = torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)
         self.network = model
-        if compile if compile is not None else dist.device.type == "cuda":
+        if args.compile or (args.compile is None and dist.device.type == "cuda"):
             self.network = torch.compile(model, dynamic=False)
         if dist.world_size > 1:
             ids = [dist.device] if dist.device.type == "cuda" else None
             self.network = DistributedDataParallel(self.network, device_ids=ids, gradient_as_bucket_view=True)
         self.step, self.seconds, self.best, self.last_val, self.rates = 0, 0.0, None, None, []
-        # Since the last log line: sum of losses, steps, skipped steps; and the first step with a non-finite loss (inf: none).
+        # Since the last log line: sum of losses, steps, skipped steps; and the first step with a non-finite loss.
         self.meter = torch.zeros(3, device=dist.device)
         self.bad_step = torch.full((), math.inf, device=dist.device)
         self.stop_signal = 0
@@ -151,9 +129,9 @@ class Trainer:
                 scaler.scale(loss).backward()
             loss_sum = loss_sum + loss.detach()
         norm = None
-        if want_norm or self.clip_grad or scaler.is_enabled():
+        if want_norm or self.args.clip_grad or scaler.is_enabled():
             scaler.unscale_(self.optimizer)
-            norm = nn.utils.clip_grad_norm_(self.params, self.clip_grad or math.inf)
+            norm = nn.utils.clip_grad_norm_(self.params, self.args.clip_grad or math.inf)
         scaler.step(self.optimizer)
         scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
@@ -232,7 +210,8 @@ class Trainer:
         raise EngineError(f"{found}; {kept} in {self.run.dir}; {advice}", 1)
 
     def _lr(self, step: int) -> float:
-        return lr_at(step, self.total_steps, self.warmup_steps, self.lr, self.min_lr)
+        warmup = round(self.args.warmup_epochs * self.epoch_steps)
+        return lr_at(step, self.total_steps, warmup, self.lr, self.args.min_lr)
 
     def _mfu(self, img_s: float | None) -> float | None:
         peak = peak_flops(self.dist.device, self.precision.name)
@@ -246,8 +225,8 @@ class Trainer:
         steps, skipped = int(self.meter[1].item()), int(self.meter[2].item())
         loss, lr, mfu = statistics.fmean(self.loss_sums) / steps, self._lr(self.step - 1), self._mfu(img_s)
         more = {"skipped": skipped} if self.precision.scaler.is_enabled() else {}
-        self.run.log("train", step=self.step, epoch=self.step / self.epoch_steps, loss=loss, lr=lr, grad_norm=norm.item(), **more,
-                     img_s=round(img_s, 1), mfu=mfu, mem_gb=self._memory(), seconds=round(self.seconds, 2))  # fmt: skip
+        self.run.log("train", step=self.step, epoch=self.step / self.epoch_steps, loss=loss, lr=lr, grad_norm=norm.item(),
+                     **more, img_s=round(img_s, 1), mfu=mfu, mem_gb=self._memory(), seconds=round(self.seconds, 2))  # fmt: skip
         self.rates.append(img_s)
         self.meter.zero_()
         self.note = f"loss {loss:.4f}, lr {lr:.2e}" + (f", MFU {100 * mfu:.1f} %" if mfu else "")
@@ -374,58 +353,53 @@ def open_store(
     return store
 
 
-def base_config(kind: str, args, dist: Distributed, precision: Precision, model: nn.Module, *, flops: float,
-                epoch_steps: int, train: data.Split, experiment: dict) -> dict:  # fmt: skip
-    """The content of config.json: arguments, what defines the experiment, data, model size, environment."""
-    brief = {k: v for k, v in train.manifest.items() if not isinstance(v, list)}
+def plan_run(kind: str, args, dist: Distributed, precision: Precision, model: nn.Module, groups: list[dict], *, lr: float,
+             flops: float, epoch_steps: int, train: data.Split, mask_ratio: float = 0.0, **inputs) -> dict:  # fmt: skip
+    """Say what is about to run, and return the content of config.json; --dry_run also prints every parameter group.
+
+    `experiment` in it is all that defines the result: the flags that matter and `inputs`, hashes of lists and checkpoints.
+    """
     title = Path(args.data_root, "DATASET.txt")
     title = title.read_text().splitlines()[0] if title.exists() else "MS COCO 2017 and Oxford-IIIT Pet"
-    return {
-        "kind": kind, "args": vars(args), "experiment": experiment, **describe_environment(dist, precision),
-        "params": sum(p.numel() for p in model.parameters()), "flops_per_image": flops, "updates": args.epochs * epoch_steps,
-        "epoch_updates": epoch_steps, "batch_size": args.batch_size, "n_train": len(train.images), "n_unique": train.unique,
-        "manifest": {"train": brief}, "data": {"root": str(args.data_root), "title": title},
+    experiment = {k: v for k, v in sorted(vars(args).items()) if k not in FREE_ARGUMENTS}
+    config = {
+        "kind": kind, "args": vars(args), "experiment": {**experiment, "train": train.sha256, **inputs},
+        **describe_environment(dist, precision), "params": sum(p.numel() for p in model.parameters()),
+        "flops_per_image": flops, "updates": args.epochs * epoch_steps, "epoch_updates": epoch_steps,
+        "batch_size": args.batch_size, "n_train": len(train.images), "n_unique": train.unique,
+        "manifest": {"train": {k: v for k, v in train.manifest.items() if not isinstance(v, list)}},
+        "data": {"root": str(args.data_root), "title": title},
     }  # fmt: skip
-
-
-def print_plan(
-    config: dict, lr: float, groups: list[dict], dist: Distributed, model: nn.Module, mask_ratio: float = 0.0
-) -> None:
-    """Say what is about to run; with --dry_run also every parameter group with its rate."""
     if not dist.is_main:
-        return
-    args, hardware, gflop = config["args"], config["hardware"], config["flops_per_image"] / 1e9
-    print(
-        f"{config['kind']}: {args.get('model')}, {config['params']:,} parameters, {gflop:.2f} GFLOP per training image"
+        return config
+    device, versions, memory = (
+        config["hardware"]["device"],
+        config["versions"],
+        expected_memory(model, config, mask_ratio),
     )
-    print(
-        f"on {hardware['device']} x {hardware['world_size']}, {config['precision']}, torch {config['versions']['torch']}"
-    )
-    print(
-        f"data: {config['n_train']:,} list entries, {config['n_unique']:,} unique images of {config['data']['title']}"
-    )
-    print(
-        f"plan: {config['updates']:,} updates of {config['batch_size']} images, {args['epochs']} epochs, lr {lr:.3g}",
-        end="",
-    )
-    memory = expected_memory(model, args, config, dist, mask_ratio)
-    print(f", about {memory:.1f} GB of memory per process" if memory else "", flush=True)
-    for group in groups if args["dry_run"] else ():
-        first, count = group["names"][0], len(group["names"])
-        scale, decay = group["lr_scale"], group["weight_decay"]
-        print(f"  lr {lr * scale:.3e} (x {scale:.4f})  weight_decay {decay:g}  {count} tensors: {first} ...")
+    print(f"{kind}: {args.model}, {config['params']:,} parameters, {flops / 1e9:.2f} GFLOP per training image")
+    print(f"on {device} x {dist.world_size}, {precision.name}, torch {versions['torch']}, git {config['git']}")
+    print(f"data: {len(train.images):,} list entries, {train.unique:,} unique images of {title}")
+    plan = f"plan: {config['updates']:,} updates of {args.batch_size} images, {args.epochs} epochs, lr {lr:.3g}"
+    print(f"{plan}, about {memory:.1f} GB of memory per process" if memory else plan, flush=True)
+    for group in groups if args.dry_run else ():
+        rate, count, first = group["lr_scale"], len(group["names"]), group["names"][0]
+        print(
+            f"  lr {lr * rate:.3e} (x {rate:.4f})  weight_decay {group['weight_decay']:g}  {count} tensors: {first} ..."
+        )
+    return config
 
 
-def expected_memory(model, args: dict, config: dict, dist: Distributed, mask_ratio: float) -> float | None:
-    """Rough memory of training in GB: 16 bytes a parameter (weight, gradient, two moments) and the blocks' activations.
+def expected_memory(model: nn.Module, config: dict, mask_ratio: float) -> float | None:
+    """Estimate the memory of training in GB: 16 bytes a parameter (weight, gradient, two moments) and activations.
 
     A pre-norm block keeps about 17 values per token and feature for the backward pass (Korthikanti et al. 2022, with
     fused attention).
     """
     if not hasattr(model, "blocks"):
         return None
-    tokens = [model.num_visible(mask_ratio) + 1] * len(model.blocks)
-    kept = sum(17 * t * b.norm1.weight.numel() for t, b in zip(tokens, model.blocks, strict=True))
-    kept += sum(17 * (model.num_patches + 1) * b.norm1.weight.numel() for b in getattr(model, "decoder_blocks", ()))
-    images = args.get("micro_batch_size") or args["batch_size"] // dist.world_size
+    encoder, decoder = model.num_visible(mask_ratio) + 1, model.num_patches + 1
+    kept = sum(17 * encoder * b.norm1.weight.numel() for b in model.blocks)
+    kept += sum(17 * decoder * b.norm1.weight.numel() for b in getattr(model, "decoder_blocks", ()))
+    images = config["args"]["micro_batch_size"] or config["batch_size"] // config["hardware"]["world_size"]
     return (16 * config["params"] + images * kept * (4 if config["precision"] == "fp32" else 2)) / 1e9
