@@ -89,10 +89,10 @@ def train_segmenter(args, kind: str, model: nn.Module, dist: Distributed, precis
     train = data.pets_split(args.data_root, "train", train_fraction=args.train_fraction, split_seed=args.split_seed)
     val = data.pets_split(args.data_root, "val")
     size = len(train.images)
-    if args.equal_updates:
-        size = len(data.pets_split(args.data_root, "train").images)
-        args.batch_size = min(args.batch_size, len(train.images))
     epoch_steps = size // args.batch_size
+    if args.equal_updates:
+        epoch_steps = len(data.pets_split(args.data_root, "train").images) // args.batch_size
+        args.batch_size = min(args.batch_size, size)
     if not epoch_steps:
         raise EngineError(
             f"--batch_size {args.batch_size} is larger than the {size} training images; use at most {size}"

@@ -105,7 +105,8 @@ class Attention(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         B, N, D = x.shape
-        q, k, v = self.qkv(x).view(B, N, 3, self.num_heads, D // self.num_heads).permute(2, 0, 3, 1, 4).unbind(0)
+        # Splitting the last dimension, not a permuted view: the backward pass then writes one gradient in its final layout.
+        q, k, v = (t.view(B, N, self.num_heads, -1).transpose(1, 2) for t in self.qkv(x).chunk(3, dim=-1))
         x = F.scaled_dot_product_attention(q, k, v)  # [B, heads, N, D/heads]
         return self.proj(x.transpose(1, 2).reshape(B, N, D))
 

@@ -57,9 +57,10 @@ def read_checkpoint(path: str) -> dict:
         raise CheckpointError(
             f"{path} is not a checkpoint of tensors and plain values only; loading it could run code, so it is refused"
         ) from None
-    except Exception as error:  # torch reports damaged archives with many types
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise CheckpointError(f"{path} cannot be read as a checkpoint: {reason[0]}") from None
+    except OSError as error:
+        raise CheckpointError(f"checkpoint {path} cannot be opened: {error.strerror}") from None
+    except Exception:  # torch reports damaged archives with many types, and advises to load them unsafely
+        raise CheckpointError(f"{path} is damaged or no checkpoint; download or copy it again") from None
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds a {type(content).__name__}, not a checkpoint")
     return content
@@ -155,6 +156,6 @@ def load_model(path: str) -> tuple[nn.Module, dict]:
     try:
         model = (build_mae if config["kind"] == "mae" else build_segmenter)(config["name"], **sizes)
         model.load_state_dict(content["model"])
-    except (KeyError, TypeError, RuntimeError) as error:
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{path} does not fit the model it names: {str(error).splitlines()[0]}") from None
     return model.eval(), content
