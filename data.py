@@ -750,14 +750,14 @@ class TrainBatches:
         if masks is not None and masks.images != images.images:
             raise DataError("images and masks must be stores of the same list")
         share = batch_size // world_size
-        self.micro = min(micro_batch_size or share, share) or 1
-        unit = world_size * self.micro
-        if batch_size < 1 or batch_size % unit:
-            raise DataError(f"--batch_size {batch_size} is not divisible by {world_size} process(es) x micro-batch "
-                f"{self.micro}; the nearest valid size is {max(1, round(batch_size / unit)) * unit}")  # fmt: skip
-        if batch_size > len(images):
-            raise DataError(f"--batch_size {batch_size} is larger than the split's {len(images)} images; "
-                f"the largest valid size is {len(images) // unit * unit} (0: add images)")  # fmt: skip
+        self.micro = min(micro_batch_size or share, share)
+        unit = world_size * (self.micro if 0 < self.micro < share else 1)
+        if batch_size < 1 or batch_size % unit or batch_size > len(images):
+            nearest = min(max(1, round(batch_size / unit)), len(images) // unit) * unit
+            parts = f"{world_size} process(es)" + (f" x micro-batch {self.micro}" if unit > world_size else "")
+            wrong = f"larger than the split's {len(images)} images" if batch_size > len(images) else "not divisible"
+            raise DataError(f"--batch_size {batch_size} is {wrong} (must be divisible by {parts}); "
+                f"the nearest valid size is {nearest or 'none: too few images'}")  # fmt: skip
         self.images, self.seed, self.batch_size, self.rank = images, seed, batch_size, rank
         self.stores = {"images": images} if masks is None else {"images": images, "masks": masks}
         self.img_size, self.scale, self.crop, self.draws = img_size, scale, crop, draws or {}

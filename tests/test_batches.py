@@ -1,0 +1,207 @@
+"""Batches: pure functions of (seed, epoch, position), whatever the processes, the micro-batches and the starting step."""
+
+import threading
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+import data
+
+QUIET = settings(deadline=None, database=None, max_examples=25)
+COUNT, SIZE = 23, 12
+
+
+@pytest.fixture(scope="module")
+def stores(tmp_path_factory):
+    """23 pets; pixel values tell which image it is, and the trimap's class is the number modulo 3."""
+    root = tmp_path_factory.mktemp("pets")
+    folder = root / "oxford-iiit-pet"
+    (folder / "images").mkdir(parents=True)
+    (folder / "annotations" / "trimaps").mkdir(parents=True)
+    keys = [f"oxford-iiit-pet/images/{i}.png" for i in range(COUNT)]
+    for i, key in enumerate(keys):
+        Image.new("RGB", (20 + i, 30), (10 * i, 10 * i, 10 * i)).save(root / key)
+        Image.new("L", (20 + i, 30), 1 + i % 3).save(root / data.trimap_path(key))
+    made = []
+    for kind in ("image", "trimap"):
+        data.build_cache(root, keys, kind=kind, cache_dir=root / "cache", cache_size=SIZE)
+        made.append(data.ImageStore(root, keys, kind=kind, cache_dir=root / "cache", cache_size=SIZE))
+    return made
+
+
+def batches(stores, batch_size, seed=0, **options):
+    options = dict(img_size=8, draws={"noise": (5,), "drop": (2, 3)}) | options
+    return data.TrainBatches(*stores, batch_size=batch_size, seed=seed, **options)
+
+
+def numbers(batch) -> list[int]:
+    """Which images a batch holds, read back from its pixels."""
+    return (data.denormalise(batch["images"])[:, 0].mean((1, 2)) / 10).round().int().tolist()
+
+
+def joined(micro_batches: list[dict]) -> dict[str, torch.Tensor]:
+    return {k: torch.cat([m[k] for m in micro_batches]) for k in micro_batches[0]}
+
+
+def equal(a: dict, b: dict) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+@QUIET
+@given(batch_size=st.integers(1, COUNT), seed=st.integers(0, 2**63))
+def test_an_epoch_holds_no_entry_twice_and_leaves_out_only_its_incomplete_last_batch(stores, batch_size, seed):
+    train = batches(stores, batch_size, seed)
+    steps = train.steps_per_epoch
+    assert steps == COUNT // batch_size
+    epochs = [[n for b in train.run(e * steps, (e + 1) * steps) for n in numbers(b[0])] for e in (0, 1)]
+    for seen in epochs:
+        assert len(seen) == len(set(seen)) == COUNT - COUNT % batch_size
+    assert epochs[0] != epochs[1]
+
+
+@QUIET
+@given(
+    world=st.integers(1, 4),
+    micro=st.integers(1, 4),
+    parts=st.integers(1, 3),
+    seed=st.integers(0, 9),
+    step=st.integers(0, 20),
+)
+def test_ranks_and_micro_batches_hold_disjoint_parts_of_the_same_global_batch(stores, world, micro, parts, seed, step):
+    batch_size = world * micro * parts
+    assume(batch_size <= COUNT)
+    whole = joined(next(batches(stores, batch_size, seed, vertical_flip=True).run(step, step + 1)))
+    shards = []
+    for rank in range(world):
+        options = dict(rank=rank, world_size=world, micro_batch_size=micro, vertical_flip=True)
+        train = batches(stores, batch_size, seed, **options)
+        (batch,) = train.run(step, step + 1)
+        assert len(batch) == train.micro_batches == parts and all(len(m["images"]) == micro for m in batch)
+        shards += batch
+    assert equal(joined(shards), whole)
+    assert len(set(numbers(whole))) == batch_size
+
+
+@pytest.mark.parametrize("first", [0, 1, 4, 7])
+def test_a_run_that_starts_anywhere_continues_the_same_experiment(stores, first):
+    through = list(batches(stores, 5).run(0, 10))
+    late = list(batches(stores, 5).run(first, 10))
+    assert len(late) == 10 - first
+    assert all(equal(joined(a), joined(b)) for a, b in zip(through[first:], late, strict=True))
+
+
+def test_shapes_ranges_and_masks_belong_to_the_images(stores):
+    for batch in batches(stores, 11, vertical_flip=True).run(0, 4):
+        (b,) = batch
+        assert b["images"].shape == (11, 3, 8, 8) and b["images"].dtype == torch.float32
+        assert b["masks"].shape == (11, 8, 8) and b["masks"].dtype == torch.int64
+        assert b["masks"].flatten(1).min(1)[0].tolist() == [n % 3 for n in numbers(b)]
+        assert b["noise"].shape == (11, 5) and b["drop"].shape == (11, 2, 3)
+        assert b["noise"].min() >= 0 and b["noise"].max() < 1
+
+
+def test_seeds_epochs_and_draws_are_independent(stores):
+    noise = [
+        joined(next(batches(stores, 5, seed).run(step, step + 1)))["noise"] for seed in (0, 1) for step in (0, 1, 4)
+    ]
+    assert len({x.numpy().tobytes() for x in noise}) == 6
+    fewer = joined(next(batches(stores, 5, draws={}).run(0, 1)))  # a draw more or less changes nothing else
+    more = joined(next(batches(stores, 5).run(0, 1)))
+    assert torch.equal(fewer["images"], more["images"]) and "noise" not in fewer
+
+
+def test_a_store_kept_on_the_device_gives_the_same_batches(stores):
+    kept = []
+    for store in stores:
+        twin = object.__new__(data.ImageStore)
+        twin.__dict__ |= store.__dict__ | {"tensor": store.gather(np.arange(COUNT))}
+        kept.append(twin)
+    for a, b in zip(batches(stores, 5).run(0, 3), batches(kept, 5).run(0, 3), strict=True):
+        assert equal(joined(a), joined(b))
+
+
+def test_crops_and_flips_can_be_switched_off(stores):
+    left = torch.zeros(1, 3, SIZE, SIZE, dtype=torch.uint8)
+    left[..., : SIZE // 2] = 255
+
+    class Half:
+        images, rows, sizes, size = ("x",) * 4, np.zeros(4, np.int64), np.array([[30, 20]], np.float32), SIZE
+        tensor = left
+
+        def __len__(self):
+            return 4
+
+    def seen(**options):
+        train = data.TrainBatches(Half(), img_size=SIZE, batch_size=4, seed=0, **options)
+        return data.denormalise(torch.cat([b[0]["images"] for b in train.run(0, 8)])).round()
+
+    plain = seen(crop=False, flip=False, vertical_flip=True)
+    assert torch.equal(plain, left.float().expand_as(plain))
+    mirrored = seen(crop=False)
+    share = (mirrored[:, 0, 0, 0] == 0).float().mean()
+    assert 0.2 < share < 0.8 and torch.equal(mirrored[:, :, 0], mirrored[:, :, -1])
+    assert not torch.equal(seen(), mirrored)
+
+
+@QUIET
+@given(world=st.integers(1, 5), batch_size=st.integers(1, 30), img_size=st.sampled_from([SIZE, 7]))
+def test_evaluation_sees_every_image_exactly_once(stores, world, batch_size, img_size):
+    seen = []
+    for rank in range(world):
+        loader = data.EvalBatches(stores[0], img_size=img_size, batch_size=batch_size, rank=rank, world_size=world)
+        parts = list(loader)
+        assert len(parts) == loader.count and all(len(i) == batch_size for i, _ in parts[:-1])
+        for index, images in parts:
+            assert images.shape == (len(index), 3, img_size, img_size)
+            assert numbers({"images": images}) == index.tolist()
+            seen += index.tolist()
+    assert sorted(seen) == list(range(COUNT))
+
+
+def test_evaluation_takes_tensors_and_more_processes_than_images():
+    images = torch.full((2, 3, 9, 9), 100, dtype=torch.uint8)
+    shares = [
+        [i.tolist() for i, _ in data.EvalBatches(images, img_size=6, batch_size=4, rank=r, world_size=3)]
+        for r in range(3)
+    ]
+    assert shares == [[[0]], [[1]], []]
+
+
+@pytest.mark.parametrize(
+    "batch_size, options, words",
+    [
+        (24, {}, "larger than the split's 23 images .*the nearest valid size is 23"),
+        (24, {"world_size": 2, "micro_batch_size": 4}, "the nearest valid size is 16"),
+        (7, {"world_size": 2}, r"2 process\(es\)\); the nearest valid size is (6|8)"),
+        (10, {"micro_batch_size": 4}, r"micro-batch 4\); the nearest valid size is (8|12)"),
+        (1, {"world_size": 4}, "the nearest valid size is 4"),
+        (0, {}, "nearest valid size is 1"),
+        (23, {"world_size": 24}, "is not divisible .* none: too few images"),
+        (23, {"world_size": 8}, "the nearest valid size is 16"),
+        (4, {"seed": -1}, "0 or more"),
+    ],
+)
+def test_a_batch_that_cannot_be_names_the_nearest_valid_size(stores, batch_size, options, words):
+    with pytest.raises(data.DataError, match=words):
+        batches(stores, batch_size, **options)
+
+
+def test_closing_stops_the_thread_and_its_errors_come_through(stores, monkeypatch):
+    before = set(threading.enumerate())
+    run = batches(stores, 5).run(0, 100)
+    next(run)
+    assert set(threading.enumerate()) - before
+    run.close()
+    assert not set(threading.enumerate()) - before
+
+    def fail(*_):
+        raise OSError("the disk went away")
+
+    monkeypatch.setattr(data.ImageStore, "gather", fail)
+    with pytest.raises(OSError, match="went away"):
+        list(batches(stores, 5).run(0, 3))
+    assert not set(threading.enumerate()) - before

@@ -1,0 +1,305 @@
+"""The decoded cache: kills, damage, changes, strange image files, a full disk."""
+
+import errno
+import os
+import random
+import signal
+import subprocess
+import sys
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, ImageOps
+
+import data
+
+SAMPLE = os.environ.get("SAMPLE_ROOT")
+
+
+def draw_photo(path: Path, seed: int, size=(40, 30), **options) -> str:
+    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path, **options)
+    return path.name
+
+
+@pytest.fixture
+def photos(tmp_path):
+    root = tmp_path / "root"
+    return root, [draw_photo(root / f"{i}.jpg", i, (40 + i % 7, 30)) for i in range(300)]
+
+
+def content(cache: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in sorted(cache.iterdir())}
+
+
+def rows(root, images, cache, kind="image", size=24):
+    store = data.ImageStore(root, images, kind=kind, cache_dir=cache, cache_size=size)
+    return store, store.gather(np.arange(len(store))).numpy()
+
+
+def test_rows_are_the_squashed_images_in_request_order_and_repeats_share_one(photos, tmp_path):
+    root, images = photos
+    images = [*images[:5], images[2]]
+    data.build_cache(root, images, cache_dir=tmp_path / "c", cache_size=24)
+    store, got = rows(root, images, tmp_path / "c")
+    for i, name in enumerate(images):
+        expected = np.asarray(Image.open(root / name).resize((24, 24), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
+        assert np.array_equal(got[i], expected)
+    assert len(store) == 6 and store.rows.tolist() == [0, 1, 2, 3, 4, 2] and store.images == tuple(images)
+    assert store.sizes.tolist()[1] == [30, 41] and len(store.sizes) == 5
+    again = data.ImageStore(root, images, kind="image", cache_dir=tmp_path / "c", cache_size=24, on_device=True)
+    assert np.array_equal(again.gather(np.arange(6)).numpy(), got)
+
+
+def test_a_second_build_decodes_nothing_and_a_larger_one_appends(photos, tmp_path, monkeypatch):
+    root, images = photos
+    options = dict(cache_dir=tmp_path / "c", cache_size=8)
+    data.build_cache(root, images[:20], **options)
+    before = content(tmp_path / "c")
+    with monkeypatch.context() as m:
+        m.setattr(data, "read_image", lambda path: pytest.fail("decoded again"))
+        data.build_cache(root, images[:20][::-1], **options)
+    assert content(tmp_path / "c") == before
+    data.build_cache(root, images[10:30], **options)
+    after = content(tmp_path / "c")
+    assert all(after[name].startswith(before[name]) and len(after[name]) > len(before[name]) for name in before)
+
+
+BUILD = """
+import sys, data
+data.CHUNK = 8
+root, cache, count = sys.argv[1:]
+class Loud:
+    def __init__(self, *_): pass
+    def __enter__(self): return self
+    def __exit__(self, *_): pass
+    def update(self, n): print("one", flush=True)
+images = [f"{i}.jpg" for i in range(int(count))]
+data.build_cache(root, images, cache_dir=cache, cache_size=24, workers=2, progress=Loud)
+"""
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_build_killed_and_repeated_equals_one_in_peace_byte_for_byte(photos, tmp_path, seed):
+    root, images = photos
+    (root / "7.jpg").write_bytes(b"no image")  # a row of zeros survives it as well
+    data.build_cache(root, images, cache_dir=tmp_path / "peace", cache_size=24)
+    command = [sys.executable, "-c", BUILD, str(root), str(tmp_path / "killed"), "300"]
+    for lines in random.Random(seed).sample(range(1, 250), 2):  # each of them continues where the last one died
+        child = subprocess.Popen(command, stdout=subprocess.PIPE, cwd=Path(data.__file__).parent)
+        for _ in range(lines):
+            if not child.stdout.readline():
+                break
+        child.send_signal(signal.SIGKILL)
+        child.communicate()
+    data.build_cache(root, images, cache_dir=tmp_path / "killed", cache_size=24)
+    assert content(tmp_path / "killed") == content(tmp_path / "peace")
+
+
+def test_any_torn_tail_is_cut_off(photos, tmp_path):
+    root, images = photos
+    options = dict(cache_dir=tmp_path / "c", cache_size=8)
+    data.build_cache(root, images[:40], **options)
+    whole = content(tmp_path / "c")
+    rng = random.Random(0)
+    for _ in range(20):
+        for path in (tmp_path / "c").iterdir():
+            if rng.random() < 0.7:  # what a crash of the machine may leave
+                path.write_bytes(whole[path.name][: rng.randrange(len(whole[path.name]))] + rng.choice([b"", b"\0\0"]))
+        data.build_cache(root, images[:40], **options)
+        assert content(tmp_path / "c") == whole
+
+
+def _build(root, images, cache):
+    data.build_cache(root, images, cache_dir=cache, cache_size=8, workers=1)
+
+
+def test_processes_that_build_at_once_make_one_cache(photos, tmp_path):
+    root, images = photos
+    data.build_cache(root, images[:60], cache_dir=tmp_path / "one", cache_size=8)
+    children = [
+        get_context("fork").Process(target=_build, args=(root, images[:60], tmp_path / "many")) for _ in range(3)
+    ]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join()
+    assert [child.exitcode for child in children] == [0, 0, 0]
+    assert content(tmp_path / "many") == content(tmp_path / "one")
+
+
+def test_a_replaced_image_is_noticed_and_decoded_anew(photos, tmp_path):
+    root, images = photos
+    data.build_cache(root, images[:5], cache_dir=tmp_path / "c", cache_size=24)
+    draw_photo(root / "3.jpg", 999, (50, 50))
+    with pytest.raises(data.DataError, match=r"1 of 5 .* changed since, first 3.jpg.*prepare.py cache"):
+        rows(root, images[:5], tmp_path / "c")
+    data.build_cache(root, images[:5], cache_dir=tmp_path / "c", cache_size=24)
+    store, got = rows(root, images[:5], tmp_path / "c")
+    expected = np.asarray(Image.open(root / "3.jpg").resize((24, 24), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
+    assert np.array_equal(got[3], expected) and store.sizes[3].tolist() == [50, 50]
+
+
+def test_damaged_images_are_named_counted_and_left_out(photos, tmp_path, capsys):
+    root, images = photos
+    (root / "5.jpg").write_bytes((root / "5.jpg").read_bytes()[:-200])
+    (root / "6.jpg").write_bytes(b"")
+    (root / "8.jpg").write_text("this is text")
+    data.build_cache(root, images, cache_dir=tmp_path / "c", cache_size=8)
+    err = capsys.readouterr().err
+    assert err.count("left out:") == 3
+    assert "5.jpg: cannot be read: image file is truncated" in err
+    assert "6.jpg: cannot be read: the file is empty" in err and "8.jpg: cannot be read: not an image" in err
+    store, _ = rows(root, images, tmp_path / "c", size=8)
+    assert store.dropped == ["5.jpg", "6.jpg", "8.jpg"] and len(store) == 297
+    before = content(tmp_path / "c")
+    data.build_cache(root, images, cache_dir=tmp_path / "c", cache_size=8)
+    assert content(tmp_path / "c") == before
+    (root / "9.jpg").unlink()
+    with pytest.raises(data.DataError, match=r"4 of 300 images .*at most 1 %.*verify"):
+        data.build_cache(root, images, cache_dir=tmp_path / "c", cache_size=8)
+    draw_photo(root / "9.jpg", 9)
+    data.build_cache(root, images, cache_dir=tmp_path / "c", cache_size=8)
+    assert len(rows(root, images, tmp_path / "c", size=8)[0]) == 297
+
+
+def test_too_small_a_disk_is_told_in_numbers_before_anything_is_written(photos, tmp_path, monkeypatch):
+    root, images = photos
+    monkeypatch.setattr(data.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 10**6})())
+    with pytest.raises(data.DataError, match=r"needs 0\.1 GB, 0\.0 GB are free.*--cache_dir") as error:
+        data.build_cache(root, images, cache_dir=tmp_path / "c", cache_size=384)
+    assert error.value.exit_code == 1 and not any(content(tmp_path / "c").values())
+
+
+def test_a_disk_that_fills_up_ends_in_one_line_and_the_next_build_continues(photos, tmp_path, monkeypatch):
+    root, images = photos
+    data.build_cache(root, images, cache_dir=tmp_path / "peace", cache_size=8)
+    calls, fsync = [], os.fsync
+
+    def full(fd):
+        calls.append(fd)
+        if len(calls) == 4:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        fsync(fd)
+
+    with monkeypatch.context() as m:
+        m.setattr(data.os, "fsync", full)
+        with pytest.raises(data.DataError, match=r"no room left while writing .* repeat the command") as error:
+            data.build_cache(root, images, cache_dir=tmp_path / "full", cache_size=8)
+    assert error.value.exit_code == 1
+    data.build_cache(root, images, cache_dir=tmp_path / "full", cache_size=8)
+    assert content(tmp_path / "full") == content(tmp_path / "peace")
+
+
+@pytest.mark.parametrize("name", ["with space.jpg", "quo'te\".jpg", "new\nline.jpg", "ünïcode-猫.jpg", "dir.x/a.b.jpg"])
+def test_any_file_name_works_and_stays_on_one_line(tmp_path, name, capsys):
+    draw_photo(tmp_path / "root 'x'" / name, 1)
+    data.build_cache(tmp_path / "root 'x'", [name], cache_dir=tmp_path / "c ache.v1", cache_size=8)
+    assert len(rows(tmp_path / "root 'x'", [name], tmp_path / "c ache.v1", size=8)[0]) == 1
+    (tmp_path / "root 'x'" / name).write_bytes(b"")
+    with pytest.raises(data.DataError) as error:
+        data.build_cache(tmp_path / "root 'x'", [name], cache_dir=tmp_path / "c ache.v1", cache_size=8)
+    assert "\n" not in str(error.value) and capsys.readouterr().err.count("\n") == 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Strange image files
+
+
+def test_every_mode_and_format_becomes_rgb(tmp_path):
+    ramp = np.arange(0, 256, dtype=np.uint8).reshape(16, 16)
+    grey = Image.fromarray(ramp)
+    saved = {
+        "grey.png": grey,
+        "bits.png": grey.convert("1"),
+        "palette.gif": grey.convert("P"),
+        "cmyk.jpg": grey.convert("CMYK"),
+        "deep.png": Image.fromarray(ramp.astype(np.uint16) * 257),
+        "float.tiff": Image.fromarray(ramp.astype(np.float32)),
+        "la.png": grey.convert("LA"),
+    }
+    for name, image in saved.items():
+        image.save(tmp_path / name)
+        got = data.read_image(tmp_path / name)
+        assert got.mode == "RGB" and got.size == (16, 16)
+        if name != "bits.png":
+            assert np.abs(np.asarray(got).astype(int) - ramp[..., None]).max() <= (12 if name == "cmyk.jpg" else 1)
+    half = Image.new("RGBA", (2, 1), (255, 0, 0, 0))
+    half.putpixel((1, 0), (255, 0, 0, 255))
+    half.save(tmp_path / "clear.png")
+    (tmp_path / "clear.png").rename(tmp_path / "named.jpg")
+    assert np.asarray(data.read_image(tmp_path / "named.jpg")).tolist() == [[[255, 255, 255], [255, 0, 0]]]
+    frames = [Image.new("P", (4, 4), k) for k in (0, 1)]
+    frames[0].save(tmp_path / "moving.gif", save_all=True, append_images=frames[1:])
+    assert data.read_image(tmp_path / "moving.gif").size == (4, 4)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_turns_image_and_trimap_alike(tmp_path, orientation):
+    classes = np.random.default_rng(orientation).integers(1, 4, (20, 30)).astype(np.uint8)
+    images, trimaps = (tmp_path / "oxford-iiit-pet" / p for p in ("images", "annotations/trimaps"))
+    images.mkdir(parents=True)
+    trimaps.mkdir(parents=True)
+    photo = Image.fromarray(np.stack([classes * 80] * 3, -1))
+    exif = photo.getexif()
+    exif[0x0112] = orientation
+    photo.save(images / "a.png", exif=exif)
+    Image.fromarray(classes).save(trimaps / "a.png")
+    key = "oxford-iiit-pet/images/a.png"
+    seen = data.read_image(tmp_path / key)
+    upright = ImageOps.exif_transpose(Image.open(tmp_path / key))
+    assert np.array_equal(np.asarray(seen), np.asarray(upright))
+    trimap = data.read_trimap(tmp_path / data.trimap_path(key), tmp_path / key)
+    assert np.array_equal(np.asarray(seen)[..., 0] // 80, trimap + 1)
+    truth = data.load_truth(tmp_path, [key], (10, 12))
+    data.build_cache(tmp_path, [key], kind="trimap", cache_dir=tmp_path / "c", cache_size=10)
+    _, got = rows(tmp_path, [key], tmp_path / "c", "trimap", 10)
+    assert truth.shape == (1, 10, 12) and got.shape == (1, 1, 10, 10)
+    assert np.array_equal(got[0, 0], data.load_truth(tmp_path, [key], 10)[0].numpy())
+
+
+@pytest.mark.parametrize(
+    "trimap, words",
+    [
+        (np.full((20, 30), 4, np.uint8), "found values 4 to 4"),
+        (np.zeros((20, 30), np.uint8), "found values 0 to 0"),
+        (np.ones((30, 20), np.uint8), "20 x 30, but its image is 30 x 20"),
+        (np.ones((20, 30, 3), np.uint8), "found 3 dimensions"),
+        (None, "No such file"),
+    ],
+)
+def test_a_wrong_trimap_is_an_error_that_names_the_file(tmp_path, trimap, words):
+    key = "oxford-iiit-pet/images/a b.jpg"
+    draw_photo(tmp_path / key, 0, (30, 20))
+    path = tmp_path / data.trimap_path(key)
+    path.parent.mkdir(parents=True)
+    if trimap is not None:
+        Image.fromarray(trimap).save(path)
+    with pytest.raises(data.DataError, match=words) as error:
+        data.read_trimap(path, tmp_path / key)
+    assert str(path) in str(error.value)
+    with pytest.raises(data.DataError, match="every trimap is needed.*" + words):
+        data.build_cache(tmp_path, [key], kind="trimap", cache_dir=tmp_path / "c", cache_size=8)
+    with pytest.raises(data.DataError, match=words):
+        data.load_truth(tmp_path, [key], 8)
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize("side", [10_000, 20_000])
+def test_decompression_bombs_are_refused(tmp_path, side):
+    Image.new("1", (side, side)).save(tmp_path / "bomb.png")
+    with pytest.raises(data.DataError, match=r"bomb\.png: .*refused"):
+        data.read_image(tmp_path / "bomb.png")
+
+
+@pytest.mark.skipif(not SAMPLE, reason="SAMPLE_ROOT names no data root with real photos")
+def test_real_photos_cache_without_complaint(tmp_path, capsys):
+    images = data.select_split(SAMPLE, "all", cache_dir=tmp_path).images
+    pets = data.pets_split(SAMPLE, "test").images
+    data.build_cache(SAMPLE, images + pets, cache_dir=tmp_path, cache_size=64)
+    data.build_cache(SAMPLE, pets, kind="trimap", cache_dir=tmp_path, cache_size=64)
+    store, got = rows(SAMPLE, images + pets, tmp_path, size=64)
+    assert capsys.readouterr().err == "" and not store.dropped and (got.std((1, 2, 3)) > 1).all()

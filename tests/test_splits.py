@@ -1,0 +1,286 @@
+"""Splits: exact counts, matched sizes, nested doses, manifests, and what a wrong request is told."""
+
+import gzip
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import data
+
+QUIET = settings(deadline=None, database=None, max_examples=40)
+CATEGORIES = [
+    {"id": 1, "name": "person", "supercategory": "person"},
+    {"id": 16, "name": "bird", "supercategory": "animal"},
+    {"id": 17, "name": "cat", "supercategory": "animal"},
+    {"id": 44, "name": "bottle", "supercategory": "kitchen"},
+]
+
+
+def write_annotations(root: Path, part: str, labels: list[list[int]], **change) -> Path:
+    images = [{"id": i + 1, "file_name": f"{i + 1:012d}.jpg", "width": 9, "height": 9} for i in range(len(labels))]
+    pairs = [(i + 1, c) for i, found in enumerate(labels) for c in found]
+    annotations = [
+        {
+            "id": k,
+            "image_id": i,
+            "category_id": c,
+            "iscrowd": k % 2,
+            "bbox": [0, 0, 9, 9],
+            "segmentation": [[0, 0, 9, 9]],
+        }
+        for k, (i, c) in enumerate(pairs)
+    ]
+    dataset = {"images": images, "annotations": annotations, "categories": CATEGORIES} | change
+    path = root / "coco" / "annotations" / f"instances_{part}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(dataset))
+    return path
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory):
+    """30 images with one animal, 10 with two, 60 with none, 20 of these without any annotation."""
+    root = tmp_path_factory.mktemp("toy")
+    labels = [[16]] * 10 + [[17, 1]] * 20 + [[16, 17]] * 10 + [[1]] * 20 + [[44, 44]] * 20 + [[]] * 20
+    write_annotations(root, "train2017", labels)
+    write_annotations(root, "val2017", labels[::5])
+    lines = ["#Image CLASS-ID SPECIES BREED ID", *(f"{'Cat' if i % 2 else 'dog'}_{i} 1 1 1" for i in range(101))]
+    path = root / "oxford-iiit-pet" / "annotations" / "list.txt"
+    path.parent.mkdir(parents=True)
+    path.write_text("\n".join(lines) + "\n")
+    return root, root / "cache"
+
+
+def select(toy, split, **options):
+    return data.select_split(toy[0], split, cache_dir=toy[1], **options)
+
+
+def numbers(split) -> list[int]:
+    return [int(Path(image).stem) for image in split.images]
+
+
+def test_the_three_ways_of_listing_animals_count_as_defined(toy):
+    sizes = {rule: len(select(toy, "animal", animal_images=rule).images) for rule in data.ANIMAL_IMAGES}
+    assert sizes == {"per_category": 50, "unique": 40, "single": 30}
+    split = select(toy, "animal")
+    assert split.unique == 40 and split.manifest["categories"] == {"bird": 20, "cat": 30}
+    assert split.manifest["person_share"] == 0.5 and split.manifest["entries"] == 50
+
+
+@QUIET
+@given(
+    fraction=st.floats(0, 1),
+    rule=st.sampled_from(data.ANIMAL_IMAGES),
+    seed=st.integers(0, 2**40),
+    count=st.integers(1, 30),
+)
+def test_arms_are_equal_in_size_and_doses_nest(toy, fraction, rule, seed, count):
+    for size in (None, count):
+        options = {"animal_images": rule, "split_seed": seed, "num_images": size}
+        animal, other = select(toy, "animal", **options), select(toy, "non_animal", **options)
+        mixed = select(toy, "mixed", animal_fraction=fraction, **options)
+        assert len({len(s.images) for s in (animal, other, mixed)}) == 1
+        assert not set(animal.images) & set(other.images) and max(numbers(animal)) <= 40 < min(numbers(other))
+        dose = round(fraction * len(mixed.images))
+        assert mixed.images == animal.images[:dose] + other.images[: len(mixed.images) - dose]  # prefixes: they nest
+        assert len(set(other.images)) == len(other.images)
+        assert (
+            data.reference_size(toy[0], cache_dir=toy[1], **options)
+            == {"per_category": 50, "unique": 40, "single": 30}[rule]
+        )
+
+
+def test_selection_and_hash_depend_on_the_split_seed_alone(toy, tmp_path):
+    for split in ("animal", "non_animal", "mixed", "all", "pets"):
+        first, again, other = (select(toy, split, split_seed=s) for s in (1, 1, 2))
+        fresh = data.select_split(toy[0], split, split_seed=1, cache_dir=tmp_path / "not made yet.d")
+        assert first == again == fresh and first.sha256 != other.sha256 and first.images != other.images
+        assert len(first.sha256) == 64 and json.loads(json.dumps(first.manifest)) == first.manifest
+
+
+def test_all_holds_every_image_also_those_without_annotation(toy):
+    split = select(toy, "all")
+    assert sorted(numbers(split)) == list(range(1, 101)) and split.manifest["without_annotation"] == 20
+
+
+def test_categories_take_the_place_of_the_animals(toy):
+    bottles, rest = (select(toy, s, categories=["bottle"], num_images=20) for s in ("animal", "non_animal"))
+    assert sorted(numbers(bottles)) == list(range(61, 81)) and not set(numbers(rest)) & set(numbers(bottles))
+    assert data.reference_size(toy[0], categories=["person"], cache_dir=toy[1]) == 40
+
+
+def test_pets_are_one_fixed_draw_that_no_seed_changes_and_fractions_nest(toy):
+    parts = [data.pets_split(toy[0], part) for part in ("train", "val", "test")]
+    assert [len(p.images) for p in parts] == [70, 15, 16]
+    assert len(set().union(*(p.images for p in parts))) == 101
+    assert data.pets_split(toy[0], "train", split_seed=5) == parts[0]
+    assert set(select(toy, "pets").images) == set(parts[0].images)
+    half, tenth = (data.pets_split(toy[0], "train", train_fraction=f, split_seed=3) for f in (0.5, 0.1))
+    assert half.images[:7] == tenth.images and len(half.images) == 35 and set(half.images) < set(parts[0].images)
+    assert data.pets_split(toy[0], "train", train_fraction=0.5, split_seed=4).images != half.images
+    assert data.trimap_path(parts[0].images[0]).endswith(Path(parts[0].images[0]).stem + ".png")
+
+
+def test_validation_is_equal_in_size_and_without_repeats(toy):
+    parts = data.mae_validation(toy[0], cache_dir=toy[1])
+    assert {name: len(set(s.images)) for name, s in parts.items()} == {"animal": 8, "non_animal": 8}
+    assert all(image.startswith("coco/val2017/") for s in parts.values() for image in s.images)
+
+
+@pytest.mark.parametrize(
+    "split, options, words",
+    [
+        ("birds", {}, "--split must be one of animal"),
+        ("mixed", {"animal_fraction": 1.5}, r"\[0, 1\], got 1.5"),
+        ("mixed", {"animal_fraction": float("nan")}, "got nan"),
+        ("animal", {"animal_fraction": 0.3}, "--split mixed"),
+        ("pets", {"animal_fraction": 1.0}, "--split mixed"),
+        ("animal", {"num_images": 51}, "51 .* 50 exist"),
+        ("non_animal", {"num_images": 61}, "61 .* 60 exist"),
+        ("all", {"num_images": 101}, "100 exist"),
+        ("pets", {"num_images": 71}, "70 exist"),
+        ("animal", {"num_images": 0}, "at least 1"),
+        ("animal", {"categories": ["cat", "dogg"]}, "unknown category 'dogg'; valid: person, bird"),
+        ("animal", {"animal_images": "twice"}, "per_category, unique, single"),
+        ("animal", {"split_seed": -1}, "0 or more"),
+    ],
+)
+def test_a_wrong_request_is_told_what_is_valid(toy, split, options, words):
+    with pytest.raises(data.DataError, match=words) as error:
+        select(toy, split, **options)
+    assert error.value.exit_code == 2 and "\n" not in str(error.value)
+
+
+def test_wrong_fractions_parts_and_lists_of_pets_are_refused(toy, tmp_path):
+    for call in (dict(part="train", train_fraction=0), dict(part="train", train_fraction=1.1), dict(part="dev")):
+        with pytest.raises(data.DataError):
+            data.pets_split(toy[0], **call)
+    path = tmp_path / "oxford-iiit-pet" / "annotations" / "list.txt"
+    path.parent.mkdir(parents=True)
+    path.write_text("a 1 1 1\nb 1 1 1\na 1 1 1\n")
+    with pytest.raises(data.DataError, match="each once"):
+        data.pets_split(tmp_path, "train")
+
+
+def test_missing_data_says_which_command_gets_it(tmp_path):
+    root = tmp_path / "my data"
+    for call in (lambda: data.select_split(root, "animal", cache_dir=tmp_path), lambda: data.pets_split(root, "val")):
+        with pytest.raises(data.DataError, match=r"prepare.py download --data_root '.*my data'.*prepare.py demo"):
+            call()
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"images": None}, "no list 'images'"),
+        ({"annotations": {}}, "no list 'annotations'"),
+        ({"images": [{"id": 1}]}, "entry 0 of 'images' lacks 'file_name'"),
+        ({"annotations": [{"id": 1, "image_id": 1}]}, "lacks 'category_id'"),
+        ({"categories": [{"id": 1, "name": "cat"}]}, "lacks 'supercategory'"),
+        ({"annotations": [{"id": 7, "image_id": 99, "category_id": 1}]}, "annotation 7 has unknown image_id 99"),
+        ({"annotations": [{"id": 7, "image_id": 1, "category_id": 99}]}, "unknown category_id 99"),
+        ({"images": [{"id": 1, "file_name": "a.jpg"}, {"id": 1, "file_name": "b.jpg"}]}, "id '1' occurs 2 times"),
+        ({"images": [{"id": 1, "file_name": "a.jpg"}, {"id": 2, "file_name": "a.jpg"}]}, "file_name 'a.jpg' occurs 2"),
+        ({"images": [{"id": 1, "file_name": "../../secret.jpg"}], "annotations": []}, "leads out of the image folder"),
+        ({"images": [{"id": [1], "file_name": "a.jpg"}]}, "malformed"),
+        ({"categories": [{"id": 16, "name": "x", "supercategory": "y"}], "annotations": []}, "--categories"),
+    ],
+)
+def test_a_damaged_annotation_file_is_explained_in_one_line(tmp_path, change, words):
+    path = write_annotations(tmp_path, "train2017", [[16], [44]], **change)
+    with pytest.raises(data.DataError, match=words) as error:
+        data.select_split(tmp_path, "animal", cache_dir=tmp_path / "cache")
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_file_that_is_not_json_is_explained_and_a_mended_one_is_read(tmp_path):
+    path = write_annotations(tmp_path, "train2017", [[16], [44]])
+    good = path.read_text()
+    path.write_text(good[: len(good) // 2])
+    with pytest.raises(data.DataError, match="not a JSON file"):
+        data.select_split(tmp_path, "animal", cache_dir=tmp_path / "cache")
+    path.write_text(good)
+    assert data.select_split(tmp_path, "animal", cache_dir=tmp_path / "cache").images == (
+        "coco/train2017/000000000001.jpg",
+    )
+
+
+def test_a_damaged_digest_is_made_again(tmp_path):
+    write_annotations(tmp_path, "train2017", [[16], [44]])
+    first = data.select_split(tmp_path, "animal", cache_dir=tmp_path)
+    (digest,) = tmp_path.glob("annotations_*.json")
+    digest.write_text(digest.read_text()[:20])
+    data._load_digest.cache_clear()
+    assert data.select_split(tmp_path, "animal", cache_dir=tmp_path) == first
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The real labels at full size
+
+FULL = """
+import json, sys, data
+root, cache = sys.argv[1:]
+out = {}
+for rule in data.ANIMAL_IMAGES:
+    out[rule] = len(data.select_split(root, "animal", animal_images=rule, cache_dir=cache).images)
+for name in data.SPLITS[:4]:
+    split = data.select_split(root, name, cache_dir=cache)
+    out[name] = [len(split.images), split.unique, split.manifest["animal_images"], split.manifest["without_annotation"]]
+    out[name + "_categories"] = split.manifest["categories"]
+out["paper"] = data.select_split(root, "mixed", num_images=25918, cache_dir=cache).manifest["animal_images"]
+out["val"] = {k: len(v.images) for k, v in data.mae_validation(root, cache_dir=cache).items()}
+val = data._Coco(root, "val2017", None, cache)
+out["val_lists"] = [len(val.animal_list(rule)) for rule in data.ANIMAL_IMAGES]
+print(json.dumps(out))
+"""
+
+
+@pytest.mark.skipif("COCO_LABELS" not in os.environ, reason="COCO_LABELS names no folder with the labels of COCO 2017")
+def test_full_size_annotations_give_the_counts_of_coco_2017_in_time_and_memory(tmp_path):
+    labels = Path(os.environ["COCO_LABELS"])
+    names = json.loads((labels / "categories.json").read_text())
+    counts = json.loads((labels / "animal_counts.json").read_text())
+    animals = counts["train2017"]["per_category"]
+    categories = [
+        {"id": int(c), "name": n, "supercategory": "animal" if n in animals else "other"} for c, n in names.items()
+    ]
+    (tmp_path / "coco" / "annotations").mkdir(parents=True)
+    polygon = json.dumps([np.random.default_rng(0).uniform(0, 600, 44).round(2).tolist()])  # as long as the real ones
+    for part in ("train2017", "val2017"):
+        found = json.loads(gzip.decompress((labels / f"{part}_labels.json.gz").read_bytes()))
+        # Two or three instances for each label make the real file's 860,000 annotations.
+        lines = [
+            f'{{"id": {3 * i + k}, "image_id": {int(image)}, "category_id": {c}, "iscrowd": 0, "area": 1.5, '
+            f'"bbox": [0, 0, 9, 9], "segmentation": {polygon}}}'
+            for i, (image, c) in enumerate((image, c) for image, cs in found.items() for c in cs)
+            for k in range(2 + i % 2)
+        ]
+        images = [{"id": int(i), "file_name": f"{i}.jpg", "width": 640, "height": 480} for i in found]
+        with open(tmp_path / "coco" / "annotations" / f"instances_{part}.json", "w") as f:
+            f.write(f'{{"images": {json.dumps(images)}, "categories": {json.dumps(categories)}, "annotations": [')
+            f.write(",".join(lines) + "]}")
+        del lines
+    start = time.monotonic()
+    command = [sys.executable, "-c", FULL, str(tmp_path), str(tmp_path / "cache")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(data.__file__).parent, check=False)
+    seconds, peak = time.monotonic() - start, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
+    assert done.returncode == 0, done.stderr
+    out = json.loads(done.stdout)  # so nothing else was printed, by pycocotools for one
+    for path in (tmp_path / "coco" / "annotations").iterdir():
+        path.unlink()  # 400 MB that pytest would keep
+    print(f"full size: {seconds:.1f} s, {peak:.2f} GiB")
+    assert (out["per_category"], out["unique"], out["single"]) == (25_739, 23_989, 22_337)
+    assert out["animal"][:3] == [25_739, 23_989, 23_989] and out["animal_categories"] == animals
+    assert out["non_animal"][:3] == [25_739, 25_739, 0]
+    assert out["mixed"][0] == 25_739 and out["all"] == [118_287, 118_287, 23_989, 1_021]
+    assert out["val"] == {"animal": 1_016, "non_animal": 1_016} and out["val_lists"] == [1_090, 1_016, 946]
+    assert seconds < 60 and peak < 3
