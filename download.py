@@ -59,7 +59,7 @@ ARCHIVES = (
     Archive("coco", COCO + "zips/train2017.zip", 19_336_861_798, "cced6f7f71b7629ddf16f17bbcfab6b2",
             "coco", "train2017", 20_500_000_000, 118_287, "*.jpg"),
     Archive("pets", PETS + "annotations.tar.gz", 19_173_078, "95a8c909bbe2e81eed6a22bccdf3f68f",
-            "oxford-iiit-pet", "annotations", 200_000_000, 7_390, "[!.]*.png"),
+            "oxford-iiit-pet", "annotations", 200_000_000, 7_349, "[!.]*.png"),
     Archive("pets", PETS + "images.tar.gz", 791_918_971, "5c4f3ee8e5d25df40f4fd59a7f44e54c",
             "oxford-iiit-pet", "images", 1_000_000_000, 7_390, "*.jpg"),
 )  # fmt: skip
