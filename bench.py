@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import data
+import splits
 from engine import EngineError, Precision, hardware_name, launch, peak_flops, setup
 from models import MODELS, build_mae, build_segmenter
 
@@ -138,8 +139,8 @@ class Bench:
             prepare = [sys.executable, str(Path(__file__).with_name("prepare.py")), "demo", "--data_root", self.root]
             sizes = ["--num_train", "64", "--num_val", "24", "--num_pets", "48"]
             subprocess.run(prepare + sizes, check=True, stdout=subprocess.DEVNULL)
-        self.photos = data.select_split(self.root, "all", cache_dir=self.cache).images[:4096]
-        self.pets = data.pets_split(self.root, "train").images
+        self.photos = splits.select_split(self.root, "all", cache_dir=self.cache).images[:4096]
+        self.pets = splits.pets_split(self.root, "train").images
         data.build_cache(self.root, (*self.photos, *self.pets), cache_dir=self.cache)
         data.build_cache(self.root, self.pets, kind="trimap", cache_dir=self.cache)
 

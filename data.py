@@ -1,10 +1,9 @@
-"""Data for the study: exact COCO and Pets splits, a decoded-image cache, batched augmentation, reproducible batches.
+"""Images for training: any file read as RGB, a decoded cache, batched augmentation, reproducible batches.
 
-Copy this one file to use it; it needs torch, numpy and pillow (pycocotools only where annotations are read):
+Copy this one file to use it; it needs torch, numpy and pillow:
 
-    split = select_split("data", "mixed", animal_fraction=0.3, split_seed=0)      # which images, and a manifest
-    build_cache("data", split.images)                                             # decode once, append-only, kill-safe
-    store = ImageStore("data", split.images, kind="image")                        # memory-mapped, or whole on the GPU
+    build_cache("data", paths)                                                    # decode once, append-only, kill-safe
+    store = ImageStore("data", paths, kind="image")                               # memory-mapped, or whole on the GPU
     for micro_batches in TrainBatches(store, None, img_size=224, batch_size=256, seed=0).run(0, 100): ...
 
 What a batch holds is a pure function of (seed, epoch, position in the global batch), whatever the number of processes.
@@ -18,24 +17,20 @@ import fcntl
 import functools
 import hashlib
 import io
-import itertools
 import json
 import os
 import shlex
 import shutil
 import sys
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 import torch
 from PIL import Image
 
-SPLITS = ("animal", "non_animal", "mixed", "all", "pets")
-ANIMAL_IMAGES = ("per_category", "unique", "single")
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet, in [0, 1] units
 MAX_PIXELS = 89_478_485  # above this Pillow warns of a decompression bomb; photographs stay far below
 CHUNK = 128  # rows decoded, written and flushed together while the cache is built
@@ -52,114 +47,26 @@ class DataError(ValueError):
         self.exit_code = exit_code
 
 
-def _show(path) -> str:
+def show_path(path) -> str:
     """Give a path in a form that stays on one line."""
     return str(path) if str(path).isprintable() else repr(str(path))
 
 
-def _rng(*key: int) -> np.random.Generator:
+def seeded_rng(*key: int) -> np.random.Generator:
     """Make a generator that is a pure function of non-negative integers."""
     if min(key) < 0:
         raise DataError(f"seeds must be 0 or more, got {min(key)}")
     return np.random.Generator(np.random.Philox(np.random.SeedSequence(key)))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Annotations
-
-
-def _open_source(data_root, path: str) -> Path:
-    """Check that a file of the data sets exists, and return its path."""
-    full, root = Path(data_root, path), shlex.quote(str(data_root))
-    if not full.is_file():
-        raise DataError(f"{_show(full)} not found; get the data with `python prepare.py download --data_root {root}` "
-                        f"or draw a small set with `python prepare.py demo --data_root {root}`")  # fmt: skip
-    return full
-
-
-KEYS = {"images": ("id", "file_name"), "annotations": ("id", "image_id", "category_id"),
-        "categories": ("id", "name", "supercategory")}  # fmt: skip
-
-
-def _check_annotations(dataset, path: Path) -> None:
-    """Raise a DataError that names the file and the first thing wrong with it."""
-    name = _show(path)
-    for part, keys in KEYS.items():
-        if not isinstance(dataset, dict) or not isinstance(dataset.get(part), list):
-            raise DataError(f"{name}: no list {part!r}, so not a COCO instances file; fetch it again")
-        for number, entry in enumerate(dataset[part]):
-            missing = [k for k in keys if not isinstance(entry, dict) or k not in entry]
-            if missing:
-                raise DataError(f"{name}: entry {number} of {part!r} lacks {missing[0]!r}; fetch the file again")
-    for part, key in (("images", "id"), ("images", "file_name"), ("categories", "id")):
-        counts = Counter(str(entry[key]) for entry in dataset[part])
-        value, count = counts.most_common(1)[0] if counts else ("", 0)
-        if count > 1:
-            raise DataError(f"{name}: {key} {value!r} occurs {count} times in {part!r}; every {key} must be unique")
-    for part, key in (("images", "image_id"), ("categories", "category_id")):
-        known = {entry["id"] for entry in dataset[part]}
-        bad = next((a for a in dataset["annotations"] if a[key] not in known), None)
-        if bad is not None:
-            raise DataError(f"{name}: annotation {bad['id']} has unknown {key} {bad[key]}; it is not in {part!r}")
-    for entry in dataset["images"]:
-        inner = PurePosixPath(str(entry["file_name"]))
-        if inner.is_absolute() or ".." in inner.parts or not inner.name:
-            raise DataError(f"{name}: file_name {str(inner)!r} leads out of the image folder")
-
-
-def _digest_annotations(path: Path) -> dict:
-    """Read a COCO instances file through pycocotools -> its categories, animals and images [id, name, categories]."""
-    from pycocotools.coco import COCO
-
-    wanted = {"images", "annotations", "categories", *(key for keys in KEYS.values() for key in keys)}
-    try:
-        with open(path, encoding="utf-8") as f:  # the hook drops polygons as they are read: a third of the memory
-            dataset = json.load(f, object_hook=lambda entry: {k: v for k, v in entry.items() if k in wanted})
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{_show(path)}: not a JSON file ({error}); fetch it again") from None
-    try:
-        _check_annotations(dataset, path)
-    except TypeError as error:  # an id that is a list, say
-        raise DataError(f"{_show(path)}: malformed entry ({error}); fetch it again") from None
-    coco = COCO()
-    coco.dataset = dataset
-    with contextlib.redirect_stdout(io.StringIO()):
-        coco.createIndex()
-    labels: dict[int, list] = {image: [] for image in sorted(coco.imgs)}
-    for category in sorted(coco.cats):
-        for image in coco.getImgIds(catIds=[category]):
-            labels[image].append(category)
-    images = [[image, coco.imgs[image]["file_name"], found] for image, found in labels.items()]
-    names = [[c, coco.cats[c]["name"]] for c in sorted(coco.cats)]
-    return {"categories": names, "animals": sorted(coco.getCatIds(supNms=["animal"])), "images": images}
-
-
-@functools.lru_cache(maxsize=4)
-def _load_digest(path: str, size: int, mtime: int, cache_dir: str) -> dict:
-    """Load the digest of an annotation file, made once: the file itself (450 MB) takes a quarter of a minute."""
-    key = hashlib.sha256(f"1 {path} {size} {mtime}".encode(errors="surrogateescape")).hexdigest()[:16]
-    digest = Path(cache_dir, f"annotations_{key}.json")
-    with _locked(digest.with_suffix(".lock")):
-        with contextlib.suppress(ValueError, FileNotFoundError):
-            return json.loads(digest.read_text())
-        content = _digest_annotations(Path(path))
-        temporary = digest.with_suffix(".tmp")
-        with _disk_errors(digest), open(temporary, "w") as f:
-            json.dump(content, f)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, digest)
-    return content
-
-
 @contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def locked(path: Path) -> Iterator[None]:
     """Hold the lock of a file (made if missing, with its folder) while others wait; a kill releases it."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     except OSError as error:
-        raise DataError(f"cannot write to {_show(path)}: {error.strerror}; choose another --cache_dir", 1) from None
+        raise DataError(f"cannot write to {show_path(path)}: {error.strerror}; choose another --cache_dir", 1) from None
     try:
         fcntl.flock(fd, fcntl.LOCK_EX)
         yield
@@ -168,179 +75,15 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _disk_errors(path) -> Iterator[None]:
+def disk_errors(path) -> Iterator[None]:
     """Turn a full disk into one clear line."""
     try:
         yield
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
-        raise DataError(f"no room left while writing {_show(path)} ({error.strerror}); what was complete is kept: "
+        raise DataError(f"no room left while writing {show_path(path)} ({error.strerror}); what was complete is kept: "
                         "free some space or choose another --cache_dir, then repeat the command", 1) from None  # fmt: skip
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Splits
-
-
-@dataclass(frozen=True)
-class Split:
-    """A list of images (paths relative to the data root) and the record of what defines it."""
-
-    name: str
-    images: tuple[str, ...]
-    manifest: dict
-
-    @property
-    def sha256(self) -> str:
-        return self.manifest["sha256"]
-
-    @property
-    def unique(self) -> int:
-        return self.manifest["unique"]
-
-
-class _Coco:
-    """One COCO annotation file: animal and other images as positions, and what a manifest needs to know of them."""
-
-    def __init__(self, data_root, part: str, categories: Sequence[str] | None, cache_dir):
-        path = _open_source(data_root, f"coco/annotations/instances_{part}.json")
-        stat = path.stat()
-        digest = _load_digest(os.path.abspath(path), stat.st_size, stat.st_mtime_ns, os.path.abspath(cache_dir))
-        self.names = dict(digest["categories"])
-        if unknown := sorted(set(categories or ()) - set(self.names.values())):
-            raise DataError(f"unknown category {unknown[0]!r}; valid: {', '.join(self.names.values())}")
-        self.animals = [c for c, name in self.names.items() if name in categories] if categories else digest["animals"]
-        if not self.animals:
-            raise DataError(f"{_show(path)} has no category of super-category 'animal'; name some with --categories")
-        self.ids = [image[0] for image in digest["images"]]
-        self.paths = [f"coco/{part}/{image[1]}" for image in digest["images"]]
-        self.labels = [frozenset(image[2]) for image in digest["images"]]
-        chosen = set(self.animals)
-        self.hits = [len(found & chosen) for found in self.labels]
-
-    def animal_list(self, rule: str) -> list[int]:
-        if rule not in ANIMAL_IMAGES:
-            raise DataError(f"--animal_images must be one of {', '.join(ANIMAL_IMAGES)}, got {rule!r}")
-        if rule == "per_category":
-            return [i for c in self.animals for i, found in enumerate(self.labels) if c in found]
-        return [i for i, hits in enumerate(self.hits) if (hits == 1 if rule == "single" else hits)]
-
-    def split(self, name: str, entries: Iterable[int], definition: dict) -> Split:
-        entries = list(entries)
-        unique = set(entries)
-        person = {c for c, label in self.names.items() if label == "person"}
-        definition = {"split": name, "categories": [self.names[c] for c in self.animals], **definition}
-        return _make_split(name, [self.paths[i] for i in entries], definition, ids=[self.ids[i] for i in entries],
-            animal_images=sum(self.hits[i] > 0 for i in unique),
-            categories={self.names[c]: sum(c in self.labels[i] for i in unique) for c in self.animals},
-            without_annotation=sum(not self.labels[i] for i in unique),
-            person_share=round(sum(bool(self.labels[i] & person) for i in unique) / max(1, len(unique)), 6))  # fmt: skip
-
-
-def _make_split(name: str, images: list[str], definition: dict, **facts) -> Split:
-    text = json.dumps([definition, images], sort_keys=True, separators=(",", ":"))
-    manifest = {"name": name, "definition": definition, "entries": len(images), "unique": len(set(images)), **facts}
-    return Split(name, tuple(images), manifest | {"sha256": hashlib.sha256(text.encode()).hexdigest()})
-
-
-def _first(pool: Sequence, count: int, what: str, *key: int) -> list:
-    """Take a prefix of the pool's fixed permutation: smaller counts are contained in larger ones."""
-    if count > len(pool):
-        raise DataError(f"{count:,} {what} asked for, {len(pool):,} exist; "
-                        f"use --num_images so that at most {len(pool):,} are needed")  # fmt: skip
-    return [pool[i] for i in _rng(*key).permutation(len(pool))[:count]]
-
-
-def select_split(data_root, split: str, *, animal_fraction: float | None = None, num_images: int | None = None,
-                 animal_images: str = "per_category", categories: Sequence[str] | None = None, split_seed: int = 0,
-                 cache_dir="cache") -> Split:  # fmt: skip
-    """Select pre-training images. Doses nest: they are prefixes of two permutations that depend on split_seed alone.
-
-    animal_fraction: share of animal entries in [0, 1], for split "mixed" (default 0.5). num_images: default the size
-    of the animal list, so that arms are matched ("all" and "pets": everything). animal_images: per_category lists an
-    image once for each of its animal categories (the paper), unique once, single only if it has exactly one.
-    categories: names that take the animals' place. Raises DataError for what does not exist or contradicts itself.
-    """
-    implied = {"animal": 1.0, "mixed": 0.5, "non_animal": 0.0}.get(split)
-    if split not in SPLITS:
-        raise DataError(f"--split must be one of {', '.join(SPLITS)}, got {split!r}")
-    if animal_fraction is not None and not 0 <= animal_fraction <= 1:
-        raise DataError(f"--animal_fraction must lie in [0, 1], got {animal_fraction}")
-    if animal_fraction is not None and split != "mixed" and animal_fraction != implied:
-        raise DataError(f"--animal_fraction {animal_fraction} contradicts --split {split}; use --split mixed")
-    if num_images is not None and num_images < 1:
-        raise DataError(f"--num_images must be at least 1, got {num_images}")
-    if split == "pets":
-        pool = pets_split(data_root, "train").images
-        images = _first(pool, num_images or len(pool), "Pets training images", split_seed, 2)
-        return _pets_split("pets", images, {"split": "pets", "num_images": len(images), "split_seed": split_seed})
-    coco = _Coco(data_root, "train2017", categories, cache_dir)
-    definition = {"animal_images": animal_images, "split_seed": split_seed}
-    animals = coco.animal_list(animal_images)
-    if split == "all":
-        entries = _first(range(len(coco.ids)), num_images or len(coco.ids), "images", split_seed, 3)
-        return coco.split(split, entries, definition | {"num_images": len(entries)})
-    count = num_images or len(animals)
-    fraction = implied if animal_fraction is None else animal_fraction
-    dose = round(fraction * count)
-    entries = _first(animals, dose, f"animal entries ({animal_images})", split_seed, 0)
-    others = [i for i, hits in enumerate(coco.hits) if not hits]
-    entries += _first(others, count - dose, "non-animal images", split_seed, 1)
-    return coco.split(split, entries, definition | {"num_images": count, "animal_fraction": fraction})
-
-
-def reference_size(data_root, *, animal_images: str = "per_category", categories: Sequence[str] | None = None,
-                   cache_dir="cache", **_) -> int:  # fmt: skip
-    """Count the animal list's entries: the epoch that all arms are matched to (takes select_split's keywords)."""
-    return len(_Coco(data_root, "train2017", categories, cache_dir).animal_list(animal_images))
-
-
-def mae_validation(data_root, *, categories: Sequence[str] | None = None, cache_dir="cache") -> dict[str, Split]:
-    """Select unique animal and as many non-animal images of val2017, the same for every seed and arm."""
-    coco = _Coco(data_root, "val2017", categories, cache_dir)
-    pools = {"animal": coco.animal_list("unique"), "non_animal": [i for i, hits in enumerate(coco.hits) if not hits]}
-    count = min(map(len, pools.values()))
-    if not count:
-        raise DataError(f"{_show(data_root)}: val2017 needs images with and without the chosen categories")
-    return {name: coco.split(name, sorted(_first(pool, count, name, 2017, k)), {"part": "val2017", "num_images": count})
-            for k, (name, pool) in enumerate(pools.items())}  # fmt: skip
-
-
-def _pets_split(name: str, images: Sequence[str], definition: dict) -> Split:
-    ids = [PurePosixPath(image).stem for image in images]
-    cats = sum(i[:1].isupper() for i in ids)  # list.txt: "All images with 1st letter as capital are cat images"
-    return _make_split(name, list(images), definition, ids=ids, animal_images=len(images),
-                       categories={"cat": cats, "dog": len(ids) - cats})  # fmt: skip
-
-
-def pets_split(data_root, part: str, *, train_fraction: float = 1.0, split_seed: int = 0) -> Split:
-    """Select part "train", "val" or "test" of the one fixed random 70/15/15 draw over the images of list.txt.
-
-    train_fraction: share of the training images, in (0, 1]; smaller shares are contained in larger ones, and split_seed
-    chooses them; it moves nothing else.
-    """
-    path = _open_source(data_root, "oxford-iiit-pet/annotations/list.txt")
-    lines = [
-        line
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines()
-        if line.strip() and not line.startswith("#")
-    ]
-    names = sorted(line.rsplit(maxsplit=3)[0] for line in lines)
-    if len(names) < 3 or len(set(names)) < len(names):
-        raise DataError(f"{_show(path)} must name at least 3 images, each once; fetch it again")
-    if not 0 < train_fraction <= 1:
-        raise DataError(f"--train_fraction must lie in (0, 1], got {train_fraction}")
-    names = _first(names, len(names), "images", 0, 701515)
-    ends = [0, len(names) * 70 // 100, len(names) * 70 // 100 + len(names) * 15 // 100, len(names)]
-    parts = dict(zip(("train", "val", "test"), itertools.pairwise(ends), strict=True))
-    if part not in parts:
-        raise DataError(f"part must be train, val or test, got {part!r}")
-    chosen, definition = names[slice(*parts[part])], {"split": f"pets {part}"}
-    if part == "train" and train_fraction < 1:
-        chosen = _first(chosen, max(1, round(train_fraction * len(chosen))), "training images", split_seed, 4)
-        definition |= {"train_fraction": train_fraction, "split_seed": split_seed}
-    return _pets_split(definition["split"], [f"oxford-iiit-pet/images/{name}.jpg" for name in chosen], definition)
 
 
 def trimap_path(image: str) -> str:
@@ -360,7 +103,9 @@ def _opened(path) -> Iterator[Image.Image]:
     try:
         with Image.open(path) as image:
             if image.width * image.height > MAX_PIXELS:
-                raise DataError(f"{_show(path)}: {image.width} x {image.height} pixels, refused above {MAX_PIXELS:,}")
+                raise DataError(
+                    f"{show_path(path)}: {image.width} x {image.height} pixels, refused above {MAX_PIXELS:,}"
+                )
             yield image
     except DataError:
         raise
@@ -369,7 +114,7 @@ def _opened(path) -> Iterator[Image.Image]:
         reason = known.get(type(error).__name__) or getattr(error, "strerror", None) or str(error) or repr(error)
         empty = os.path.isfile(path) and not os.path.getsize(path)
         reason = "the file is empty" if empty else " ".join(reason.split())
-        raise DataError(f"{_show(path)}: cannot be read: {reason}") from None
+        raise DataError(f"{show_path(path)}: cannot be read: {reason}") from None
 
 
 def _orientation(image: Image.Image) -> Image.Transpose | None:
@@ -402,12 +147,14 @@ def read_trimap(path, image_path=None) -> np.ndarray:
             orientation, size = _orientation(image), image.size
     with _opened(path) as trimap:
         if size and trimap.size != size:
-            raise DataError(f"{_show(path)}: {trimap.width} x {trimap.height}, but its image is {size[0]} x {size[1]}")
+            raise DataError(
+                f"{show_path(path)}: {trimap.width} x {trimap.height}, but its image is {size[0]} x {size[1]}"
+            )
         orientation = orientation if size else _orientation(trimap)
         values = np.asarray(trimap if orientation is None else trimap.transpose(orientation))
     if values.ndim != 2 or values.dtype == bool or values.min() < 1 or values.max() > 3:
         found = f"values {values.min()} to {values.max()}" if values.ndim == 2 else f"{values.ndim} dimensions"
-        raise DataError(f"{_show(path)}: a trimap holds 1 (pet), 2 (background), 3 (border), found {found}")
+        raise DataError(f"{show_path(path)}: a trimap holds 1 (pet), 2 (background), 3 (border), found {found}")
     return (values - 1).astype(np.uint8)
 
 
@@ -495,14 +242,14 @@ def build_cache(data_root, images: Sequence[str], *, kind: str = "image", cache_
     """
     files = _CacheFiles(data_root, kind, cache_dir, cache_size)
     keys = list(dict.fromkeys(images))
-    with _locked(files.index):
+    with locked(files.index):
         entries, end = files.read_index()
         latest = {entry[0]: entry for entry in entries}
         # What failed is tried again, for the cause may be gone; it is written again only if it fares differently.
         todo = [k for k in keys if k not in latest or latest[k][5] or latest[k][3:5] != files.stamp(k)]
         if todo:
             _check_space(files, sum(k not in latest or not latest[k][5] for k in todo))
-            with _disk_errors(files.rows), open(files.rows, "ab") as rows, open(files.index, "ab") as index:
+            with disk_errors(files.rows), open(files.rows, "ab") as rows, open(files.index, "ab") as index:
                 rows.truncate(len(entries) * files.row_bytes)
                 index.truncate(end)
                 _append_rows(files, todo, latest, rows, index, workers, progress)
@@ -540,7 +287,7 @@ def _check_space(files: _CacheFiles, count: int) -> None:
     needed, free = count * files.row_bytes, shutil.disk_usage(files.rows.parent).free
     if needed > free:
         raise DataError(f"the cache of {count:,} {files.kind}s needs {needed / 1e9:,.1f} GB, "
-            f"{free / 1e9:,.1f} GB are free in {_show(files.rows.parent)}; free some, choose another --cache_dir "
+            f"{free / 1e9:,.1f} GB are free in {show_path(files.rows.parent)}; free some, choose another --cache_dir "
             "or a smaller --cache_size", 1)  # fmt: skip
 
 
@@ -572,7 +319,7 @@ class ImageStore:
         stale = [k for k in keys if k not in latest or entries[latest[k]][3:5] != files.stamp(k)]
         if stale:
             raise DataError(f"{len(stale):,} of {len(keys):,} {kind}s are not in the cache or changed since, first "
-                f"{_show(stale[0])}; run `python prepare.py cache --data_root {shlex.quote(str(data_root))}`")  # fmt: skip
+                f"{show_path(stale[0])}; run `python prepare.py cache --data_root {shlex.quote(str(data_root))}`")  # fmt: skip
         good = [k for k in keys if not entries[latest[k]][5]]
         number = {k: i for i, k in enumerate(good)}
         self.dropped = [k for k in keys if k not in number]
@@ -764,11 +511,11 @@ class TrainBatches:
         self.device, self.flips = _device(device), np.array([flip, flip and vertical_flip])
         self.micro_batches, self.steps_per_epoch = share // self.micro, len(images) // batch_size
         self._known: tuple = (None, None)  # the epoch whose order is at hand, and the order
-        _rng(seed)  # refuses a bad seed now, not in the thread
+        seeded_rng(seed)  # refuses a bad seed now, not in the thread
 
     def _order(self, epoch: int) -> np.ndarray:
         if self._known[0] != epoch:
-            self._known = (epoch, _rng(self.seed, 0, epoch).permutation(len(self.images)))
+            self._known = (epoch, seeded_rng(self.seed, 0, epoch).permutation(len(self.images)))
         return self._known[1]
 
     def _prepare(self, step: int) -> dict[str, torch.Tensor]:
@@ -778,13 +525,13 @@ class TrainBatches:
         mine = slice(self.rank * share, (self.rank + 1) * share)
         index = self._order(epoch)[number * self.batch_size :][: self.batch_size]
         sizes = self.images.sizes[self.images.rows[index]]
-        rng = _rng(self.seed, 1, epoch, number)
+        rng = seeded_rng(self.seed, 1, epoch, number)
         boxes = random_boxes(rng, sizes, self.scale) if self.crop else np.hstack([0 * sizes, sizes])
         made = {"boxes": boxes / np.hstack([sizes, sizes]),  # as shares of the image, for any cache size
                 "flips": (rng.random((len(index), 2)) < 0.5) & self.flips}  # fmt: skip
         for name, shape in self.draws.items():
             key = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4])
-            made[name] = _rng(self.seed, 2, epoch, number, key).random((len(index), *shape), np.float32)
+            made[name] = seeded_rng(self.seed, 2, epoch, number, key).random((len(index), *shape), np.float32)
         pin = self.device.type == "cuda"
         tensors = {k: torch.from_numpy(np.ascontiguousarray(v[mine])) for k, v in made.items()}
         for name, store in self.stores.items():

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 import data
+import splits
 from engine import EngineError, Precision, Progress, launch, setup, write_atomic
 from metrics import dataset_scores
 from weights import load_model
@@ -71,7 +72,7 @@ class TestSet:
     """The test images at an input size, with their truth at that size and at each file's own."""
 
     def __init__(self, args, img_size: int, device: torch.device):
-        split = data.pets_split(args.data_root, "test")
+        split = splits.pets_split(args.data_root, "test")
         options = {"kind": "image", "cache_dir": args.cache_dir, "cache_size": img_size}
         data.build_cache(args.data_root, split.images, progress=Progress, **options)
         self.store = data.ImageStore(args.data_root, split.images, device=device, **options)
@@ -182,8 +183,8 @@ def stride32_predictions(truth: torch.Tensor, stride: int = 32, steps: int = 80)
 
 def main_reference(args: argparse.Namespace) -> None:
     device = setup(args.device).device
-    test = data.pets_split(args.data_root, "test")
-    train = data.pets_split(args.data_root, "train")
+    test = splits.pets_split(args.data_root, "test")
+    train = splits.pets_split(args.data_root, "train")
     truth = data.load_truth(args.data_root, test.images, args.img_size)
     shares = torch.zeros(3, args.img_size, args.img_size)
     masks = data.load_truth(args.data_root, train.images, args.img_size)

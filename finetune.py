@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import data
+import splits
 from engine import Distributed, EngineError, Precision, Run, launch, param_groups, setup
 from evaluate import confusion
 from metrics import dataset_scores
@@ -86,12 +87,12 @@ def train_segmenter(args, kind: str, model: nn.Module, dist: Distributed, precis
     """Train any segmenter on trimaps: the one loop of all arms, fine-tuned or from scratch."""
     if not 0 < args.crop_scale <= 1:
         raise EngineError(f"--crop_scale must lie in (0, 1], got {args.crop_scale}")
-    train = data.pets_split(args.data_root, "train", train_fraction=args.train_fraction, split_seed=args.split_seed)
-    val = data.pets_split(args.data_root, "val")
+    train = splits.pets_split(args.data_root, "train", train_fraction=args.train_fraction, split_seed=args.split_seed)
+    val = splits.pets_split(args.data_root, "val")
     size = len(train.images)
     epoch_steps = size // args.batch_size
     if args.equal_updates:
-        epoch_steps = len(data.pets_split(args.data_root, "train").images) // args.batch_size
+        epoch_steps = len(splits.pets_split(args.data_root, "train").images) // args.batch_size
         args.batch_size = min(args.batch_size, size)
     if not epoch_steps:
         raise EngineError(

@@ -25,6 +25,7 @@ from pathlib import Path
 import data
 import demo
 import download
+import splits
 from engine import Progress, launch, write_atomic
 
 PAPER = {"animal": 25_739, "non_animal": 25_739, "mixed": 25_918, "validation": 1_090,
@@ -46,21 +47,21 @@ def run_download(args) -> None:
     download.install(args.data_root, args.only, args.mirror, args.keep_archives, Progress)
 
 
-def all_splits(args) -> dict[str, data.Split]:
+def all_splits(args) -> dict[str, splits.Split]:
     """Select every split the study can use: {title: split}, the paper's first."""
-    select = partial(data.select_split, args.data_root, split_seed=args.split_seed, cache_dir=args.cache_dir)
+    select = partial(splits.select_split, args.data_root, split_seed=args.split_seed, cache_dir=args.cache_dir)
     splits = {"animal": select("animal"), "animal unique": select("animal", animal_images="unique")}
     splits |= {"animal single": select("animal", animal_images="single"), "non_animal": select("non_animal")}
     full = len(splits["animal"].images) == PAPER["animal"]  # the paper's mixed set is larger than its others
     splits |= {"mixed": select("mixed", num_images=PAPER["mixed"] if full else None), "all": select("all")}
-    coco = data._Coco(args.data_root, "val2017", None, args.cache_dir)
-    for rule in data.ANIMAL_IMAGES:  # pre-training's validation takes the unique ones
+    coco = splits._Coco(args.data_root, "val2017", None, args.cache_dir)
+    for rule in splits.ANIMAL_IMAGES:  # pre-training's validation takes the unique ones
         title, definition = (
             f"validation {rule}".removesuffix(" per_category"),
             {"part": "val2017", "animal_images": rule},
         )
         splits[title] = coco.split(title, coco.animal_list(rule), definition)
-    splits |= {f"pets {part}": data.pets_split(args.data_root, part) for part in ("train", "val", "test")}
+    splits |= {f"pets {part}": splits.pets_split(args.data_root, part) for part in ("train", "val", "test")}
     return splits
 
 
@@ -96,8 +97,8 @@ def run_splits(args) -> None:
 def run_verify(args) -> None:
     """Decode every image and trimap the study can use; name each damaged or missing one."""
     root = Path(args.data_root)
-    pets = [image for part in ("train", "val", "test") for image in data.pets_split(root, part).images]
-    coco = [path for part in ("train2017", "val2017") for path in data._Coco(root, part, None, args.cache_dir).paths]
+    pets = [image for part in ("train", "val", "test") for image in splits.pets_split(root, part).images]
+    coco = [path for part in ("train2017", "val2017") for path in splits._Coco(root, part, None, args.cache_dir).paths]
     jobs = [(data.read_image, root / path) for path in coco + pets]
     jobs += [(data.read_trimap, root / data.trimap_path(image), root / image) for image in pets]
 
@@ -126,13 +127,13 @@ def run_cache(args) -> None:
     """Decode the chosen splits, the validation images and the pets into the cache that all scripts share."""
     jobs, decoded = [], []
     for name in dict.fromkeys(args.splits):
-        split = data.select_split(args.data_root, name, split_seed=args.split_seed, cache_dir=args.cache_dir)
+        split = splits.select_split(args.data_root, name, split_seed=args.split_seed, cache_dir=args.cache_dir)
         jobs.append(("image", split.images))
         if name == "pets":
-            held_out = [data.pets_split(args.data_root, part).images for part in ("val", "test")]
+            held_out = [splits.pets_split(args.data_root, part).images for part in ("val", "test")]
             jobs += [("trimap", split.images), ("image", sum(held_out, ()))]
     if set(args.splits) - {"pets"}:
-        jobs += [("image", s.images) for s in data.mae_validation(args.data_root, cache_dir=args.cache_dir).values()]
+        jobs += [("image", s.images) for s in splits.mae_validation(args.data_root, cache_dir=args.cache_dir).values()]
 
     def progress(desc, total):
         decoded.append(total)
@@ -218,7 +219,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add = run["cache"].add_argument
     add("--cache_size", type=int, default=384, help="side of the squashed square in pixels; as in training")
     default = ("animal", "non_animal", "mixed", "pets")
-    add("--splits", nargs="+", choices=data.SPLITS, default=default, help="what to decode")
+    add("--splits", nargs="+", choices=splits.SPLITS, default=default, help="what to decode")
     add = run["demo"].add_argument
     add("--num_train", type=int, default=480, help="COCO-like training photos")
     add("--num_val", type=int, default=96, help="COCO-like validation photos")

@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 
 import data
+import splits
 from engine import EngineError, Precision, Run, launch, param_groups, setup
 from models import MODELS, build_mae, patchify, take_rows
 from trainer import Trainer, add_training_arguments, check_training_arguments, init_model, open_store, plan_run
@@ -34,7 +35,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         help="predict pixels normalised per patch; gives better features, blurrier colours")
     add("--init", help="continue from this MAE checkpoint instead of random weights")
     add = parser.add_argument_group("split").add_argument
-    add("--split", choices=data.SPLITS, default="animal", help="which images to pre-train on; see `prepare.py splits`")
+    add("--split", choices=splits.SPLITS, default="animal", help="which images to pre-train on; see `prepare.py splits`")
     add("--animal_fraction", type=float, help="share of animal images in the mixed split, 0 to 1 (default 0.5)")
     add("--num_images", type=int, help="size of the split (default: that of the animal split, so that arms are matched)")
     add("--animal_images", choices=["per_category", "unique", "single"], default="per_category",
@@ -124,16 +125,16 @@ def main(args: argparse.Namespace) -> None:
     options = {k: getattr(args, k) for k in ("num_images", "animal_images", "categories", "split_seed", "cache_dir")}
     dist = setup(args.device)
     precision = Precision(args.precision, dist.device)
-    split = data.select_split(args.data_root, args.split, animal_fraction=args.animal_fraction, **options)
+    split = splits.select_split(args.data_root, args.split, animal_fraction=args.animal_fraction, **options)
     # pets and all train for as many updates as an arm of the animal split's size; other arms define their own epoch.
     matched = args.split in ("pets", "all") and args.num_images is None
-    size = data.reference_size(args.data_root, **options) if matched else len(split.images)
+    size = splits.reference_size(args.data_root, **options) if matched else len(split.images)
     epoch_steps = size // args.batch_size
     if not epoch_steps:
         raise EngineError(
             f"--batch_size {args.batch_size} is larger than the split's {size} images; use at most {size}"
         )
-    validation = data.mae_validation(args.data_root, categories=args.categories, cache_dir=args.cache_dir)
+    validation = splits.mae_validation(args.data_root, categories=args.categories, cache_dir=args.cache_dir)
 
     torch.manual_seed(args.seed)
     try:

@@ -187,7 +187,7 @@ if [ "$DRAWN" = 0 ] || [ "$DRY" = 0 ]; then
 fi
 if [ "$DRY" = 1 ]; then
   [ "$DEMO" = 1 ] || PAPER_MIXED=(--num_images 25918) MIXED_NOTE=1
-elif [ "$("$PYTHON" -c 'import sys; sys.path.insert(0, sys.argv[1]); import data; print(data.reference_size(sys.argv[2], cache_dir=sys.argv[3]))' "$HERE" "$DATA_ROOT" "$CACHE")" = 25739 ]; then
+elif [ "$("$PYTHON" -c 'import sys; sys.path.insert(0, sys.argv[1]); import splits; print(splits.reference_size(sys.argv[2], cache_dir=sys.argv[3]))' "$HERE" "$DATA_ROOT" "$CACHE")" = 25739 ]; then
   PAPER_MIXED=(--num_images 25918) MIXED_NOTE=1 # the paper's size of the mixed split
 fi
 if [ "$DRY" = 0 ]; then

@@ -22,6 +22,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import data
+import splits
 from engine import Distributed, EngineError, Precision, Progress, Run, describe_environment, lr_at, peak_flops
 from weights import load_pretrained
 
@@ -354,7 +355,7 @@ def open_store(
 
 
 def plan_run(kind: str, args, dist: Distributed, precision: Precision, model: nn.Module, groups: list[dict], *, lr: float,
-             flops: float, epoch_steps: int, train: data.Split, mask_ratio: float = 0.0, **inputs) -> dict:  # fmt: skip
+             flops: float, epoch_steps: int, train: splits.Split, mask_ratio: float = 0.0, **inputs) -> dict:  # fmt: skip
     """Say what is about to run, and return the content of config.json; --dry_run also prints every parameter group.
 
     `experiment` in it is all that defines the result: the flags that matter and `inputs`, hashes of lists and checkpoints.

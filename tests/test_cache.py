@@ -14,6 +14,7 @@ import pytest
 from PIL import Image, ImageOps
 
 import data
+import splits
 
 SAMPLE = os.environ.get("SAMPLE_ROOT")
 
@@ -297,8 +298,8 @@ def test_decompression_bombs_are_refused(tmp_path, side):
 
 @pytest.mark.skipif(not SAMPLE, reason="SAMPLE_ROOT names no data root with real photos")
 def test_real_photos_cache_without_complaint(tmp_path, capsys):
-    images = data.select_split(SAMPLE, "all", cache_dir=tmp_path).images
-    pets = data.pets_split(SAMPLE, "test").images
+    images = splits.select_split(SAMPLE, "all", cache_dir=tmp_path).images
+    pets = splits.pets_split(SAMPLE, "test").images
     data.build_cache(SAMPLE, images + pets, cache_dir=tmp_path, cache_size=64)
     data.build_cache(SAMPLE, pets, kind="trimap", cache_dir=tmp_path, cache_size=64)
     store, got = rows(SAMPLE, images + pets, tmp_path, size=64)

@@ -13,6 +13,7 @@ from pycocotools.coco import COCO
 import data
 import demo
 import prepare
+import splits
 
 SIZES = ["--num_train", "40", "--num_val", "16", "--num_pets", "28"]
 
@@ -68,7 +69,7 @@ def test_outlines_boxes_and_areas_agree(drawn, coco):
 
 
 def test_pets_have_trimaps_with_a_thin_border_and_the_publishers_list(drawn):
-    images = [image for part in ("train", "val", "test") for image in data.pets_split(drawn, part).images]
+    images = [image for part in ("train", "val", "test") for image in splits.pets_split(drawn, part).images]
     assert len(images) == 28
     shares, aspects = [], set()
     for image in images:
@@ -88,7 +89,7 @@ def test_no_brightness_threshold_tells_pet_from_background(drawn):
         cuts = [grey > t for t in range(20, 240, 10)] + [grey < t for t in range(20, 240, 10)]
         return max((c & pet).sum() / (c | pet).sum() for c in cuts)
 
-    assert np.mean([best_iou(image) for image in data.pets_split(drawn, "train").images]) < 0.7
+    assert np.mean([best_iou(image) for image in splits.pets_split(drawn, "train").images]) < 0.7
 
 
 def test_the_same_seed_draws_the_same_files_and_another_seed_others(drawn, tmp_path):

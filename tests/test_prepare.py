@@ -13,6 +13,7 @@ import pytest
 import data
 import demo
 import prepare
+import splits
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -92,7 +93,7 @@ def test_cache_decodes_once_and_says_size_and_rate(drawn, tmp_path, capsys):
     run("cache", "--data_root", drawn, "--cache_dir", tmp_path, "--cache_size", 32, "--splits", "mixed", "pets")
     assert "complete before" in capsys.readouterr().out
     trimaps = data.ImageStore(
-        drawn, data.pets_split(drawn, "train").images, kind="trimap", cache_dir=tmp_path, cache_size=32
+        drawn, splits.pets_split(drawn, "train").images, kind="trimap", cache_dir=tmp_path, cache_size=32
     )
     assert len(trimaps) == 19
 

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import data
+import splits
 
 QUIET = settings(deadline=None, database=None, max_examples=40)
 CATEGORIES = [
@@ -61,7 +62,7 @@ def toy(tmp_path_factory):
 
 
 def select(toy, split, **options):
-    return data.select_split(toy[0], split, cache_dir=toy[1], **options)
+    return splits.select_split(toy[0], split, cache_dir=toy[1], **options)
 
 
 def numbers(split) -> list[int]:
@@ -69,7 +70,7 @@ def numbers(split) -> list[int]:
 
 
 def test_the_three_ways_of_listing_animals_count_as_defined(toy):
-    sizes = {rule: len(select(toy, "animal", animal_images=rule).images) for rule in data.ANIMAL_IMAGES}
+    sizes = {rule: len(select(toy, "animal", animal_images=rule).images) for rule in splits.ANIMAL_IMAGES}
     assert sizes == {"per_category": 50, "unique": 40, "single": 30}
     split = select(toy, "animal")
     assert split.unique == 40 and split.manifest["categories"] == {"bird": 20, "cat": 30}
@@ -79,7 +80,7 @@ def test_the_three_ways_of_listing_animals_count_as_defined(toy):
 @QUIET
 @given(
     fraction=st.floats(0, 1),
-    rule=st.sampled_from(data.ANIMAL_IMAGES),
+    rule=st.sampled_from(splits.ANIMAL_IMAGES),
     seed=st.integers(0, 2**40),
     count=st.integers(1, 30),
 )
@@ -94,7 +95,7 @@ def test_arms_are_equal_in_size_and_doses_nest(toy, fraction, rule, seed, count)
         assert mixed.images == animal.images[:dose] + other.images[: len(mixed.images) - dose]  # prefixes: they nest
         assert len(set(other.images)) == len(other.images)
         assert (
-            data.reference_size(toy[0], cache_dir=toy[1], **options)
+            splits.reference_size(toy[0], cache_dir=toy[1], **options)
             == {"per_category": 50, "unique": 40, "single": 30}[rule]
         )
 
@@ -102,7 +103,7 @@ def test_arms_are_equal_in_size_and_doses_nest(toy, fraction, rule, seed, count)
 def test_selection_and_hash_depend_on_the_split_seed_alone(toy, tmp_path):
     for split in ("animal", "non_animal", "mixed", "all", "pets"):
         first, again, other = (select(toy, split, split_seed=s) for s in (1, 1, 2))
-        fresh = data.select_split(toy[0], split, split_seed=1, cache_dir=tmp_path / "not made yet.d")
+        fresh = splits.select_split(toy[0], split, split_seed=1, cache_dir=tmp_path / "not made yet.d")
         assert first == again == fresh and first.sha256 != other.sha256 and first.images != other.images
         assert len(first.sha256) == 64 and json.loads(json.dumps(first.manifest)) == first.manifest
 
@@ -115,23 +116,23 @@ def test_all_holds_every_image_also_those_without_annotation(toy):
 def test_categories_take_the_place_of_the_animals(toy):
     bottles, rest = (select(toy, s, categories=["bottle"], num_images=20) for s in ("animal", "non_animal"))
     assert sorted(numbers(bottles)) == list(range(61, 81)) and not set(numbers(rest)) & set(numbers(bottles))
-    assert data.reference_size(toy[0], categories=["person"], cache_dir=toy[1]) == 40
+    assert splits.reference_size(toy[0], categories=["person"], cache_dir=toy[1]) == 40
 
 
 def test_pets_are_one_fixed_draw_that_no_seed_changes_and_fractions_nest(toy):
-    parts = [data.pets_split(toy[0], part) for part in ("train", "val", "test")]
+    parts = [splits.pets_split(toy[0], part) for part in ("train", "val", "test")]
     assert [len(p.images) for p in parts] == [70, 15, 16]
     assert len(set().union(*(p.images for p in parts))) == 101
-    assert data.pets_split(toy[0], "train", split_seed=5) == parts[0]
+    assert splits.pets_split(toy[0], "train", split_seed=5) == parts[0]
     assert set(select(toy, "pets").images) == set(parts[0].images)
-    half, tenth = (data.pets_split(toy[0], "train", train_fraction=f, split_seed=3) for f in (0.5, 0.1))
+    half, tenth = (splits.pets_split(toy[0], "train", train_fraction=f, split_seed=3) for f in (0.5, 0.1))
     assert half.images[:7] == tenth.images and len(half.images) == 35 and set(half.images) < set(parts[0].images)
-    assert data.pets_split(toy[0], "train", train_fraction=0.5, split_seed=4).images != half.images
+    assert splits.pets_split(toy[0], "train", train_fraction=0.5, split_seed=4).images != half.images
     assert data.trimap_path(parts[0].images[0]).endswith(Path(parts[0].images[0]).stem + ".png")
 
 
 def test_validation_is_equal_in_size_and_without_repeats(toy):
-    parts = data.mae_validation(toy[0], cache_dir=toy[1])
+    parts = splits.mae_validation(toy[0], cache_dir=toy[1])
     assert {name: len(set(s.images)) for name, s in parts.items()} == {"animal": 8, "non_animal": 8}
     assert all(image.startswith("coco/val2017/") for s in parts.values() for image in s.images)
 
@@ -163,17 +164,20 @@ def test_a_wrong_request_is_told_what_is_valid(toy, split, options, words):
 def test_wrong_fractions_parts_and_lists_of_pets_are_refused(toy, tmp_path):
     for call in (dict(part="train", train_fraction=0), dict(part="train", train_fraction=1.1), dict(part="dev")):
         with pytest.raises(data.DataError):
-            data.pets_split(toy[0], **call)
+            splits.pets_split(toy[0], **call)
     path = tmp_path / "oxford-iiit-pet" / "annotations" / "list.txt"
     path.parent.mkdir(parents=True)
     path.write_text("a 1 1 1\nb 1 1 1\na 1 1 1\n")
     with pytest.raises(data.DataError, match="each once"):
-        data.pets_split(tmp_path, "train")
+        splits.pets_split(tmp_path, "train")
 
 
 def test_missing_data_says_which_command_gets_it(tmp_path):
     root = tmp_path / "my data"
-    for call in (lambda: data.select_split(root, "animal", cache_dir=tmp_path), lambda: data.pets_split(root, "val")):
+    for call in (
+        lambda: splits.select_split(root, "animal", cache_dir=tmp_path),
+        lambda: splits.pets_split(root, "val"),
+    ):
         with pytest.raises(data.DataError, match=r"prepare.py download --data_root '.*my data'.*prepare.py demo"):
             call()
 
@@ -198,7 +202,7 @@ def test_missing_data_says_which_command_gets_it(tmp_path):
 def test_a_damaged_annotation_file_is_explained_in_one_line(tmp_path, change, words):
     path = write_annotations(tmp_path, "train2017", [[16], [44]], **change)
     with pytest.raises(data.DataError, match=words) as error:
-        data.select_split(tmp_path, "animal", cache_dir=tmp_path / "cache")
+        splits.select_split(tmp_path, "animal", cache_dir=tmp_path / "cache")
     assert str(path) in str(error.value) and "\n" not in str(error.value)
 
 
@@ -207,20 +211,20 @@ def test_a_file_that_is_not_json_is_explained_and_a_mended_one_is_read(tmp_path)
     good = path.read_text()
     path.write_text(good[: len(good) // 2])
     with pytest.raises(data.DataError, match="not a JSON file"):
-        data.select_split(tmp_path, "animal", cache_dir=tmp_path / "cache")
+        splits.select_split(tmp_path, "animal", cache_dir=tmp_path / "cache")
     path.write_text(good)
-    assert data.select_split(tmp_path, "animal", cache_dir=tmp_path / "cache").images == (
+    assert splits.select_split(tmp_path, "animal", cache_dir=tmp_path / "cache").images == (
         "coco/train2017/000000000001.jpg",
     )
 
 
 def test_a_damaged_digest_is_made_again(tmp_path):
     write_annotations(tmp_path, "train2017", [[16], [44]])
-    first = data.select_split(tmp_path, "animal", cache_dir=tmp_path)
+    first = splits.select_split(tmp_path, "animal", cache_dir=tmp_path)
     (digest,) = tmp_path.glob("annotations_*.json")
     digest.write_text(digest.read_text()[:20])
-    data._load_digest.cache_clear()
-    assert data.select_split(tmp_path, "animal", cache_dir=tmp_path) == first
+    splits._load_digest.cache_clear()
+    assert splits.select_split(tmp_path, "animal", cache_dir=tmp_path) == first
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -230,16 +234,16 @@ FULL = """
 import json, sys, data
 root, cache = sys.argv[1:]
 out = {}
-for rule in data.ANIMAL_IMAGES:
-    out[rule] = len(data.select_split(root, "animal", animal_images=rule, cache_dir=cache).images)
-for name in data.SPLITS[:4]:
-    split = data.select_split(root, name, cache_dir=cache)
+for rule in splits.ANIMAL_IMAGES:
+    out[rule] = len(splits.select_split(root, "animal", animal_images=rule, cache_dir=cache).images)
+for name in splits.SPLITS[:4]:
+    split = splits.select_split(root, name, cache_dir=cache)
     out[name] = [len(split.images), split.unique, split.manifest["animal_images"], split.manifest["without_annotation"]]
     out[name + "_categories"] = split.manifest["categories"]
-out["paper"] = data.select_split(root, "mixed", num_images=25918, cache_dir=cache).manifest["animal_images"]
-out["val"] = {k: len(v.images) for k, v in data.mae_validation(root, cache_dir=cache).items()}
-val = data._Coco(root, "val2017", None, cache)
-out["val_lists"] = [len(val.animal_list(rule)) for rule in data.ANIMAL_IMAGES]
+out["paper"] = splits.select_split(root, "mixed", num_images=25918, cache_dir=cache).manifest["animal_images"]
+out["val"] = {k: len(v.images) for k, v in splits.mae_validation(root, cache_dir=cache).items()}
+val = splits._Coco(root, "val2017", None, cache)
+out["val_lists"] = [len(val.animal_list(rule)) for rule in splits.ANIMAL_IMAGES]
 print(json.dumps(out))
 """
 
