@@ -28,6 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import augment
 import data
 import splits
 from engine import EngineError, Precision, hardware_name, launch, peak_flops, setup
@@ -144,7 +145,7 @@ class Bench:
         data.build_cache(self.root, (*self.photos, *self.pets), cache_dir=self.cache)
         data.build_cache(self.root, self.pets, kind="trimap", cache_dir=self.cache)
 
-    def batches(self, task: str, batch_size: int, device) -> data.TrainBatches:
+    def batches(self, task: str, batch_size: int, device) -> augment.TrainBatches:
         """Batches as the training scripts make them; a list shorter than four batches is repeated."""
         listed, own = (self.photos if task == "pretrain" else self.pets), torch.device(device).type == "cuda"
         images = list(itertools.islice(itertools.cycle(listed), max(len(listed), 4 * batch_size)))
@@ -152,7 +153,7 @@ class Bench:
                   for k in (["image"] if task == "pretrain" else ["image", "trimap"])]  # fmt: skip
         draws = {"pretrain": {"noise": (self.patches,)}, "finetune": {"drop_path": (self.depth, 2)}}.get(task, {})
         scale = (0.2 if task == "pretrain" else 0.5, 1.0)
-        return data.TrainBatches(*stores, img_size=self.args.img_size, batch_size=batch_size, seed=0, scale=scale,
+        return augment.TrainBatches(*stores, img_size=self.args.img_size, batch_size=batch_size, seed=0, scale=scale,
                                  vertical_flip=task != "pretrain", draws=draws, device=device)  # fmt: skip
 
     def build(self, task: str, **options):

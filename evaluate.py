@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+import augment
 import data
 import splits
 from engine import EngineError, Precision, Progress, launch, setup, write_atomic
@@ -94,7 +95,7 @@ def test_records(model: torch.nn.Module, test: TestSet, device: torch.device, pr
         k: [] for k in ("counts", "counts_native", "loss_sum", "pixels", "boundary", "boundary_native")
     }
     panels: dict[int, tuple] = {}
-    batches = data.EvalBatches(test.store, img_size=test.img_size, batch_size=batch_size, device=device)
+    batches = augment.EvalBatches(test.store, img_size=test.img_size, batch_size=batch_size, device=device)
     with Progress("testing", len(test.ids)) as progress:
         for index, images in batches:
             truth = test.truth[index.cpu()].to(device).long()
@@ -114,7 +115,7 @@ def test_records(model: torch.nn.Module, test: TestSet, device: torch.device, pr
                 parts["counts_native"].append(confusion(native, large))
                 parts["boundary_native"].append(boundaries(native, large))
                 if k in test.panel:
-                    panels[k] = (data.denormalise(images[i : i + 1])[0], truth[i], pred[i])
+                    panels[k] = (augment.denormalise(images[i : i + 1])[0], truth[i], pred[i])
             progress.update(len(index))
     records = {k: torch.cat(v).cpu().numpy() for k, v in parts.items()} | {
         "ids": np.array(test.ids),
@@ -215,7 +216,7 @@ def predict(
 ) -> np.ndarray:
     """Segment one image -> uint8 [H, W] at its own size: 0 pet, 1 background, 2 border."""
     small = np.asarray(image.convert("RGB").resize((img_size, img_size), Image.Resampling.BICUBIC))
-    x = data.normalise(torch.from_numpy(small.copy()).to(device).permute(2, 0, 1)[None].float())
+    x = augment.normalise(torch.from_numpy(small.copy()).to(device).permute(2, 0, 1)[None].float())
     logits = F.interpolate(model(x).float(), size=image.size[::-1], mode="bilinear", align_corners=False)
     return logits.argmax(1)[0].byte().cpu().numpy()
 

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import augment
 import data
 import splits
 from engine import Distributed, EngineError, Precision, Run, launch, param_groups, setup
@@ -70,7 +71,7 @@ class Validation:
         device = self.dist.device
         counts = torch.zeros(3, 3, dtype=torch.int64, device=device)
         loss = torch.zeros((), dtype=torch.float64, device=device)
-        batches = data.EvalBatches(self.store, img_size=self.args.img_size, batch_size=64, rank=self.dist.rank,
+        batches = augment.EvalBatches(self.store, img_size=self.args.img_size, batch_size=64, rank=self.dist.rank,
                                    world_size=self.dist.world_size, device=device)  # fmt: skip
         for index, images in batches:
             truth = self.truth[index.to(device)].long()
@@ -113,7 +114,7 @@ def train_segmenter(args, kind: str, model: nn.Module, dist: Distributed, precis
     masks = open_store(args, dist, images.images, "trimap")
     depth = len(getattr(model, "blocks", ()))
     drops = {"drop_path": (depth, 2)} if getattr(args, "drop_path", 0) and depth else {}
-    batches = data.TrainBatches(
+    batches = augment.TrainBatches(
         images, masks, img_size=args.img_size, batch_size=args.batch_size, seed=args.seed, scale=(args.crop_scale, 1.0),
         crop=args.crop_scale < 1, flip=args.flips, vertical_flip=True, draws=drops, rank=dist.rank,
         world_size=dist.world_size, micro_batch_size=args.micro_batch_size, device=dist.device,

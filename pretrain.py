@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-import data
+import augment
 import splits
 from engine import EngineError, Precision, Run, launch, param_groups, setup
 from models import MODELS, build_mae, patchify, take_rows
@@ -63,7 +63,7 @@ class Validation:
         noise = validation_noise(len(store), self.model.num_patches)
         size = min(self.args.micro_batch_size or 256, 256)
         total = torch.zeros(2, dtype=torch.float64, device=self.dist.device)
-        batches = data.EvalBatches(store, img_size=self.args.img_size, batch_size=size, rank=self.dist.rank,
+        batches = augment.EvalBatches(store, img_size=self.args.img_size, batch_size=size, rank=self.dist.rank,
                                    world_size=self.dist.world_size, device=self.dist.device)  # fmt: skip
         for index, images in batches:
             total[0] += loss_of(images, noise[index.cpu()].to(images.device)).double() * len(images)
@@ -101,13 +101,13 @@ class Validation:
         for store in self.stores.values():
             k = min(count, len(store))
             _, images = next(
-                iter(data.EvalBatches(store, img_size=self.args.img_size, batch_size=k, device=self.dist.device))
+                iter(augment.EvalBatches(store, img_size=self.args.img_size, batch_size=k, device=self.dist.device))
             )
             noise = validation_noise(len(store), self.model.num_patches)[:k].to(self.dist.device)
             masked, filled = self.model.reconstruct(images, self.args.mask_ratio, noise)
             parts.append(
                 [
-                    data.denormalise(x).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu()
+                    augment.denormalise(x).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu()
                     for x in (images, masked, filled)
                 ]
             )
@@ -154,7 +154,7 @@ def main(args: argparse.Namespace) -> None:
         return print(f"{run.dir} is finished; nothing to do (--resume never starts over)") if dist.is_main else None
 
     images = open_store(args, dist, split.images, "image")
-    batches = data.TrainBatches(
+    batches = augment.TrainBatches(
         images, None, img_size=args.img_size, batch_size=args.batch_size, seed=args.seed, scale=(0.2, 1.0),
         draws={"noise": (model.num_patches,)}, rank=dist.rank, world_size=dist.world_size,
         micro_batch_size=args.micro_batch_size, device=dist.device,

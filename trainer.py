@@ -226,8 +226,9 @@ class Trainer:
         steps, skipped = int(self.meter[1].item()), int(self.meter[2].item())
         loss, lr, mfu = statistics.fmean(self.loss_sums) / steps, self._lr(self.step - 1), self._mfu(img_s)
         more = {"skipped": skipped} if self.precision.scaler.is_enabled() else {}
-        self.run.log("train", step=self.step, epoch=self.step / self.epoch_steps, loss=loss, lr=lr, grad_norm=norm.item(),
-                     **more, img_s=round(img_s, 1), mfu=mfu, mem_gb=self._memory(), seconds=round(self.seconds, 2))  # fmt: skip
+        more |= {"img_s": round(img_s, 1), "mfu": mfu, "mem_gb": self._memory(), "seconds": round(self.seconds, 2)}
+        epoch = self.step / self.epoch_steps
+        self.run.log("train", step=self.step, epoch=epoch, loss=loss, lr=lr, grad_norm=norm.item(), **more)
         self.rates.append(img_s)
         self.meter.zero_()
         self.note = f"loss {loss:.4f}, lr {lr:.2e}" + (f", MFU {100 * mfu:.1f} %" if mfu else "")

@@ -6,6 +6,7 @@ import itertools
 import torch
 from torch import nn
 
+import augment
 import data
 from models import MaskedAutoencoder, unpatchify
 
@@ -52,7 +53,7 @@ class Photos(torch.utils.data.Dataset):
         from torchvision.transforms import v2
 
         crop = v2.RandomResizedCrop(size, (0.2, 1.0), interpolation=v2.InterpolationMode.BICUBIC)
-        to_tensor = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(data.MEAN, data.STD)]
+        to_tensor = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(augment.MEAN, augment.STD)]
         self.paths, self.transform = paths, v2.Compose([crop, v2.RandomHorizontalFlip(), *to_tensor])
 
     def __len__(self) -> int:

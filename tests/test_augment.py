@@ -9,7 +9,7 @@ from PIL import Image
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as tv
 
-import data
+import augment
 
 QUIET = settings(deadline=None, database=None, max_examples=60)
 
@@ -36,7 +36,7 @@ def flipped(image, flip):
 def test_integer_boxes_equal_torchvision_and_pillow_before_clamping(case):
     size, boxes, flips, out, seed = case
     images = torch.randint(0, 256, (len(boxes), 3, size, size), generator=torch.Generator().manual_seed(seed))
-    ours = data.crop_resize(images.to(torch.uint8), boxes.float(), flips, out, clamp=False)
+    ours = augment.crop_resize(images.to(torch.uint8), boxes.float(), flips, out, clamp=False)
     for i, box in enumerate(boxes.tolist()):
         top, left, h, w = box
         cut = images[i, :, top : top + h, left : left + w].float().numpy()
@@ -45,7 +45,7 @@ def test_integer_boxes_equal_torchvision_and_pillow_before_clamping(case):
         if out[1] > 1:  # torch repeats the first row in results one pixel wide, where Pillow agrees with us
             theirs = tv.resized_crop(images[i].float(), *box, list(out), InterpolationMode.BICUBIC, antialias=True)
             assert (ours[i] - flipped(theirs, flips[i])).abs().max() < 0.01
-    assert torch.equal(data.crop_resize(images.to(torch.uint8), boxes.float(), flips, out), ours.clamp(0, 255))
+    assert torch.equal(augment.crop_resize(images.to(torch.uint8), boxes.float(), flips, out), ours.clamp(0, 255))
 
 
 @QUIET
@@ -53,7 +53,7 @@ def test_integer_boxes_equal_torchvision_and_pillow_before_clamping(case):
 def test_masks_take_the_nearest_pixel_centre(case):
     size, boxes, flips, out, seed = case
     masks = torch.randint(0, 3, (len(boxes), size, size), generator=torch.Generator().manual_seed(seed))
-    ours = data.crop_resize_nearest(masks.to(torch.uint8), boxes.float(), flips, out)
+    ours = augment.crop_resize_nearest(masks.to(torch.uint8), boxes.float(), flips, out)
     for i, (top, left, h, w) in enumerate(boxes.tolist()):
         rows, columns = ((np.arange(n) + 0.5) * (m / n) for n, m in zip(out, (h, w), strict=True))
         cut = masks[i, top : top + h, left : left + w].numpy()
@@ -75,10 +75,10 @@ def test_image_and_trimap_stay_aligned_through_every_augmentation(seed, native):
     mask = torch.from_numpy(pattern)[None]
     image = (mask == torch.tensor([1, 2, 0])[:, None, None]).to(torch.uint8)[None] * 255  # channel 0: class 1, ...
     sizes = np.array([native], np.float32)
-    boxes = data.random_boxes(rng, sizes, (0.2, 1.0)) / np.concatenate([sizes, sizes], 1) * 64
+    boxes = augment.random_boxes(rng, sizes, (0.2, 1.0)) / np.concatenate([sizes, sizes], 1) * 64
     boxes, flips = torch.from_numpy(boxes), torch.from_numpy(rng.random((1, 2)) < 0.5)
-    seen = data.crop_resize(image, boxes, flips, 48)[0]
-    classes = data.crop_resize_nearest(mask, boxes, flips, 48)[0]
+    seen = augment.crop_resize(image, boxes, flips, 48)[0]
+    classes = augment.crop_resize_nearest(mask, boxes, flips, 48)[0]
     wrong = (seen.argmax(0) + 1) % 3 != classes
     edge = torch.zeros_like(wrong)
     for shift in ((0, 1), (1, 0), (0, -1), (-1, 0)):
@@ -91,7 +91,7 @@ def test_image_and_trimap_stay_aligned_through_every_augmentation(seed, native):
 def test_random_boxes_lie_inside_with_the_area_and_ratio_asked_for(seed, scale):
     rng = np.random.default_rng(seed)
     sizes = rng.integers(1, 700, (200, 2)).astype(np.float32)
-    boxes = data.random_boxes(rng, sizes, scale)
+    boxes = augment.random_boxes(rng, sizes, scale)
     assert boxes.dtype == np.float32 and (boxes == boxes.round()).all() and (boxes[:, :2] >= 0).all()
     assert (boxes[:, 2:] >= 1).all() and (boxes[:, :2] + boxes[:, 2:] <= sizes).all()
     square = sizes.min(1) > 0.8 * sizes.max(1)
@@ -108,48 +108,48 @@ def test_random_boxes_are_distributed_as_torchvisions():
     crop, image = RandomResizedCrop(32, scale=(0.2, 1.0)), torch.zeros(3, 60, 100)
     params = [crop.make_params([image]) for _ in range(4000)]
     theirs = np.array([[p["top"], p["left"], p["height"], p["width"]] for p in params], float)
-    ours = data.random_boxes(np.random.default_rng(0), np.tile([60.0, 100.0], (4000, 1)), (0.2, 1.0)).astype(float)
+    ours = augment.random_boxes(np.random.default_rng(0), np.tile([60.0, 100.0], (4000, 1)), (0.2, 1.0)).astype(float)
     assert np.abs(ours.mean(0) - theirs.mean(0)).max() < 1 and np.abs(ours.std(0) / theirs.std(0) - 1).max() < 0.06
 
 
 def test_a_box_smaller_than_a_cell_takes_the_cell_it_lies_in():
     image = torch.arange(16.0).view(1, 1, 4, 4).expand(1, 3, 4, 4)
     box = torch.tensor([[2.2, 1.6, 0.1, 0.2]])
-    out = data.crop_resize(image, box, torch.zeros(1, 2, dtype=torch.bool), 5)
+    out = augment.crop_resize(image, box, torch.zeros(1, 2, dtype=torch.bool), 5)
     assert torch.allclose(out, torch.full_like(out, 9.0))
 
 
 def test_autocast_never_lowers_the_precision():
     images = torch.randint(0, 256, (2, 3, 40, 40), dtype=torch.uint8)
     box, flips = torch.tensor([[3.0, 4.0, 30.0, 20.0]]).expand(2, 4), torch.zeros(2, 2, dtype=torch.bool)
-    plain = data.crop_resize(images, box, flips, 24)
+    plain = augment.crop_resize(images, box, flips, 24)
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(data.crop_resize(images, box, flips, 24), plain) and plain.dtype == torch.float32
+        assert torch.equal(augment.crop_resize(images, box, flips, 24), plain) and plain.dtype == torch.float32
 
 
 def test_an_image_gives_the_same_bits_in_any_batch():
     images = torch.randint(0, 256, (6, 3, 40, 40), dtype=torch.uint8)
-    boxes = torch.from_numpy(data.random_boxes(np.random.default_rng(1), np.full((6, 2), 40.0)))
+    boxes = torch.from_numpy(augment.random_boxes(np.random.default_rng(1), np.full((6, 2), 40.0)))
     flips = torch.rand(6, 2) < 0.5
-    whole = data.crop_resize(images, boxes, flips, 32)
-    parts = [data.crop_resize(images[i : i + 2], boxes[i : i + 2], flips[i : i + 2], 32) for i in (0, 2, 4)]
+    whole = augment.crop_resize(images, boxes, flips, 32)
+    parts = [augment.crop_resize(images[i : i + 2], boxes[i : i + 2], flips[i : i + 2], 32) for i in (0, 2, 4)]
     assert torch.equal(whole, torch.cat(parts))
 
 
 def test_normalise_and_back():
     x = torch.rand(2, 3, 5, 5) * 255
-    mean, std = torch.tensor(data.MEAN).view(3, 1, 1), torch.tensor(data.STD).view(3, 1, 1)
-    assert torch.allclose(data.normalise(x), (x / 255 - mean) / std, atol=1e-5)
-    assert torch.allclose(data.denormalise(data.normalise(x)), x, atol=1e-3)
+    mean, std = torch.tensor(augment.MEAN).view(3, 1, 1), torch.tensor(augment.STD).view(3, 1, 1)
+    assert torch.allclose(augment.normalise(x), (x / 255 - mean) / std, atol=1e-5)
+    assert torch.allclose(augment.denormalise(augment.normalise(x)), x, atol=1e-3)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_cuda_agrees_within_half_a_step_with_tf32_allowed():
     images = torch.randint(0, 256, (8, 3, 96, 96), dtype=torch.uint8)
-    boxes = torch.from_numpy(data.random_boxes(np.random.default_rng(1), np.full((8, 2), 96.0)))
+    boxes = torch.from_numpy(augment.random_boxes(np.random.default_rng(1), np.full((8, 2), 96.0)))
     flips = torch.rand(8, 2) < 0.5
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")
-    ours = data.crop_resize(images.cuda(), boxes.cuda(), flips.cuda(), 64).cpu()
+    ours = augment.crop_resize(images.cuda(), boxes.cuda(), flips.cuda(), 64).cpu()
     torch.set_float32_matmul_precision(before)
-    assert (ours - data.crop_resize(images, boxes, flips, 64)).abs().max() < 0.5
+    assert (ours - augment.crop_resize(images, boxes, flips, 64)).abs().max() < 0.5

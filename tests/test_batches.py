@@ -9,6 +9,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+import augment
 import data
 
 QUIET = settings(deadline=None, database=None, max_examples=25)
@@ -35,12 +36,12 @@ def stores(tmp_path_factory):
 
 def batches(stores, batch_size, seed=0, **options):
     options = dict(img_size=8, draws={"noise": (5,), "drop": (2, 3)}) | options
-    return data.TrainBatches(*stores, batch_size=batch_size, seed=seed, **options)
+    return augment.TrainBatches(*stores, batch_size=batch_size, seed=seed, **options)
 
 
 def numbers(batch) -> list[int]:
     """Which images a batch holds, read back from its pixels."""
-    return (data.denormalise(batch["images"])[:, 0].mean((1, 2)) / 10).round().int().tolist()
+    return (augment.denormalise(batch["images"])[:, 0].mean((1, 2)) / 10).round().int().tolist()
 
 
 def joined(micro_batches: list[dict]) -> dict[str, torch.Tensor]:
@@ -136,8 +137,8 @@ def test_crops_and_flips_can_be_switched_off(stores):
             return 4
 
     def seen(**options):
-        train = data.TrainBatches(Half(), img_size=SIZE, batch_size=4, seed=0, **options)
-        return data.denormalise(torch.cat([b[0]["images"] for b in train.run(0, 8)])).round()
+        train = augment.TrainBatches(Half(), img_size=SIZE, batch_size=4, seed=0, **options)
+        return augment.denormalise(torch.cat([b[0]["images"] for b in train.run(0, 8)])).round()
 
     plain = seen(crop=False, flip=False, vertical_flip=True)
     assert torch.equal(plain, left.float().expand_as(plain))
@@ -152,7 +153,7 @@ def test_crops_and_flips_can_be_switched_off(stores):
 def test_evaluation_sees_every_image_exactly_once(stores, world, batch_size, img_size):
     seen = []
     for rank in range(world):
-        loader = data.EvalBatches(stores[0], img_size=img_size, batch_size=batch_size, rank=rank, world_size=world)
+        loader = augment.EvalBatches(stores[0], img_size=img_size, batch_size=batch_size, rank=rank, world_size=world)
         parts = list(loader)
         assert len(parts) == loader.count and all(len(i) == batch_size for i, _ in parts[:-1])
         for index, images in parts:
@@ -165,7 +166,7 @@ def test_evaluation_sees_every_image_exactly_once(stores, world, batch_size, img
 def test_evaluation_takes_tensors_and_more_processes_than_images():
     images = torch.full((2, 3, 9, 9), 100, dtype=torch.uint8)
     shares = [
-        [i.tolist() for i, _ in data.EvalBatches(images, img_size=6, batch_size=4, rank=r, world_size=3)]
+        [i.tolist() for i, _ in augment.EvalBatches(images, img_size=6, batch_size=4, rank=r, world_size=3)]
         for r in range(3)
     ]
     assert shares == [[[0]], [[1]], []]

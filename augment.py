@@ -1,0 +1,259 @@
+"""Augmentation on the device for a whole batch at once, and reproducible batches from a store of decoded images.
+
+    batches = TrainBatches(store, None, img_size=224, batch_size=256, seed=0, draws={"noise": (196,)})
+    for micro_batches in batches.run(0, 1000): ...
+
+Copy it together with data.py. What a batch holds is a pure function of (seed, epoch, position in the global batch),
+whatever the number of processes.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+
+from data import DataError, ImageStore, seeded_rng
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet, in [0, 1] units
+PREFETCH = 2  # batches prepared ahead of the one in use
+
+
+@functools.lru_cache
+def _statistics(device: torch.device) -> torch.Tensor:
+    return 255 * torch.tensor([MEAN, STD], device=device)[..., None, None]  # kept: a copy to a GPU waits for it
+
+
+def normalise(images: torch.Tensor) -> torch.Tensor:
+    """Map float [B, 3, H, W] in 0..255 to zero mean and unit variance over ImageNet."""
+    mean, std = _statistics(images.device)
+    return images.sub(mean).div_(std)
+
+
+def denormalise(images: torch.Tensor) -> torch.Tensor:
+    """Undo normalise: float [..., 3, H, W] -> 0..255."""
+    mean, std = _statistics(images.device)
+    return images * std + mean
+
+
+def random_boxes(rng: np.random.Generator, sizes: np.ndarray, scale=(0.2, 1.0), ratio=(3 / 4, 4 / 3)) -> np.ndarray:
+    """Draw torchvision's RandomResizedCrop boxes for native sizes [B, 2] -> float32 [B, 4] top, left, height, width.
+
+    Ten tries of a random area and log-uniform aspect ratio, all at once; where none fits, the largest central box whose
+    ratio is allowed.
+    """
+    sizes = np.asarray(sizes, np.float64)
+    area, aspect, where = rng.random((len(sizes), 10)), rng.random((len(sizes), 10)), rng.random((len(sizes), 2))
+    area = sizes.prod(1)[:, None] * (scale[0] + (scale[1] - scale[0]) * area)
+    aspect = np.exp(np.log(ratio[0]) + (np.log(ratio[1]) - np.log(ratio[0])) * aspect)
+    tries = np.rint(np.sqrt(np.stack([area / aspect, area * aspect], -1)))  # [B, 10, 2]
+    fits = ((tries > 0) & (tries <= sizes[:, None])).all(-1)
+    chosen = np.take_along_axis(tries, fits.argmax(1)[:, None, None], 1)[:, 0]
+    (h, w), none = sizes.T, ~fits.any(1)
+    largest = np.stack([np.minimum(h, np.rint(w / ratio[0])), np.minimum(w, np.rint(h * ratio[1]))], -1)
+    box = np.where(none[:, None], largest, chosen)
+    corner = np.where(none[:, None], (sizes - box) // 2, np.floor(where * (sizes - box + 1)))
+    return np.concatenate([corner, box], 1).astype(np.float32)
+
+
+def _centres(start: torch.Tensor, length: torch.Tensor, flip: torch.Tensor, out: int) -> torch.Tensor:
+    """Place the centres of `out` output pixels on the input axis -> [B, out]; a flip reverses their order."""
+    i = torch.arange(out, device=start.device)
+    i = torch.where(flip[:, None], out - 1 - i, i)
+    return start[:, None] + (i + 0.5) * (length / out)[:, None]
+
+
+def resize_weights(start: torch.Tensor, length: torch.Tensor, flip: torch.Tensor, size: int, out: int) -> torch.Tensor:
+    """Weights that cut [start, start + length) out of an axis of `size` cells and resize it -> float32 [B, out, size].
+
+    Antialiased bicubic (a = -0.5), as in Pillow and torchvision: a cell takes part if its centre lies in the box, and
+    the filter widens with the scale. Only the cells near each centre are computed; the rest stays zero.
+    """
+    centre = _centres(start, length, flip, out)[..., None]
+    width = (length / out).clamp(min=1)[:, None, None]
+    taps = int(4 * max(1, size / out)) + 2
+    cell = torch.ceil(centre - 2 * width - 0.5) + torch.arange(taps, device=start.device)
+    x = ((cell + 0.5 - centre) / width).abs()
+    weight = torch.where(x < 1, (1.5 * x - 2.5) * x * x + 1, ((-0.5 * x + 2.5) * x - 4) * x + 2)
+    middle, half = (start + length / 2)[:, None, None], (length / 2).clamp(min=0.5)[:, None, None]  # never empty
+    weight = torch.where((x < 2) & ((cell + 0.5 - middle).abs() <= half), weight, 0)
+    # The margins take the taps that fall outside, so that no two of them share a place.
+    dense = torch.zeros(*centre.shape[:2], size + 2 * taps, device=start.device)
+    dense.scatter_(2, cell.long() + taps, weight / weight.sum(-1, keepdim=True))
+    return dense[..., taps : taps + size]
+
+
+@torch.no_grad()
+def crop_resize(images: torch.Tensor, boxes: torch.Tensor, flips: torch.Tensor, out: int | tuple[int, int],
+                clamp: bool = True) -> torch.Tensor:  # fmt: skip
+    """Crop, resize and flip with two matrix products per image -> float32 [B, 3, h, w] in 0..255.
+
+    images [B, 3, S, S] uint8 or float; boxes [B, 4] (top, left, height, width) in pixels of `images`, within them;
+    flips [B, 2] bool (horizontal, vertical); out: side or (h, w). Integer boxes give torchvision v2's resized_crop
+    (bicubic, antialias). Never below float32, whatever the caller's autocast.
+    """
+    h, w = (out, out) if isinstance(out, int) else out
+    with torch.autocast(images.device.type, enabled=False):
+        wy = resize_weights(boxes[:, 0], boxes[:, 2], flips[:, 1], images.shape[2], h)
+        wx = resize_weights(boxes[:, 1], boxes[:, 3], flips[:, 0], images.shape[3], w)
+        if images.device.type != "cpu":
+            rows = torch.bmm(images.flatten(1, 2).float(), wx.mT).unflatten(1, images.shape[1:3])
+            result = torch.stack([torch.bmm(wy, channel) for channel in rows.unbind(1)], 1)
+        else:  # one by one, cut to the box: fewer operations, and temporaries that stay in the processor's cache
+            result = torch.empty(*images.shape[:2], h, w)
+            ends = torch.stack([boxes[:, :2].floor(), (boxes[:, :2] + boxes[:, 2:]).ceil()], 1).int().tolist()
+            for i, ((top, left), (bottom, right)) in enumerate(ends):
+                cut = images[i, :, top:bottom, left:right].float()
+                part = (cut.flatten(0, 1) @ wx[i, :, left:right].T).unflatten(0, cut.shape[:2])
+                for channel, target in zip(part, result[i], strict=True):
+                    torch.mm(wy[i, :, top:bottom], channel, out=target)
+    return result.clamp_(0, 255) if clamp else result
+
+
+def crop_resize_nearest(masks: torch.Tensor, boxes: torch.Tensor, flips: torch.Tensor, out: int | tuple[int, int]
+                        ) -> torch.Tensor:  # fmt: skip
+    """Crop, resize and flip masks [B, (1,) S, S] with the same boxes, nearest pixel centre -> int64 [B, h, w]."""
+    h, w = (out, out) if isinstance(out, int) else out
+    masks = masks[:, 0] if masks.ndim == 4 else masks
+    y = _centres(boxes[:, 0], boxes[:, 2], flips[:, 1], h).floor().long().clamp(0, masks.shape[1] - 1)
+    x = _centres(boxes[:, 1], boxes[:, 3], flips[:, 0], w).floor().long().clamp(0, masks.shape[2] - 1)
+    return masks[torch.arange(len(masks), device=masks.device)[:, None, None], y[:, :, None], x[:, None, :]].long()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Batches
+
+
+def _prefetched(prepare: Callable, items: Iterable, device: torch.device) -> Iterator:
+    """Run prepare(item) in a background thread, PREFETCH items ahead; errors surface here, closing stops the thread."""
+
+    def start() -> None:
+        if device.type == "cuda":  # page-locked memory belongs to the thread's current GPU
+            torch.cuda.set_device(device)
+
+    pool = ThreadPoolExecutor(1, initializer=start)
+    try:
+        ready: deque = deque()
+        for item in items:
+            ready.append(pool.submit(prepare, item))
+            if len(ready) > PREFETCH:
+                yield ready.popleft().result()
+        while ready:
+            yield ready.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _device(name) -> torch.device:
+    device = torch.device(name)
+    return torch.device("cuda", torch.cuda.current_device()) if device == torch.device("cuda") else device
+
+
+class TrainBatches:
+    """Augmented training batches, each a pure function of (seed, epoch, position in the global batch).
+
+    batch_size counts the images of all processes; each rank holds a contiguous part of it, in micro-batches. An epoch
+    leaves out its incomplete last batch, so others each time, and holds no entry twice. scale: area of the random crop
+    (crop=False: whole images); flip=False: no flips at all; draws: name -> shape per image of further uniform numbers.
+    Raises DataError for a batch that is larger than the split or not divisible, naming the nearest valid size.
+    """
+
+    def __init__(self, images: ImageStore, masks: ImageStore | None = None, *, img_size: int, batch_size: int,
+                 seed: int, scale=(0.2, 1.0), vertical_flip: bool = False, flip: bool = True, crop: bool = True,
+                 draws: dict | None = None, rank: int = 0, world_size: int = 1, micro_batch_size: int | None = None,
+                 device="cpu"):  # fmt: skip
+        if masks is not None and masks.images != images.images:
+            raise DataError("images and masks must be stores of the same list")
+        share = batch_size // world_size
+        self.micro = min(micro_batch_size or share, share)
+        unit = world_size * (self.micro if 0 < self.micro < share else 1)
+        if batch_size < 1 or batch_size % unit or batch_size > len(images):
+            nearest = min(max(1, round(batch_size / unit)), len(images) // unit) * unit
+            parts = f"{world_size} process(es)" + (f" x micro-batch {self.micro}" if unit > world_size else "")
+            wrong = f"larger than the split's {len(images)} images" if batch_size > len(images) else "not divisible"
+            raise DataError(f"--batch_size {batch_size} is {wrong} (must be divisible by {parts}); "
+                f"the nearest valid size is {nearest or 'none: too few images'}")  # fmt: skip
+        self.images, self.seed, self.batch_size, self.rank = images, seed, batch_size, rank
+        self.stores = {"images": images} if masks is None else {"images": images, "masks": masks}
+        self.img_size, self.scale, self.crop, self.draws = img_size, scale, crop, draws or {}
+        self.device, self.flips = _device(device), np.array([flip, flip and vertical_flip])
+        self.micro_batches, self.steps_per_epoch = share // self.micro, len(images) // batch_size
+        self._known: tuple = (None, None)  # the epoch whose order is at hand, and the order
+        seeded_rng(seed)  # refuses a bad seed now, not in the thread
+
+    def _order(self, epoch: int) -> np.ndarray:
+        if self._known[0] != epoch:
+            self._known = (epoch, seeded_rng(self.seed, 0, epoch).permutation(len(self.images)))
+        return self._known[1]
+
+    def _prepare(self, step: int) -> dict[str, torch.Tensor]:
+        """Draw for the whole global batch and keep this rank's part: all that is left to the host."""
+        epoch, number = divmod(step, self.steps_per_epoch)
+        share = self.micro_batches * self.micro
+        mine = slice(self.rank * share, (self.rank + 1) * share)
+        index = self._order(epoch)[number * self.batch_size :][: self.batch_size]
+        sizes = self.images.sizes[self.images.rows[index]]
+        rng = seeded_rng(self.seed, 1, epoch, number)
+        boxes = random_boxes(rng, sizes, self.scale) if self.crop else np.hstack([0 * sizes, sizes])
+        made = {"boxes": boxes / np.hstack([sizes, sizes]),  # as shares of the image, for any cache size
+                "flips": (rng.random((len(index), 2)) < 0.5) & self.flips}  # fmt: skip
+        for name, shape in self.draws.items():
+            key = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4])
+            made[name] = seeded_rng(self.seed, 2, epoch, number, key).random((len(index), *shape), np.float32)
+        pin = self.device.type == "cuda"
+        tensors = {k: torch.from_numpy(np.ascontiguousarray(v[mine])) for k, v in made.items()}
+        for name, store in self.stores.items():
+            local = store.tensor is None
+            tensors[name] = store.gather(index[mine], pin) if local else torch.from_numpy(store.rows[index[mine]])
+        return {k: v.pin_memory() if pin and not v.is_pinned() else v for k, v in tensors.items()}
+
+    def _augment(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        batch = {k: v.to(self.device, non_blocking=True) for k, v in batch.items()}
+        boxes, flips = batch.pop("boxes"), batch.pop("flips")
+        for name, store in self.stores.items():
+            if store.tensor is not None:
+                batch[name] = store.tensor.index_select(0, batch[name])
+            cut = crop_resize if name == "images" else crop_resize_nearest
+            batch[name] = cut(batch[name], boxes * store.size, flips, self.img_size)
+        return batch | {"images": normalise(batch["images"])}
+
+    def run(self, first_step: int, last_step: int) -> Iterator[list[dict[str, torch.Tensor]]]:
+        """Yield, for each global step in [first_step, last_step), this rank's micro-batches on the device.
+
+        Each is a dict: images float32 [b, 3, H, W] normalised, masks int64 [b, H, W], and the draws, float32 in [0, 1).
+        """
+        for batch in _prefetched(self._prepare, range(first_step, last_step), self.device):
+            starts = range(0, self.micro_batches * self.micro, self.micro)
+            yield [self._augment({k: v[i : i + self.micro] for k, v in batch.items()}) for i in starts]
+
+
+class EvalBatches:
+    """Every image of a rank's share once, whole, squashed to img_size: (index int64 [b] on the CPU, images [b, 3, H, W])."""
+
+    def __init__(self, images: ImageStore | torch.Tensor, *, img_size: int, batch_size: int, rank: int = 0,
+                 world_size: int = 1, device="cpu"):  # fmt: skip
+        self.images, self.img_size, self.device = images, img_size, _device(device)
+        self.parts = torch.arange(rank, len(images), world_size).split(batch_size)
+        self.count = len(self.parts) if len(images) > rank else 0
+
+    def __len__(self) -> int:
+        return self.count
+
+    def _prepare(self, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if isinstance(self.images, torch.Tensor):
+            return index, self.images[index.to(self.images.device)]
+        return index, self.images.gather(index, pin=self.device.type == "cuda")
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        for index, images in _prefetched(self._prepare, self.parts[: self.count], self.device):
+            images = images.to(self.device, non_blocking=True)
+            if images.shape[2:] != (self.img_size, self.img_size):
+                box = torch.tensor([0.0, 0.0, *images.shape[2:]], device=self.device).expand(len(images), 4)
+                flips = torch.zeros(len(images), 2, dtype=torch.bool, device=self.device)
+                images = crop_resize(images, box, flips, self.img_size)
+            yield index, normalise(images.float())
