@@ -50,19 +50,19 @@ def run_download(args) -> None:
 def all_splits(args) -> dict[str, splits.Split]:
     """Select every split the study can use: {title: split}, the paper's first."""
     select = partial(splits.select_split, args.data_root, split_seed=args.split_seed, cache_dir=args.cache_dir)
-    splits = {"animal": select("animal"), "animal unique": select("animal", animal_images="unique")}
-    splits |= {"animal single": select("animal", animal_images="single"), "non_animal": select("non_animal")}
-    full = len(splits["animal"].images) == PAPER["animal"]  # the paper's mixed set is larger than its others
-    splits |= {"mixed": select("mixed", num_images=PAPER["mixed"] if full else None), "all": select("all")}
+    table = {"animal": select("animal"), "animal unique": select("animal", animal_images="unique")}
+    table |= {"animal single": select("animal", animal_images="single"), "non_animal": select("non_animal")}
+    full = len(table["animal"].images) == PAPER["animal"]  # the paper's mixed set is larger than its others
+    table |= {"mixed": select("mixed", num_images=PAPER["mixed"] if full else None), "all": select("all")}
     coco = splits._Coco(args.data_root, "val2017", None, args.cache_dir)
     for rule in splits.ANIMAL_IMAGES:  # pre-training's validation takes the unique ones
         title, definition = (
             f"validation {rule}".removesuffix(" per_category"),
             {"part": "val2017", "animal_images": rule},
         )
-        splits[title] = coco.split(title, coco.animal_list(rule), definition)
-    splits |= {f"pets {part}": splits.pets_split(args.data_root, part) for part in ("train", "val", "test")}
-    return splits
+        table[title] = coco.split(title, coco.animal_list(rule), definition)
+    table |= {f"pets {part}": splits.pets_split(args.data_root, part) for part in ("train", "val", "test")}
+    return table
 
 
 def print_table(rows: list[list[str]]) -> None:
@@ -74,24 +74,24 @@ def print_table(rows: list[list[str]]) -> None:
 
 def run_splits(args) -> None:
     """Print all splits beside the paper's numbers and write their manifests."""
-    splits, output = all_splits(args), Path(args.output)
+    table, output = all_splits(args), Path(args.output)
     if output.exists() and not output.is_dir():
         raise PrepareError(f"--output {output} is a file: name a folder")
     rows = [["split", "images", "paper", "unique", "animal", "no label", "person", "sha256"]]
-    for title, split in splits.items():
+    for title, split in table.items():
         m = split.manifest | {"paper": PAPER.get(title, "")}
         counts = [m.get(key, "") for key in ("entries", "paper", "unique", "animal_images", "without_annotation")]
         person = f"{m['person_share']:.1%}" if "person_share" in m else ""
         rows.append([title, *(f"{n:,}" if n != "" else "" for n in counts), person, split.sha256[:12]])
     print_table(rows)
     print("\nunique images with each animal:")
-    shown = {title: splits[title].manifest["categories"] for title in ("animal", "mixed", "all", "validation")}
+    shown = {title: table[title].manifest["categories"] for title in ("animal", "mixed", "all", "validation")}
     print_table([["", *shown["animal"]], *([t, *(f"{n:,}" for n in c.values())] for t, c in shown.items())])
     output.mkdir(parents=True, exist_ok=True)
-    for title, split in splits.items():
+    for title, split in table.items():
         text = json.dumps(split.manifest, indent=1)
         write_atomic(output / f"{title.replace(' ', '_')}.json", lambda file, text=text: file.write(text.encode()))
-    print(f"\n{len(splits)} manifests in {output}; no label: images without annotation; person: share that shows one")
+    print(f"\n{len(table)} manifests in {output}; no label: images without annotation; person: share that shows one")
 
 
 def run_verify(args) -> None:
