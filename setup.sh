@@ -35,7 +35,7 @@ PY
     return 0
   fi
   PYTHON=$here/.venv/bin/python
-  stamp=$here/.venv/.installed-$(cksum < "$requirements" | cut -d' ' -f1)
+  stamp=$here/.venv/.installed # made when pip has ended well, so that a killed installation is repeated
   if [ -e "$stamp" ] && [ -x "$PYTHON" ] && satisfied "$PYTHON"; then
     return 0
   fi

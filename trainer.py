@@ -175,14 +175,8 @@ class Trainer:
         """Act together: stop on a non-finite loss, log, validate, checkpoint, leave. One exchange decides for all."""
         now = time.monotonic()
         save_due = self.dist.is_main and now - self.saved_at >= self.save_seconds
-        mine = [
-            self.stop_signal,
-            save_due,
-            self.bad_step.item(),
-            (now - self.window) / self.images,
-            self.meter[0].item(),
-        ]
-        rows = self.dist.gather(mine)
+        pace = (now - self.window) / self.images  # seconds per image
+        rows = self.dist.gather([self.stop_signal, save_due, self.bad_step.item(), pace, self.meter[0].item()])
         stop, save, first_bad = int(rows[:, 0].max()), bool(rows[0, 1]), rows[:, 2].min().item()
         if math.isfinite(first_bad):
             self._refuse_non_finite(int(first_bad))
@@ -192,17 +186,17 @@ class Trainer:
         self.loss_sums = rows[:, 4].tolist()  # of every process: a checkpoint between two log lines holds them all
         self.seconds = self.seconds_before + now - self.started
         if norm is not None:
-            self._log_line(norm, self.images / (now - self.window))
+            self._log_line(norm, 1 / pace)
             self.window, self.images = time.monotonic(), 0
+        pause = time.monotonic()
         if validate is not None:
-            pause = time.monotonic()
             self._validate(validate)
-            self.window += time.monotonic() - pause  # rates are of training alone
         self.seconds = self.seconds_before + time.monotonic() - self.started
         if self.step < self.total_steps and (stop or (save and (self.save_seconds or validate is not None))):
             self._save()
         if stop and self.step < self.total_steps:
             self._leave(stop)
+        self.window += time.monotonic() - pause  # rates are of training alone
 
     def _refuse_non_finite(self, step: int) -> None:
         kept = "the last checkpoint is intact" if (self.run.dir / "last.pt").exists() else "no checkpoint was due yet"
@@ -227,8 +221,10 @@ class Trainer:
         loss, lr, mfu = statistics.fmean(self.loss_sums) / steps, self._lr(self.step - 1), self._mfu(img_s)
         more = {"skipped": skipped} if self.precision.scaler.is_enabled() else {}
         more |= {"img_s": round(img_s, 1), "mfu": mfu, "mem_gb": self._memory(), "seconds": round(self.seconds, 2)}
-        epoch = self.step / self.epoch_steps
-        self.run.log("train", step=self.step, epoch=epoch, loss=loss, lr=lr, grad_norm=norm.item(), **more)
+        grad_norm = norm.item() if torch.isfinite(norm) else None
+        self.run.log(
+            "train", step=self.step, epoch=self.step / self.epoch_steps, loss=loss, lr=lr, grad_norm=grad_norm, **more
+        )
         self.rates.append(img_s)
         self.meter.zero_()
         self.note = f"loss {loss:.4f}, lr {lr:.2e}" + (f", MFU {100 * mfu:.1f} %" if mfu else "")
