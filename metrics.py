@@ -100,10 +100,9 @@ def t_cdf(t: float, df: float) -> float:
     """Probability that Student's t with df > 0 degrees of freedom is at most t."""
     if math.isinf(t) or math.isnan(t):
         return math.nan if math.isnan(t) else float(t > 0)
-    square = t * t
-    if square < df:  # near the middle the other form would cancel
-        return 0.5 + math.copysign(0.5 * incomplete_beta(0.5, df / 2, square / (df + square)), t)
-    tail = 0.5 * incomplete_beta(df / 2, 0.5, df / (df + square))
+    if t * t < df:  # near the middle the other form would cancel
+        return 0.5 + math.copysign(0.5 * incomplete_beta(0.5, df / 2, t * t / (df + t * t)), t)
+    tail = 0.5 * incomplete_beta(df / 2, 0.5, df / (df + t * t))
     return 1 - tail if t > 0 else tail
 
 
@@ -170,8 +169,8 @@ def bootstrap(records, statistic: Callable, resamples: int = 10_000, level: floa
     For a mean over images pass records [n, 2] of (value, 1) and `lambda s: s[..., 0] / s[..., 1]`.
     """
     x = np.asarray(records, float)
-    n, value, rng = len(x), statistic(x.sum(0)), np.random.default_rng(seed)
-    flat, chunk, draws = x.reshape(n, -1), max(1, 2_000_000 // n), []
+    n, value, rng, draws = len(x), statistic(x.sum(0)), np.random.default_rng(seed), []
+    flat, chunk = x.reshape(n, -1), max(1, 2_000_000 // n)
     for start in range(0, resamples, chunk):  # a bounded piece of the [resamples, n] weights at a time
         rows = min(chunk, resamples - start)
         picks = rng.integers(0, n, (rows, n)) + n * np.arange(rows)[:, None]

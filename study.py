@@ -1,0 +1,326 @@
+"""Read the records of a study: which runs may be averaged and compared, and their scores with intervals.
+
+    study = Study(Path("runs/study"))
+    estimates(study.main(("finetune", "animal")))["iou"]     # Estimate(value, low, high)
+
+Runs of one arm are averaged over seeds only where all settings agree; every other run is named in study.notes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import zipfile
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from metrics import bootstrap, holm, paired_bootstrap, paired_t_test, ratio, scores, t_interval, tost
+
+ARMS = {  # with the paper's Table 2: loss, IoU, accuracy in percent
+    ("baseline", "resnet50"): ("ResNet-50", (0.40, 0.765, 89.3)),
+    ("baseline", "mae"): ("Supervised MAE", (0.45, 0.699, 82.8)),
+    ("finetune", "animal"): ("Finetuned-Animals", (0.34, 0.785, 86.7)),
+    ("finetune", "half"): ("Finetuned-Half", (0.35, 0.757, 86.5)),
+    ("finetune", "non_animal"): ("Finetuned-Non-Animals", (0.37, 0.761, 85.4)),
+    ("finetune", "mixed"): ("Finetuned-Mixed", (0.32, 0.781, 86.8)),
+    ("finetune", "pets"): ("Finetuned-Pets", None),
+    ("finetune", "all"): ("Finetuned-All", None),
+}
+RESNET, SUPERVISED, ANIMAL, HALF, NON_ANIMAL, MIXED, PETS, ALL = ARMS
+PLANNED = [
+    (ANIMAL, NON_ANIMAL),
+    (ANIMAL, MIXED),
+    (ANIMAL, HALF),
+    (ANIMAL, SUPERVISED),
+    (NON_ANIMAL, SUPERVISED),
+    (ANIMAL, RESNET),
+]
+PRETRAINED = {"animal": "animals", "non_animal": "non-animals", "mixed": "mixed", "pets": "Pets", "all": "all of COCO"}
+MARGIN = 0.5  # IoU points within which two arms count as equivalent
+NAMES = ["loss", "iou", "iou_background", "iou_border", "miou", "iou_border_as_pet", "iou_border_ignored", "accuracy"]
+NAMES += ["boundary_pet", "boundary_pet_or_border"]
+DRAWN = {"seed", "split_seed", "train", "init"}  # what a seed changes
+DEFINING = {
+    "split",
+    "num_images",
+    "animal_fraction",
+    "animal_images",
+    "train_fraction",
+    "equal_updates",
+    "n_train",
+    "updates",
+}
+RECIPE = {"model", "blr", "layer_decay", "drop_path", "weights", "head", "freeze"}  # what belongs to a kind of network
+
+
+class StudyError(ValueError):
+    exit_code = 2
+
+
+class Estimate(NamedTuple):
+    """A value with its 95 % interval (nan limits: none)."""
+
+    value: float
+    low: float = math.nan
+    high: float = math.nan
+
+    def times(self, factor: float) -> Estimate:
+        return Estimate(*(float(factor * v) for v in self))
+
+
+@dataclass
+class Run:
+    """One line of study.tsv with what its folder holds; `problem` says why it cannot be used."""
+
+    seed: int
+    stage: str
+    arm: str
+    name: str
+    problem: str | None = None
+    config: dict = field(default_factory=dict)
+    metrics: dict = field(default_factory=dict)
+    log: list = field(default_factory=list)
+    test: dict = field(default_factory=dict)
+    settings: dict = field(default_factory=dict)
+
+    @property
+    def key(self) -> tuple[str, str]:
+        return self.stage, self.arm
+
+    def iou(self, name: str = "iou") -> float:
+        return float(scores(self.test["counts"].sum(0))[name])
+
+
+# -- Reading ------------------------------------------------------------------------------------------------------------
+
+
+def load_npz(path: Path) -> dict:
+    with np.load(path, allow_pickle=False) as arrays:
+        return dict(arrays)
+
+
+def load_run(study: Path, seed: int, stage: str, arm: str, name: str) -> Run:
+    """Read a run's folder; whatever is wrong with it becomes its `problem`."""
+    run, path = Run(seed, stage, arm, name), study / name
+    try:
+        if not (path / "config.json").exists():
+            raise LookupError("missing: not started (no config.json)")
+        c = run.config = json.loads((path / "config.json").read_text())
+        run.settings = {k: v for k, v in c["experiment"].items() if k not in DRAWN}
+        run.settings |= {k: c[k] for k in ("n_train", "updates")}
+        _ = c["n_unique"], c["args"].keys()  # the least that the tables need
+        if (path / "log.jsonl").exists():
+            lines = (path / "log.jsonl").read_bytes().split(b"\n")[:-1]  # a line being written has no end yet
+            run.log = [json.loads(line) for line in lines if line]
+        if not (path / "metrics.json").exists():
+            step = max((line.get("step", 0) for line in run.log), default=0)
+            raise LookupError(f"unfinished: no metrics.json (logged up to update {step:,} of {c['updates']:,})")
+        run.metrics = json.loads((path / "metrics.json").read_text())
+        if stage != "pretrain":
+            if not (path / "test.npz").exists():
+                raise LookupError(f"not tested: no test.npz (python evaluate.py test {path})")
+            run.test = load_npz(path / "test.npz")
+            _ = records_of(run), records_of(run, native=True), run.metrics["best"]["iou"], run.test["ids"][0]
+    except (ValueError, TypeError, OSError, LookupError, zipfile.BadZipFile) as error:
+        plain = type(error) is LookupError
+        run.problem, run.test = (
+            str(error) if plain else f"unreadable: {type(error).__name__}: {error}".splitlines()[0],
+            {},
+        )
+    return run
+
+
+def differing(a: dict, b: dict, ignore: set = frozenset()) -> list[str]:
+    """Name the settings of both that differ, with their values; those of the pre-training begin with "pretrain."."""
+    keys = [k for k in a if k in b and a[k] != b[k] and k.removeprefix("pretrain.") not in ignore]
+    return [f"{k} {a[k]} instead of {b[k]}" for k in keys]
+
+
+class Study:
+    """All runs of a study folder; groups those that may be averaged and names those that may not."""
+
+    def __init__(self, path: Path):
+        table = path / "study.tsv"
+        if not table.is_file():
+            raise StudyError(f"{path} is no study: it has no study.tsv; give the folder that run_all.sh wrote")
+        try:
+            rows = [line.split("\t") for line in table.read_text().splitlines() if line]
+            self.runs = [load_run(path, int(seed), stage, arm, name) for seed, stage, arm, name in rows]
+        except ValueError:
+            raise StudyError(f"{table} is damaged: its lines must be seed, stage, arm and folder, with tabs") from None
+        if not self.runs:
+            raise StudyError(f"{table} lists no runs; start the study with run_all.sh")
+        self.path, self.find = path, {(r.seed, *r.key): r for r in self.runs}
+        self._check_siblings()
+        self.notes = [f"`{r.name}` is {r.problem}" for r in self.runs if r.problem]
+        self.groups = {
+            k: self._group([r for r in self.runs if r.key == k]) for k in dict.fromkeys(r.key for r in self.runs)
+        }
+        for stage in ("pretrain", "finetune"):
+            self._compare_arms(stage)
+        self.reference = load_npz(path / "reference.npz") if (path / "reference.npz").exists() else {}
+        if not self.reference:
+            self.notes.append("`reference.npz` is missing, so trivial predictors are not shown")
+
+    def pretraining(self, run: Run) -> Run | None:
+        """The run that a fine-tuning started from."""
+        arm = "animal" if run.arm == "half" else run.arm.split("_labels_")[0]
+        return self.find.get((run.seed, "pretrain", arm)) if run.stage == "finetune" else None
+
+    def _check_siblings(self) -> None:
+        """Tested on the same images? Started from the same weights as the arm with the same pre-training?"""
+        tested = Counter(tuple(r.test["ids"]) for r in self.runs if r.test).most_common(1)
+        for run in self.runs:
+            if run.test and tuple(run.test["ids"]) != tested[0][0]:
+                run.problem = "tested on other images than its siblings"
+            if parent := self.pretraining(run):
+                run.settings |= {f"pretrain.{k}": v for k, v in parent.settings.items()}
+                first = self.find.get((run.seed, "finetune", parent.arm))
+                starts = {r.config["experiment"].get("init") for r in (run, first) if r and not r.problem}
+                if not run.problem and len(starts) > 1:
+                    run.problem = f"not comparable: it started from other weights than `{first.name}`"
+
+    def _group(self, runs: list[Run]) -> list[list[Run]]:
+        """Usable runs in groups of equal settings, the largest first."""
+        groups: list[list[Run]] = []
+        for run in (r for r in runs if not r.problem):
+            home = next((g for g in groups if not differing(run.settings, g[0].settings)), None)
+            groups.append([run]) if home is None else home.append(run)
+        groups.sort(key=len, reverse=True)
+        for run in (r for g in groups[1:] for r in g):
+            first, changes = groups[0][0], differing(run.settings, groups[0][0].settings)
+            self.notes.append(
+                f"`{run.name}` has other settings than `{first.name}` ({'; '.join(changes)}): not averaged"
+            )
+        return groups
+
+    def _compare_arms(self, stage: str) -> None:
+        """Name arms whose settings differ from those of the animal arm beyond what defines the arm."""
+        first = self.main((stage, "animal"))
+        for key in self.groups if first else ():
+            if key[0] == stage or (stage, key[0]) == ("finetune", "baseline"):
+                changes = [
+                    c
+                    for r in self.main(key)[:1]
+                    for c in differing(r.settings, first[0].settings, self.free(key, first[0].key))
+                ]
+                if changes:
+                    self.notes.append(
+                        f"all of `{'_'.join(key)}` has other settings than `{stage}_animal` ({'; '.join(changes)})"
+                    )
+
+    def free(self, a: tuple, b: tuple) -> set:
+        """Settings that may differ between two arms."""
+        return DEFINING | ({"batch_size"} if "_labels_" in a[1] + b[1] else set()) | (RECIPE if a[0] != b[0] else set())
+
+    def matches(self, run: Run, other: Run) -> bool:
+        """May a run stand in a sweep beside another: equal in all but the share of animals or labels, with equal updates?"""
+        before = [self.pretraining(r) for r in (run, other)]
+        pairs = [((run, other), ("updates",)), (before, ("n_train", "n_unique", "updates"))]
+        equal = all(a.config.get(k) == b.config.get(k) for (a, b), keys in pairs if a and b for k in keys)
+        return equal and not differing(run.settings, other.settings, self.free(run.key, other.key) - {"animal_images"})
+
+    def main(self, key: tuple) -> list[Run]:
+        """The runs of an arm that count: the largest group of equal settings."""
+        return (self.groups.get(key) or [[]])[0]
+
+    def left_out(self, key: tuple) -> str:
+        bad = [r for r in self.runs if r.key == key and r not in self.main(key)]
+        return "; ".join(f"without seed {r.seed} ({r.problem or 'other settings'})" for r in bad)
+
+
+# -- Scores with intervals ----------------------------------------------------------------------------------------------
+
+
+def records_of(run: Run, native: bool = False) -> np.ndarray:
+    """One row of sums per test image [n, 15]: 9 counts, loss, pixels, boundary intersections and unions."""
+    counts, boundary = (
+        run.test[k + "_native" * native].reshape(len(run.test["ids"]), -1) for k in ("counts", "boundary")
+    )
+    return np.concatenate([counts, np.stack([run.test["loss_sum"], run.test["pixels"]], 1), boundary], axis=1).astype(
+        float
+    )
+
+
+def all_scores(sums: np.ndarray) -> np.ndarray:
+    """Sums [..., 15] -> the scores of NAMES [..., 10]."""
+    s = scores(sums[..., :9].reshape(*sums.shape[:-1], 3, 3)) | {"loss": ratio(sums[..., 9], sums[..., 10])}
+    s |= {
+        "boundary_pet": ratio(sums[..., 11], sums[..., 12]),
+        "boundary_pet_or_border": ratio(sums[..., 13], sums[..., 14]),
+    }
+    return np.stack([s[k] for k in NAMES], axis=-1)
+
+
+def estimates(runs: list[Run], native=False, per_image=False, resamples=10_000) -> dict[str, Estimate]:
+    """Mean of each score over seeds with its t-interval; of a single run the value with the bootstrap over test images."""
+    tables, statistic = [records_of(r, native) for r in runs], all_scores
+    if per_image:
+        values = [all_scores(t) for t in tables]
+        tables = [np.stack([np.nan_to_num(v), ~np.isnan(v)], axis=-1) for v in values]
+        statistic = lambda s: ratio(s[..., 0], s[..., 1])  # noqa: E731
+    if len(runs) == 1:
+        return dict(zip(NAMES, map(Estimate, *bootstrap(tables[0], statistic, resamples)), strict=True))
+    seeds = np.array([statistic(t.sum(0)) for t in tables])
+    return {k: Estimate(*t_interval(seeds[:, i])) for i, k in enumerate(NAMES)}
+
+
+def compare(study: Study, a: tuple, b: tuple) -> dict:
+    """Paired differences a - b of the test IoU in points, seed by seed, and why they may not be tested."""
+    pairs = [(x, y) for x in study.main(a) for y in study.main(b) if x.seed == y.seed]
+    values, reasons = [100 * (x.iou() - y.iou()) for x, y in pairs], ["one seed"] if len(pairs) == 1 else []
+    images = [paired_bootstrap(x.test["counts"], y.test["counts"], lambda c: scores(c)["iou"]) for x, y in pairs]
+    row = {
+        "label": f"{label_of(a)} − {label_of(b)}",
+        "pair": (a, b),
+        "seeds": [x.seed for x, _ in pairs],
+        "values": values,
+    }
+    row |= {
+        "images": [Estimate(*i).times(100) for i in images],
+        "mean": Estimate(*t_interval(values)) if pairs else None,
+    }
+    row["miou"] = 100 * float(np.mean([x.iou("miou") - y.iou("miou") for x, y in pairs])) if pairs else None
+    for pair in pairs:
+        before = [study.pretraining(r) for r in pair if r.stage == "finetune"]
+        if any(p is None or not p.config for p in before):
+            reasons.append("pre-training unknown")
+            before = []
+        if any(p.config["args"].get("animal_images") != "unique" for p in before):
+            reasons.append("images counted per category")
+        for what, runs in (("pre-training", before), ("fine-tuning", pair)):
+            for key, noun in (("n_train", "images"), ("n_unique", "distinct images"), ("updates", "updates")):
+                if len({r.config[key] for r in runs}) > 1:
+                    reasons.append(f"{what} {noun} {' / '.join(f'{r.config[key]:,}' for r in runs)}")
+        reasons += differing(pair[0].settings, pair[1].settings, study.free(a, b))
+    row["reason"] = "; ".join(dict.fromkeys(reasons))
+    tested = pairs and not reasons
+    return row | {
+        "p": paired_t_test(values) if tested else math.nan,
+        "tost": tost(values, MARGIN) if tested else math.nan,
+    }
+
+
+def planned(study: Study) -> list[dict]:
+    """The planned comparisons whose arms are part of the study, with p-values corrected for all that are tested."""
+    rows = [compare(study, a, b) for a, b in PLANNED if a in study.groups and b in study.groups]
+    return [row | {"holm": float(p)} for row, p in zip(rows, holm([r["p"] for r in rows]), strict=True)]
+
+
+def label_of(key: tuple) -> str:
+    stage, arm = key
+    if stage == "pretrain":
+        return f"pre-training: {pretrained(arm)}"
+    return ARMS[key][0] if key in ARMS else f"{pretrained(arm)}"
+
+
+def pretrained(arm: str) -> str:
+    """Name pre-training images: those of a dose, or of an arm with part of the labels."""
+    name, _, labels = arm.partition("_labels_")
+    name = "no pre-training" if name == "mae" else PRETRAINED.get(name, name)
+    name = f"{100 * float(name[5:]):g} % animals" if name.startswith("dose_") else name
+    return f"{name}, {100 * float(labels):g} % of labels" if labels else name

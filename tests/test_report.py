@@ -1,0 +1,277 @@
+"""The report says what the records say, names what is missing or unequal, and needs no torch, images or checkpoints."""
+
+import csv
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import pytest
+from study_folder import write_run, write_study
+
+import figures
+from metrics import bootstrap, scores, t_interval
+from report import get_args_parser, main
+
+ROOT = Path(__file__).resolve().parent.parent
+DRAWING = ("forest", "curve_panels", "image_grid", "bands", "scatter")
+SIX = ["ResNet-50", "Supervised MAE", "Finetuned-Animals", "Finetuned-Half", "Finetuned-Non-Animals", "Finetuned-Mixed"]
+
+
+def run_report(study, *flags):
+    return subprocess.run(
+        [sys.executable, ROOT / "report.py", study, *flags],
+        capture_output=True,
+        text=True,
+        cwd=study if study.is_dir() else ROOT,
+    )
+
+
+def report(study, draw=False):
+    """Make the report; without drawing it takes no time."""
+    if draw:
+        done = run_report(study)
+        assert done.returncode == 0 and not done.stderr, done.stderr
+    else:
+        with mock.patch.multiple(figures, **{name: lambda *_, **__: None for name in DRAWING}):
+            main(get_args_parser().parse_args([str(study)]))
+    return (study / "report/report.md").read_text()
+
+
+def table(study, name):
+    rows = json.loads((study / f"report/{name}.json").read_text())
+    with open(study / f"report/{name}.csv") as file:
+        assert len(list(csv.DictReader(file))) == len(rows)
+    return rows
+
+
+def arm(rows, label):
+    return next(r for r in rows if r["arm"] == label)
+
+
+def edit(path, change):
+    value = json.loads(path.read_text())
+    change(value)
+    path.write_text(json.dumps(value))
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory):
+    """A study of two seeds with all arms and both sweeps, with its report."""
+    study = write_study(tmp_path_factory.mktemp("full") / "study", sweeps=("dose", "labels"), extra=True)
+    return study, report(study, draw=True)
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory):
+    return write_study(tmp_path_factory.mktemp("small") / "study", n=40, epochs=3)
+
+
+@pytest.fixture
+def two_seeds(small, tmp_path):
+    """A fresh copy of a small study of two seeds."""
+    return shutil.copytree(small, tmp_path / "study")
+
+
+def test_table_2_has_the_scores_of_the_records_beside_the_papers(finished):
+    study, _ = finished
+    rows = table(study, "table2")
+    assert [r["arm"] for r in rows if r.get("paper_iou")] == SIX
+    found = arm(rows, "Finetuned-Animals")
+    records = [np.load(study / f"seed{s}/finetune_animal/test.npz") for s in (0, 1)]
+    for name, factor in (("iou", 1), ("accuracy", 100)):
+        mean, low, high = t_interval([float(scores(r["counts"].sum(0))[name]) for r in records])
+        assert [found[name], found[f"{name}_low"], found[f"{name}_high"]] == pytest.approx(
+            [factor * v for v in (mean, low, high)]
+        )
+    assert found["loss"] == pytest.approx(np.mean([r["loss_sum"].sum() / r["pixels"].sum() for r in records]))
+    assert (found["paper_loss"], found["paper_iou"], found["paper_accuracy"]) == (0.34, 0.785, 86.7)
+
+
+def test_trivial_predictors_and_the_stride_32_ceiling_stand_in_the_table(finished):
+    study, text = finished
+    rows, reference = table(study, "table2"), np.load(study / "reference.npz")
+    for label, name in (
+        ("trivial: mean training mask", "mean_mask"),
+        ("best score a stride-32 output could reach", "stride32"),
+    ):
+        assert arm(rows, label)["iou"] == pytest.approx(float(scores(reference[f"counts_{name}"].sum(0))["iou"]))
+    lines = text.splitlines()
+    assert "stride-32" in lines[next(i for i, line in enumerate(lines) if line.startswith("| ResNet-50 |")) + 1]
+
+
+def test_every_figure_and_table_is_written_and_every_picture_has_a_caption(finished):
+    study, text = finished
+    pictures = re.findall(r"!\[Figure (\d+)\]\((\w+)\.png\)", text)
+    assert {name for _, name in pictures} == {
+        "forest", "curves", "distribution", "pretraining", "reconstruction", "masks", "dose", "labels", "scatter"
+    }  # fmt: skip
+    for number, name in pictures:
+        assert (study / f"report/{name}.png").stat().st_size > 5000 and f"*Figure {number}. " in text
+    for name in (
+        "metrics",
+        "validation",
+        "arms",
+        "differences",
+        "image_bootstrap",
+        "dose",
+        "labels",
+        "pretraining",
+        "stages",
+        "settings",
+    ):
+        assert table(study, name)
+    assert "nan" not in text and "{" not in text and "None" not in text
+
+
+def test_the_title_names_the_data_and_a_demo_says_so(finished):
+    _, text = finished
+    assert text.startswith("# Pre-training images and segmentation after fine-tuning: drawn demo photos (demo)\n")
+    assert "This is a demo" in text and "epochs 10 (150)" in text and "model mae_tiny (mae_base in the paper)" in text
+
+
+def test_tests_stand_only_between_equal_runs(finished):
+    study, _ = finished
+    rows = {r["label"]: r for r in table(study, "differences")}
+    assert len(rows) == 6
+    equal = rows["Finetuned-Animals − Finetuned-Non-Animals"]
+    assert equal["reason"] == "" and 0 <= equal["p"] <= equal["holm"] <= 1 and 0 <= equal["tost"] <= 1
+    for other, reason in (("Finetuned-Half", "updates 350 / 170"), ("ResNet-50", "epochs 10 instead of 3")):
+        row = rows[f"Finetuned-Animals − {other}"]
+        assert row["p"] is row["holm"] is row["tost"] is None and reason in row["reason"]
+
+
+def test_a_list_that_counts_images_per_category_is_not_tested(tmp_path):
+    study = write_study(tmp_path / "study", n=40, epochs=3, animal_images="per_category")
+    report(study)
+    rows = table(study, "differences")
+    assert all(r["p"] is None and "per category" in r["reason"] for r in rows) and len(rows) == 6
+    assert all(r["mean_low"] < r["mean"] < r["mean_high"] for r in rows)
+
+
+def test_one_seed_has_no_p_value_and_says_what_it_cannot_show(tmp_path):
+    study = write_study(tmp_path / "study", seeds=(0,), n=40, epochs=3)
+    text = report(study)
+    assert "One seed cannot show" in text and "one seed, which cannot show" in text
+    assert "p (Holm)" not in text and "equivalence" not in text and not re.search(r"p = \d", text)
+    assert not any({"p", "holm", "tost"} & set(r) for r in table(study, "differences"))
+    counts = np.load(study / "seed0/finetune_half/test.npz")["counts"]
+    row, found = arm(table(study, "table2"), "Finetuned-Half"), bootstrap(counts, lambda c: scores(c)["iou"])
+    assert [row["iou"], row["iou_low"], row["iou_high"]] == pytest.approx(list(map(float, found)))
+    assert row["interval"] == "bootstrap over images"
+
+
+def test_an_unfinished_run_is_named_and_left_out(two_seeds):
+    (two_seeds / "seed1/finetune_mixed/metrics.json").unlink()
+    text = report(two_seeds)
+    assert "`seed1/finetune_mixed` is unfinished: no metrics.json (logged up to update 105 of 105)" in text
+    row = arm(table(two_seeds, "table2"), "Finetuned-Mixed")
+    assert row["seeds"] == 1 and "without seed 1" in row["note"]
+    assert arm(table(two_seeds, "table2"), "Finetuned-Animals")["seeds"] == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("test.npz", None, "not tested: no test.npz"),
+        ("test.npz", b"PK torn", "unreadable"),
+        ("metrics.json", b"{", "unreadable"),
+        ("config.json", None, "missing: not started"),
+    ],
+)
+def test_a_missing_or_damaged_record_is_named(two_seeds, name, content, words):
+    path = two_seeds / "seed0/finetune_animal" / name
+    path.unlink() if content is None else path.write_bytes(content)
+    text = report(two_seeds)
+    assert re.search(rf"`seed0/finetune_animal` is {words}", text)
+    assert arm(table(two_seeds, "table2"), "Finetuned-Animals")["seeds"] == 1
+
+
+def test_a_study_with_nothing_finished_still_has_a_report(two_seeds):
+    for path in two_seeds.glob("seed*/*/metrics.json"):
+        path.unlink()
+    text = report(two_seeds)
+    assert "No arm has been trained and tested yet." in text and text.count("is unfinished") == 18
+
+
+def test_unequal_seeds_are_named_and_not_averaged(two_seeds):
+    shutil.rmtree(two_seeds / "seed1/finetune_half")
+    write_run(two_seeds, 1, "finetune", "half", n=40, epochs=3, blr=0.5)
+    text = report(two_seeds)
+    assert (
+        "`seed1/finetune_half` has other settings than `seed0/finetune_half` (blr 0.5 instead of 0.008): not averaged"
+        in text
+    )
+    rows = table(two_seeds, "table2")
+    assert arm(rows, "Finetuned-Half")["seeds"] == arm(rows, "Finetuned-Half (seed 1: other settings)")["seeds"] == 1
+    single = scores(np.load(two_seeds / "seed0/finetune_half/test.npz")["counts"].sum(0))["iou"]
+    assert arm(rows, "Finetuned-Half")["iou"] == pytest.approx(float(single))
+
+
+def test_an_arm_after_another_pre_training_is_not_averaged(two_seeds):
+    edit(two_seeds / "seed1/pretrain_mixed/config.json", lambda c: c["experiment"].update(mask_ratio=0.5))
+    text = report(two_seeds)
+    assert (
+        "`seed1/finetune_mixed` has other settings than `seed0/finetune_mixed` (pretrain.mask_ratio 0.5 instead of 0.75)"
+        in text
+    )
+    assert arm(table(two_seeds, "table2"), "Finetuned-Mixed")["seeds"] == 1
+
+
+def test_runs_of_other_test_images_or_weights_are_left_out(two_seeds):
+    path = two_seeds / "seed0/baseline_mae/test.npz"
+    with np.load(path) as arrays:
+        np.savez(path, **{k: v[::-1] if k == "ids" else v for k, v in dict(arrays).items()})
+    edit(two_seeds / "seed0/finetune_half/config.json", lambda c: c["experiment"].update(init="other"))
+    text = report(two_seeds)
+    assert "`seed0/baseline_mae` is tested on other images than its siblings" in text
+    assert "`seed0/finetune_half` is not comparable: it started from other weights than `seed0/finetune_animal`" in text
+
+
+def test_an_arm_with_other_settings_than_the_animal_arm_is_named(finished):
+    _, text = finished
+    assert "all of `baseline_resnet50` has other settings than `finetune_animal` (epochs 3 instead of 10)" in text
+
+
+def test_the_dose_curve_takes_the_studys_own_arms_only_where_they_are_equal(finished, tmp_path):
+    study, _ = finished
+    assert [r["share"] for r in table(study, "dose")] == [0, 5, 10, 25, 50, 75, 100]
+    other = write_study(tmp_path / "study", seeds=(0,), sweeps=("dose",), n=40, epochs=3, animal_images="per_category")
+    report(other)
+    assert [r["share"] for r in table(other, "dose")] == [5, 10, 25, 75]
+
+
+def test_sections_without_runs_do_not_appear_and_old_files_go(two_seeds):
+    (two_seeds / "report").mkdir()
+    (two_seeds / "report/dose.png").write_bytes(b"old")
+    text = report(two_seeds)
+    assert "Share of animals" not in text and not (two_seeds / "report/dose.png").exists()
+    assert "Finetuned-Pets" not in text
+
+
+def test_title_and_output_can_be_chosen(two_seeds, tmp_path):
+    done = run_report(two_seeds, "--title", "Batch 64", "--output", tmp_path / "out/here")
+    assert done.returncode == 0 and (tmp_path / "out/here/report.md").read_text().startswith(
+        "# Batch 64: drawn demo photos (demo)"
+    )
+
+
+@pytest.mark.parametrize("content", [None, "", "no tabs\n"])
+def test_a_folder_that_is_no_study_ends_with_code_2_and_one_line(tmp_path, content):
+    if content is not None:
+        (tmp_path / "study.tsv").write_text(content)
+    done = run_report(tmp_path)
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert not (tmp_path / "report").exists()
+
+
+def test_the_report_never_imports_torch(two_seeds):
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import report\n"
+    code += "report.main(report.get_args_parser().parse_args(sys.argv[1:]))\n"
+    code += "assert not {'torch', 'torchvision', 'scipy'} & set(sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code, two_seeds], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
