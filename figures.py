@@ -35,7 +35,7 @@ def style(arm: str) -> tuple[str, str, str]:
     """Colour, line style and marker of an arm; doses take a shade between the two ends of their scale."""
     if arm.startswith("dose_"):
         share = float(arm[5:])
-        return matplotlib.colors.to_hex(plt.cm.cividis(share**0.5)), "-", "o"
+        return matplotlib.colors.to_hex(plt.cm.cividis(share**0.5)), "-", "o^v<>p8"[round(20 * share) % 7]
     return STYLE.get(arm.split("_labels_")[0], (GREY, "-", "o"))
 
 

@@ -160,8 +160,8 @@ class Report:
                 have["epochs"] = c["args"].get("epochs"), PAPER["epochs"][key[0]]
                 have["images"] = c["n_train"], PAPER_IMAGES.get(key, c["n_train"])
                 parts = [f"{k} {show(a)} ({show(b)})" for k, (a, b) in have.items() if a != b]
-                found += [f"{label_of(key)} {', '.join(parts)}"] if parts else []
-        return [found[0].replace(")", " in the paper)", 1), *found[1:]] if found else []
+                found += [f"{label_of(key)}: {', '.join(parts)}"] if parts else []
+        return found
 
     def table2(self) -> list[dict]:
         rows = []
@@ -217,14 +217,16 @@ class Report:
 
     def differences(self) -> None:
         rows = [r for r in self.rows if r["values"]]
-        if not rows:
+        if not self.rows:
             return
-        single = max(len(r["values"]) for r in rows) == 1
+        single = max(len(r["values"]) for r in self.rows) < 2
         self.add("## Planned differences")
         self.text("one_seed" if single else "differences", margin=MARGIN)
-        shown = [r | {"each": ", ".join(f"{v:+.2f}" for v in r["values"])} for r in rows]
+        shown = [r | {"each": ", ".join(f"{v:+.2f}" for v in r["values"])} for r in self.rows]
         hidden = ("pair", "images", "values", "seeds", *(("p", "holm", "tost", "mean") if single else ()))
         self.table("differences", shown, hidden)
+        if not rows:
+            return
         means = [r["mean"] if len(r["values"]) > 1 else None for r in rows]
         bars = [{"label": r["label"], "seeds": r["images"], "mean": m} for r, m in zip(rows, means, strict=True)]
         self.figure("forest", figures.forest, bars, MARGIN)
@@ -404,7 +406,9 @@ class Report:
         self.table("stages", rows)
         keys = [k for k in (("pretrain", "animal"), ANIMAL, SUPERVISED, RESNET) if self.main(k)]
         columns = {"_".join(k): self.main(k)[0].config["args"] for k in keys}
-        settings = [{"setting": f} | {k: str(v.get(f, "–")) for k, v in columns.items()} for f in FLAGS]
+        settings = [
+            {"setting": f} | {k: "–" if v.get(f) is None else str(v[f]) for k, v in columns.items()} for f in FLAGS
+        ]
         self.add("## Appendix: settings", TEXTS["settings"])
         self.table("settings", settings)
 

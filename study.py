@@ -272,7 +272,10 @@ def estimates(runs: list[Run], native=False, per_image=False, resamples=10_000) 
 def compare(study: Study, a: tuple, b: tuple) -> dict:
     """Paired differences a - b of the test IoU in points, seed by seed, and why they may not be tested."""
     pairs = [(x, y) for x in study.main(a) for y in study.main(b) if x.seed == y.seed]
-    values, reasons = [100 * (x.iou() - y.iou()) for x, y in pairs], ["one seed"] if len(pairs) == 1 else []
+    values, reasons = (
+        [100 * (x.iou() - y.iou()) for x, y in pairs],
+        [["no seed has both runs"], ["one seed"], []][min(len(pairs), 2)],
+    )
     images = [paired_bootstrap(x.test["counts"], y.test["counts"], lambda c: scores(c)["iou"]) for x, y in pairs]
     row = {
         "label": f"{label_of(a)} − {label_of(b)}",
@@ -294,7 +297,8 @@ def compare(study: Study, a: tuple, b: tuple) -> dict:
             reasons.append("images counted per category")
         for what, runs in (("pre-training", before), ("fine-tuning", pair)):
             for key, noun in (("n_train", "images"), ("n_unique", "distinct images"), ("updates", "updates")):
-                if len({r.config[key] for r in runs}) > 1:
+                same_size = len({r.config["n_train"] for r in runs}) == 1
+                if len({r.config[key] for r in runs}) > 1 and (key != "n_unique" or same_size):
                     reasons.append(f"{what} {noun} {' / '.join(f'{r.config[key]:,}' for r in runs)}")
         reasons += differing(pair[0].settings, pair[1].settings, study.free(a, b))
     row["reason"] = "; ".join(dict.fromkeys(reasons))
@@ -314,7 +318,7 @@ def planned(study: Study) -> list[dict]:
 def label_of(key: tuple) -> str:
     stage, arm = key
     if stage == "pretrain":
-        return f"pre-training: {pretrained(arm)}"
+        return f"pre-training ({pretrained(arm)})"
     return ARMS[key][0] if key in ARMS else f"{pretrained(arm)}"
 
 

@@ -131,7 +131,7 @@ def test_every_figure_and_table_is_written_and_every_picture_has_a_caption(finis
 def test_the_title_names_the_data_and_a_demo_says_so(finished):
     _, text = finished
     assert text.startswith("# Pre-training images and segmentation after fine-tuning: drawn demo photos (demo)\n")
-    assert "This is a demo" in text and "epochs 10 (150)" in text and "model mae_tiny (mae_base in the paper)" in text
+    assert "This is a demo" in text and "epochs 10 (150)" in text and "model mae_tiny (mae_base)" in text
 
 
 def test_tests_stand_only_between_equal_runs(finished):
@@ -172,6 +172,8 @@ def test_an_unfinished_run_is_named_and_left_out(two_seeds):
     row = arm(table(two_seeds, "table2"), "Finetuned-Mixed")
     assert row["seeds"] == 1 and "without seed 1" in row["note"]
     assert arm(table(two_seeds, "table2"), "Finetuned-Animals")["seeds"] == 2
+    (two_seeds / "seed0/finetune_mixed/metrics.json").unlink()
+    assert "| Finetuned-Animals − Finetuned-Mixed | – | – | – | – | – | no seed has both runs |" in report(two_seeds)
 
 
 @pytest.mark.parametrize(
