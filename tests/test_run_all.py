@@ -37,7 +37,7 @@ def study(tmp_path_factory):
     """A finished cut demo on few drawn photos."""
     folder = tmp_path_factory.mktemp("study with 'odd' name")
     draw = [sys.executable, str(ROOT / "prepare.py"), "demo", "--data_root", str(folder / "data")]
-    subprocess.run([*draw, "--num_train", "60", "--num_val", "16", "--num_pets", "48"], check=True, capture_output=True)
+    subprocess.run([*draw, "--num_train", "80", "--num_val", "16", "--num_pets", "48"], check=True, capture_output=True)
     args = ["--demo", "--data_root", folder / "data", "--output", folder / "out", "--cache_dir", folder / "cache"]
     args += ["--gpus", 0, "--pretrain_args", "--epochs 1", "--finetune_args", "--epochs 1"]
     result = run_all(*args)
