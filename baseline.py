@@ -52,7 +52,8 @@ def load_backbone(model: nn.Module, weights: str) -> str:
     try:
         model.backbone.load_state_dict(state)
     except RuntimeError as error:
-        raise EngineError(f"--weights {weights} does not fit ResNet-50: {str(error).splitlines()[1].strip()}") from None
+        reason = str(error).splitlines()[1].strip()[:120]
+        raise EngineError(f"--weights {weights} does not fit ResNet-50: {reason} ...") from None
     return "IMAGENET1K_V2" if weights == "imagenet" else hash_file(weights)
 
 

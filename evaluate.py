@@ -228,7 +228,7 @@ def main_predict(args: argparse.Namespace) -> None:
             f"{args.checkpoint} is a pre-trained autoencoder; fine-tune it: finetune.py --init {args.checkpoint}"
         )
     device = setup(args.device).device
-    model, failed = model.to(device), 0
+    model, failed, used = model.to(device), 0, set()
     Path(args.output_dir).mkdir(parents=True, exist_ok=True)
     for number, path in enumerate(args.images):
         try:
@@ -238,9 +238,11 @@ def main_predict(args: argparse.Namespace) -> None:
             failed += 1
             continue
         classes = predict(model, image, checkpoint["model_config"]["img_size"], device)
-        stem = Path(args.output_dir) / Path(path).stem
-        if sum(Path(p).stem == stem.name for p in args.images) > 1:  # same name in two folders
-            stem = stem.with_name(f"{stem.name}_{number}")
+        name = Path(path).stem
+        while name in used:  # same name in two folders
+            name = f"{name}_{number}"
+        used.add(name)
+        stem = Path(args.output_dir) / name
         mask = Image.fromarray(classes + 1)
         mask.putpalette([0, 0, 0, *(v for colour in COLOURS for v in colour)])
         mask.save(f"{stem}_mask.png")
