@@ -1,0 +1,91 @@
+"""Kill a training with SIGKILL at random moments, resume it, and demand the result of an undisturbed run, bit for bit.
+
+python tests/stress.py 20        # pre-training and fine-tuning, 20 kills each (the suite does 3)
+"""
+
+import contextlib
+import json
+import random
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parent.parent
+TIMINGS = ("seconds", "img_s", "mfu", "mem_gb")
+
+
+def command(script: str, *flags) -> list[str]:
+    return [sys.executable, str(ROOT / f"{script}.py"), *map(str, flags)]
+
+
+def result_of(folder: Path) -> tuple:
+    """Weights, metrics and log of a finished run, without what time and place put into them."""
+    weights = torch.load(folder / "model.pt", weights_only=True)["model"]
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    texts = [{k: v for k, v in line.items() if k not in (*TIMINGS, "args")} for line in lines]
+    metrics = json.loads((folder / "metrics.json").read_text())
+    return weights, texts, {k: v for k, v in metrics.items() if k not in TIMINGS}
+
+
+def assert_same(a: Path, b: Path) -> None:
+    first, second = result_of(a), result_of(b)
+    assert first[0].keys() == second[0].keys()
+    assert all(torch.equal(first[0][k], second[0][k]) for k in first[0]), "weights differ"
+    assert first[1] == second[1], "logs differ"
+    assert first[2] == second[2], "metrics differ"
+
+
+def stress(script: str, flags: list, folder: Path, kills: int, seed: int = 0) -> int:
+    """Kill and resume a run -> how many of its processes started from a checkpoint."""
+    draw, flags, resumed = random.Random(seed), [*flags, "--save_minutes", 0], 0
+    subprocess.run(command(script, *flags, "--output_dir", folder / "undisturbed"), check=True, capture_output=True)
+    for kill in range(kills + 1):
+        args = command(script, *flags, "--output_dir", folder / "killed")
+        process = subprocess.Popen(args, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        epochs, output = draw.randint(1, 3) if kill < kills else 10**6, ""
+        while epochs and (line := process.stdout.readline()):
+            epochs, output = epochs - line.startswith("epoch"), output + line
+        with contextlib.suppress(subprocess.TimeoutExpired):  # somewhere in the epoch after, or in its checkpoint
+            process.wait(draw.uniform(0, 0.1) if kill < kills else None)
+        process.kill()
+        process.communicate()
+        assert kill < kills or process.returncode == 0, output
+        resumed += "resumed" in output and "at step 0" not in output
+    assert_same(folder / "undisturbed", folder / "killed")
+    return resumed
+
+
+def main(kills: int) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        sizes = ["--num_train", 80, "--num_val", 16, "--num_pets", 60]
+        subprocess.run(
+            command("prepare", "demo", "--data_root", folder / "data", *sizes), check=True, capture_output=True
+        )
+        flags = [
+            "--data_root",
+            folder / "data",
+            "--cache_dir",
+            folder / "cache",
+            "--model",
+            "mae_tiny",
+            "--img_size",
+            64,
+        ]
+        flags += ["--cache_size", 64, "--device", "cpu", "--batch_size", 8, "--warmup_epochs", 1, "--log_every", 3]
+        for script in ("pretrain", "finetune"):
+            more = (
+                ["--epochs", 25]
+                if script == "pretrain"
+                else ["--epochs", 40, "--init", folder / "pretrain/killed/model.pt"]
+            )
+            resumed = stress(script, [*flags, *more], folder / script, kills)
+            print(f"{script}: {kills} kills, {resumed} resumed from a checkpoint, result equal to an undisturbed run")
+            assert resumed
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]) if len(sys.argv) > 1 else 20)

@@ -1,0 +1,181 @@
+"""Pre-training lowers the loss below what predicting nothing gives, under fixed validation masks, and says what it did."""
+
+import argparse
+import itertools
+import json
+import os
+import statistics
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from small_runs import IMG, SMALL, drawn_root, log, metrics, needs_photos, refusal, run
+
+import pretrain
+import splits
+from engine import setup
+from models import build_mae, patchify
+from trainer import open_store
+from weights import load_model
+
+TINY = ["--model", "mae_tiny", *SMALL]
+
+
+@pytest.fixture(scope="module")
+def flags(tmp_path_factory):
+    return [*TINY, "--data_root", drawn_root(tmp_path_factory), "--cache_dir", tmp_path_factory.mktemp("cache")]
+
+
+@pytest.fixture(scope="module")
+def trained(flags, tmp_path_factory):
+    """A run long enough to over-fit, of 16 unique photos -> (folder, what it printed)."""
+    folder = tmp_path_factory.mktemp("run") / "animal"
+    text = run("pretrain", *flags, "--output_dir", folder, "--animal_images", "unique", "--num_images", 16, "--epochs", 200,
+               "--batch_size", 16, "--blr", 2.4e-2, "--warmup_epochs", 10, "--log_every", 25, "--clip_grad", 1)  # fmt: skip
+    return folder, text
+
+
+def falls_steadily(losses):
+    return all(later < 1.02 * earlier for earlier, later in itertools.pairwise(losses))
+
+
+def test_the_training_loss_falls_steadily_far_below_that_of_predicting_zero(trained):
+    losses = [line["loss"] for line in log(trained[0], "train")]
+    assert falls_steadily(losses)
+    assert losses[-1] < 0.87 * min(metrics(trained[0])["predict_zero"].values())
+
+
+def test_validation_ends_below_the_loss_of_predicting_zero(trained):
+    m = metrics(trained[0])
+    assert m["last"]["loss_animal"] < 0.95 * m["predict_zero"]["animal"]
+    assert m["last"]["loss_non_animal"] < 0.95 * m["predict_zero"]["non_animal"]
+
+
+def test_the_learning_rate_warms_up_and_follows_half_a_cosine(flags, tmp_path):
+    run("pretrain", *flags, "--output_dir", tmp_path / "run", "--num_images", 16, "--epochs", 6, "--batch_size", 8,
+        "--warmup_epochs", 1.5, "--log_every", 1, "--min_lr", 1e-6, "--blr", 1e-3)  # fmt: skip
+    rates, lr = [line["lr"] for line in log(tmp_path / "run", "train")], 1e-3 * 8 / 256
+    expected = [
+        lr * (s + 1) / 3 if s < 3 else 1e-6 + (lr - 1e-6) * (1 + np.cos(np.pi * (s - 3) / 9)) / 2 for s in range(12)
+    ]
+    assert rates == pytest.approx(expected, rel=1e-12)
+
+
+def test_the_figure_shows_input_reconstruction_and_original_of_named_images(trained):
+    arrays = np.load(trained[0] / "reconstruction.npz")
+    for name in ("original", "masked", "reconstruction"):
+        assert arrays[name].shape == (8, IMG, IMG, 3)
+        assert arrays[name].dtype == np.uint8
+    assert len(arrays["ids"]) == len(set(arrays["ids"])) == 8
+    assert Image.open(trained[0] / "reconstruction.png").size == (3 * IMG, 8 * IMG)
+    grid = IMG // 16
+    same = (arrays["masked"] == arrays["original"]).reshape(8, grid, 16, grid, 16, 3).all((2, 4, 5))
+    filled = (arrays["reconstruction"] == arrays["original"]).reshape(8, grid, 16, grid, 16, 3).all((2, 4, 5))
+    assert (same.sum((1, 2)) == grid**2 // 4).all(), "a quarter of the patches is visible"
+    assert (filled == same).all(), "visible patches are kept, the others predicted"
+
+
+def test_validation_is_the_mean_over_each_image_once_under_fixed_masks_for_any_batch_size(flags, trained):
+    args = pretrain.get_args_parser().parse_args([str(f) for f in flags])
+    dist, model = setup("cpu"), load_model(str(trained[0] / "model.pt"))[0]
+    images = splits.mae_validation(args.data_root, cache_dir=args.cache_dir)["animal"].images
+    store = open_store(args, dist, images, "image")
+    noise = pretrain.validation_noise(len(images), model.num_patches)
+    each = []
+    with torch.no_grad():
+        for i in range(len(images)):
+            x = pretrain.augment.normalise(store.gather([i]).float())
+            each.append(model(x, 0.75, noise[i : i + 1])[0].item())
+        for size in (None, 3):
+            args.micro_batch_size = size
+            scores = pretrain.Validation(model, {"animal": store}, args, dist)(0)
+            assert scores["loss_animal"] == pytest.approx(statistics.fmean(each), rel=1e-5)
+    assert scores["loss_animal"] == pytest.approx(metrics(trained[0])["last"]["loss_animal"], rel=1e-5)
+
+
+def test_the_loss_of_predicting_zero_is_that_of_the_hidden_patches_alone(flags):
+    args = argparse.Namespace(img_size=IMG, mask_ratio=0.75, micro_batch_size=None)
+    model, dist = build_mae("mae_tiny", img_size=IMG), setup("cpu")
+    images = torch.randint(0, 256, (5, 3, IMG, IMG), dtype=torch.uint8)
+    images[:, :, :32] = 128  # flat patches, whose normalised pixels are zero, as half of the image
+    zero = pretrain.Validation(model, {"some": images}, args, dist).predict_zero()["some"]
+    noise = pretrain.validation_noise(5, 16)
+    patches = patchify(pretrain.augment.normalise(images.float()), 16)
+    hidden = noise.argsort(dim=1, stable=True).argsort(dim=1) >= 4
+    target = (patches - patches.mean(-1, keepdim=True)) / (patches.var(-1, keepdim=True) + 1e-6).sqrt()
+    assert zero == pytest.approx((target**2).mean(-1)[hidden].mean().item(), rel=1e-5)
+
+
+def test_a_run_records_what_it_did(trained):
+    folder, text = trained
+    config, m = json.loads((folder / "config.json").read_text()), metrics(folder)
+    assert (config["kind"], m["kind"]) == ("pretrain", "pretrain")
+    assert config["updates"] == m["updates"] == 200
+    assert config["n_train"] == config["n_unique"] == config["batch_size"] == 16
+    assert config["manifest"]["train"]["sha256"] == config["experiment"]["train"]
+    assert [line["epoch"] for line in log(folder, "val")] == list(range(1, 201))
+    for fact in ("mae_tiny", "GFLOP per training image", "fp32", "200 updates of 16 images", "16 unique images"):
+        assert fact in text
+    assert not list(folder.glob("last*.pt"))
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precisions_train_like_float32_on_a_cpu(flags, tmp_path, precision):
+    def losses(name):
+        run("pretrain", *flags, "--output_dir", tmp_path / name, "--num_images", 16, "--epochs", 3, "--batch_size", 8,
+            "--warmup_epochs", 0, "--log_every", 1, "--blr", 1e-2, "--precision", name)  # fmt: skip
+        return [line["loss"] for line in log(tmp_path / name, "train")]
+
+    assert losses(precision) == pytest.approx(losses("fp32"), rel=0.03)
+
+
+def test_training_continues_from_a_checkpoint_and_says_what_it_took(flags, trained, tmp_path):
+    text = run("pretrain", *flags, "--output_dir", tmp_path / "on", "--init", trained[0] / "model.pt", "--num_images", 16,
+               "--animal_images", "unique", "--epochs", 1, "--batch_size", 16, "--blr", 0)  # fmt: skip
+    assert "missing none; unexpected none" in text
+    assert metrics(tmp_path / "on")["last"]["loss_animal"] == metrics(trained[0])["last"]["loss_animal"]
+
+
+def test_a_dry_run_prints_the_plan_and_writes_nothing(flags, tmp_path):
+    text = run("pretrain", *flags, "--output_dir", tmp_path / "dry", "--dry_run", "--num_images", 16, "--batch_size", 8)
+    assert "plan: 300 updates of 8 images, 150 epochs, lr 4.69e-06" in text
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("wrong", "reason"),
+    [
+        (["--batch_size", 300], "--batch_size 300 is larger than the split's 16 images; use at most 16"),
+        (["--img_size", 60, "--batch_size", 8], "60"),
+        (["--mask_ratio", 1, "--batch_size", 8], "mask_ratio must lie in [0, 1)"),
+        (["--blr", -1], "--blr must be a number of at least 0, got -1.0"),
+        (["--micro_batch_size", 3, "--batch_size", 8], "nearest valid size is 9"),
+        (["--split", "animal", "--animal_fraction", 0.2], "contradicts --split animal"),
+    ],
+)
+def test_wrong_use_is_refused_in_one_line(flags, tmp_path, wrong, reason):
+    assert reason in refusal("pretrain", *flags, "--output_dir", tmp_path / "no", "--num_images", 16, *wrong)
+
+
+@needs_photos
+def test_on_64_real_photos_the_loss_falls_steadily(tmp_path):
+    run("pretrain", *TINY, "--data_root", os.environ["SAMPLE_ROOT"], "--cache_dir", tmp_path, "--output_dir",
+        tmp_path / "run", "--split", "pets", "--num_images", 64,
+        "--epochs", 60, "--batch_size", 16, "--blr", 6e-3, "--warmup_epochs", 5,
+        "--log_every", 40, "--clip_grad", 1)  # fmt: skip
+    losses = [line["loss"] for line in log(tmp_path / "run", "train")]
+    assert falls_steadily(losses)
+    assert losses[-1] < 0.94 * metrics(tmp_path / "run")["predict_zero"]["animal"]
+
+
+@needs_photos
+@pytest.mark.slow
+def test_at_full_size_64_real_photos_are_learnt_far_below_predicting_zero(tmp_path):
+    run("pretrain", "--model", "mae_small", "--device", "cpu", "--cache_size", 224, "--data_root", os.environ["SAMPLE_ROOT"],
+        "--cache_dir", tmp_path, "--output_dir", tmp_path / "run", "--split", "animal", "--animal_images", "unique",
+        "--num_images", 64, "--epochs", 60, "--batch_size", 16, "--blr", 4e-3, "--warmup_epochs", 5, "--log_every", 40,
+        "--clip_grad", 1)  # fmt: skip
+    losses = [line["loss"] for line in log(tmp_path / "run", "train")]
+    assert falls_steadily(losses)
+    assert losses[-1] < 0.75 * metrics(tmp_path / "run")["predict_zero"]["animal"]

@@ -1,0 +1,130 @@
+"""A result does not depend on how many processes compute it, and no process hangs when another one fails."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from small_runs import SMALL, drawn_root, log, mae_checkpoint, run
+from stress import assert_same, command
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
+
+
+@pytest.fixture(scope="module")
+def flags(tmp_path_factory):
+    cache = tmp_path_factory.mktemp("cache")
+    return ["--model", "mae_tiny", *SMALL, "--data_root", drawn_root(tmp_path_factory), "--cache_dir", cache,
+            "--batch_size", 8, "--warmup_epochs", 1, "--log_every", 1, "--epochs", 10]  # fmt: skip
+
+
+def torchrun(launcher: list, script: str, *flags, **options) -> subprocess.Popen:
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    whole = [*TORCHRUN, *launcher, *command(script, *flags)[1:]]
+    return subprocess.Popen(whole, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env, **options)
+
+
+def finish(process: subprocess.Popen) -> str:
+    out, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    return out
+
+
+def losses(folder: Path) -> list[float]:
+    return [line["loss"] for line in log(folder, "train")][:20]
+
+
+def workers(process: subprocess.Popen) -> list[int]:
+    """Process ids of a torchrun's workers, in order of rank."""
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    ranks = {}
+    for child in map(int, children):
+        env = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
+        ranks.update({int(v[5:]): child for v in env if v.startswith(b"RANK=")})
+    return [ranks[k] for k in sorted(ranks)]
+
+
+def wait_for_epoch(process: subprocess.Popen) -> None:
+    while not process.stdout.readline().startswith("epoch"):
+        assert process.poll() is None, process.stderr.read()
+
+
+@pytest.mark.parametrize("script", ["pretrain", "finetune"])
+def test_one_process_two_processes_and_accumulation_give_the_same_losses(script, flags, tmp_path, tmp_path_factory):
+    more = ["--init", mae_checkpoint(tmp_path_factory), "--drop_path", 0.3] if script == "finetune" else []
+    args = [*flags, *more]
+    two = torchrun(["--standalone", "--nproc_per_node=2"], script, *args, "--output_dir", tmp_path / "two")
+    run(script, *args, "--output_dir", tmp_path / "one")
+    run(script, *args, "--micro_batch_size", 2, "--output_dir", tmp_path / "accumulated")
+    finish(two)
+    assert len(losses(tmp_path / "one")) == 20
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
+    assert losses(tmp_path / "accumulated") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
+
+
+def test_two_agents_with_a_rendezvous_act_as_two_nodes(flags, tmp_path):
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    launcher = [
+        "--nnodes=2",
+        "--nproc_per_node=1",
+        "--rdzv_backend=c10d",
+        f"--rdzv_endpoint=127.0.0.1:{port}",
+        "--rdzv_id=t",
+    ]
+    nodes = [torchrun(launcher, "pretrain", *flags, "--output_dir", tmp_path / "nodes") for _ in range(2)]
+    run("pretrain", *flags, "--output_dir", tmp_path / "one")
+    for node in nodes:
+        finish(node)
+    assert losses(tmp_path / "nodes") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
+
+
+def test_a_killed_worker_is_restarted_and_the_result_is_the_same_to_the_bit(flags, tmp_path):
+    launcher = ["--standalone", "--nproc_per_node=2"]
+    args = [*flags, "--epochs", 15, "--save_minutes", 0]
+    reference = torchrun(launcher, "pretrain", *args, "--output_dir", tmp_path / "undisturbed")
+    finish(reference)
+    process = torchrun([*launcher, "--max_restarts=3"], "pretrain", *args, "--output_dir", tmp_path / "killed")
+    wait_for_epoch(process)
+    os.kill(workers(process)[1], signal.SIGKILL)
+    assert "resumed" in finish(process)
+    assert_same(tmp_path / "undisturbed", tmp_path / "killed")
+
+
+def test_a_stop_signal_that_reaches_one_rank_only_stops_all_at_the_same_step(flags, tmp_path):
+    args = [*flags, "--epochs", 500, "--output_dir", tmp_path / "run"]
+    process = torchrun(["--standalone", "--nproc_per_node=2"], "pretrain", *args)
+    wait_for_epoch(process)
+    os.kill(workers(process)[1], signal.SIGTERM)
+    _, errors = process.communicate(timeout=90)
+    assert process.returncode != 0
+    assert "checkpoint written at step" in errors
+    assert torch.load(tmp_path / "run" / "last.pt", weights_only=True)["step"] > 0
+
+
+def test_a_rank_that_fails_early_takes_the_others_down(tmp_path):
+    script = tmp_path / "fails.py"
+    script.write_text(
+        f"import argparse, sys\nsys.path.insert(0, {str(Path(command('engine')[1]).parent)!r})\nimport engine\n"
+        "def main(args):\n    dist = engine.setup('cpu')\n"
+        "    if dist.rank == 1:\n        raise engine.EngineError('no such file on this node', 1)\n"
+        "    dist.gather([1.0])\n"
+        "engine.launch(main, argparse.ArgumentParser())\n"
+    )
+    launcher = [*TORCHRUN, "--standalone", "--nproc_per_node=2", str(script)]
+    result = subprocess.run(launcher, capture_output=True, text=True, timeout=60)
+    assert result.returncode != 0
+    assert "on rank 1: no such file on this node" in result.stderr
+
+
+def test_a_non_finite_loss_stops_every_rank(flags, tmp_path):
+    args = [*flags, "--blr", 1e30, "--output_dir", tmp_path / "run"]
+    process = torchrun(["--standalone", "--nproc_per_node=2"], "pretrain", *args)
+    _, errors = process.communicate(timeout=90)
+    assert process.returncode != 0
+    assert "non-finite at step" in errors

@@ -1,0 +1,166 @@
+"""Interrupted runs end as undisturbed ones, and whatever goes wrong leaves a state from which they can go on."""
+
+import errno
+import gc
+import json
+import os
+import signal
+import subprocess
+
+import pytest
+import torch
+from small_runs import SMALL, drawn_root, log, mae_checkpoint, refusal, run
+from stress import assert_same, command, stress
+
+import engine
+from engine import Distributed, EngineError, Run
+
+ALONE = Distributed(0, 0, 1, torch.device("cpu"))
+CONFIG = {"experiment": {"blr": 0.1, "seed": 0}}
+
+
+@pytest.fixture(scope="module")
+def flags(tmp_path_factory):
+    cache = tmp_path_factory.mktemp("cache")
+    return ["--model", "mae_tiny", *SMALL, "--data_root", drawn_root(tmp_path_factory), "--cache_dir", cache,
+            "--batch_size", 8, "--warmup_epochs", 1, "--log_every", 2]  # fmt: skip
+
+
+@pytest.mark.parametrize("script", ["pretrain", "finetune"])
+def test_a_run_killed_at_random_moments_ends_as_an_undisturbed_one(script, flags, tmp_path, tmp_path_factory):
+    more = ["--init", mae_checkpoint(tmp_path_factory)] if script == "finetune" else []
+    assert stress(script, [*flags, "--epochs", 12, *more], tmp_path, kills=3) > 0
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_stop_signal_writes_a_checkpoint_and_says_how_to_go_on(number, code, flags, tmp_path):
+    args = [*flags, "--epochs", 200, "--output_dir", tmp_path / "run"]
+    process = subprocess.Popen(command("pretrain", *args), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not process.stdout.readline().startswith("epoch"):
+        assert process.poll() is None, process.stderr.read()
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == code
+    last = errors.splitlines()[-1]
+    assert "checkpoint written at step" in last and "same command continues" in last and "Traceback" not in errors
+    assert torch.load(tmp_path / "run" / "last.pt", weights_only=True)["step"] > 0
+
+
+def test_a_truncated_checkpoint_falls_back_to_the_one_before_with_a_warning(tmp_path, capsys):
+    first = Run(tmp_path / "run", ALONE, CONFIG)
+    for step in (1, 2):
+        first.log("train", step=step)
+        first.save({"step": step})
+    last = tmp_path / "run" / "last.pt"
+    os.truncate(last, last.stat().st_size // 2)
+    first._lock.close()
+    second = Run(tmp_path / "run", ALONE, CONFIG)
+    assert second.load()["step"] == 1
+    assert "last.pt is damaged" in capsys.readouterr().err
+    second.log("train", step=2)
+    assert [line["step"] for line in log(tmp_path / "run", "train")] == [1, 2]
+
+
+def test_a_full_disk_while_a_checkpoint_is_written_keeps_the_one_before(flags, tmp_path, monkeypatch):
+    args = [*flags, "--epochs", 4, "--save_minutes", 0]
+    run("pretrain", *args, "--output_dir", tmp_path / "undisturbed")
+    calls, save = [], torch.save
+
+    def full(content, file):
+        calls.append(1)
+        if len(calls) == 2:
+            file.write(b"half of it")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(content, file)
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError) as info:
+        run("pretrain", *args, "--output_dir", tmp_path / "full")
+    assert info.value.errno == errno.ENOSPC
+    del info  # its traceback keeps the failed run, and so its lock, alive
+    gc.collect()
+    monkeypatch.undo()
+    assert "resumed" in run("pretrain", *args, "--output_dir", tmp_path / "full")
+    assert_same(tmp_path / "undisturbed", tmp_path / "full")
+
+
+def test_a_full_disk_ends_in_one_line(monkeypatch, capsys):
+    class Left(Exception):
+        pass
+
+    def leave(code):
+        raise Left(code)
+
+    def work(args):
+        raise OSError(errno.ENOSPC, "No space left on device", "run/last.pt")
+
+    monkeypatch.setattr("sys.argv", ["pretrain.py"])
+    monkeypatch.setattr(os, "_exit", leave)
+    with pytest.raises(Left, match="1"):
+        engine.launch(work, engine.argparse.ArgumentParser("pretrain.py"))
+    error = capsys.readouterr().err
+    assert len(error.splitlines()) == 1 and "disk is full" in error and "run/last.pt" in error
+
+
+def test_a_second_process_is_refused_until_the_first_has_gone(tmp_path):
+    first = Run(tmp_path / "run", ALONE, CONFIG)
+    with pytest.raises(EngineError, match="another process is training"):
+        Run(tmp_path / "run", ALONE, CONFIG)
+    first._lock.close()  # what the system does for a killed process
+    Run(tmp_path / "run", ALONE, CONFIG)
+
+
+def test_another_experiment_in_the_folder_is_named_and_nothing_is_changed(tmp_path):
+    Run(tmp_path / "run", ALONE, CONFIG)._lock.close()
+    before = {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir()}
+    with pytest.raises(EngineError, match=r"blr was 0.1, now 0.2") as info:
+        Run(tmp_path / "run", ALONE, {"experiment": {"blr": 0.2, "seed": 0}})
+    assert info.value.exit_code == 2
+    assert before == {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir()}
+
+
+def test_a_folder_of_something_else_is_refused(tmp_path):
+    (tmp_path / "thesis.tex").write_text("precious")
+    with pytest.raises(EngineError, match=r"thesis\.tex"):
+        Run(tmp_path, ALONE, CONFIG)
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_a_finished_run_is_not_trained_again_unless_asked(flags, tmp_path):
+    args = [*flags, "--epochs", 1, "--output_dir", tmp_path / "run"]
+    run("pretrain", *args)
+    stamp = (tmp_path / "run" / "model.pt").stat().st_mtime_ns
+    assert "nothing to do" in run("pretrain", *args)
+    assert (tmp_path / "run" / "model.pt").stat().st_mtime_ns == stamp
+    run("pretrain", *args, "--resume", "never")
+    assert (tmp_path / "run" / "model.pt").stat().st_mtime_ns != stamp
+
+
+def test_a_changed_precision_or_micro_batch_continues_a_run_and_a_changed_rate_does_not(flags, tmp_path):
+    args = [*flags, "--epochs", 1, "--output_dir", tmp_path / "run"]
+    run("pretrain", *args)
+    assert "nothing to do" in run("pretrain", *args, "--precision", "bf16", "--micro_batch_size", 4, "--log_every", 7)
+    assert "blr was" in refusal("pretrain", *args, "--blr", 1)
+
+
+def test_a_non_finite_loss_stops_with_step_rate_and_advice(flags, tmp_path):
+    args = [*flags, "--epochs", 30, "--save_minutes", 0, "--output_dir", tmp_path / "run"]
+    message = refusal("pretrain", *args, "--blr", 1e30)
+    assert "non-finite at step" in message and "lr " in message and "--clip_grad" in message
+    assert not (tmp_path / "run" / "metrics.json").exists()
+    for name in ("last.pt", "last.prev.pt"):
+        if (tmp_path / "run" / name).exists():
+            state = torch.load(tmp_path / "run" / name, weights_only=True)["model"]
+            assert all(v.isfinite().all() for v in state.values())
+
+
+def test_skipped_fp16_steps_are_counted(flags, tmp_path):
+    run("pretrain", *flags, "--epochs", 2, "--precision", "fp16", "--output_dir", tmp_path / "run")
+    lines = log(tmp_path / "run", "train")
+    assert all(line["skipped"] >= 0 for line in lines)
+
+
+def test_the_log_is_whole_lines_of_strict_json(flags, tmp_path):
+    run("pretrain", *flags, "--epochs", 1, "--output_dir", tmp_path / "run")
+    for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines():
+        json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
