@@ -133,9 +133,16 @@ def setup(device: str = "auto") -> Distributed:
         torch.backends.cudnn.benchmark = True
         torch.set_float32_matmul_precision("high")  # TF32 for what stays in float32
     if world_size > 1 and not torch.distributed.is_initialized():
-        # The first process may build the decoded cache for many minutes while the others wait in a collective.
-        backend = "nccl" if chosen.type == "cuda" else "gloo"
-        torch.distributed.init_process_group(backend, timeout=timedelta(hours=2))
+        # Workers that torchrun restarts must not meet the addresses that their killed predecessors left in the store.
+        backend, attempt = (
+            "nccl" if chosen.type == "cuda" else "gloo",
+            os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"),
+        )
+        store, *_ = next(torch.distributed.rendezvous("env://"))
+        store = torch.distributed.PrefixStore(f"attempt_{attempt}", store)
+        torch.distributed.init_process_group(
+            backend, store=store, rank=rank, world_size=world_size, timeout=timedelta(minutes=30)
+        )
     return Distributed(rank, local_rank, world_size, chosen)
 
 
