@@ -9,16 +9,13 @@ Copy this one file to use it; it needs torch, numpy and pillow:
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import hashlib
-import io
 import json
 import os
 import shlex
 import shutil
 import sys
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
@@ -33,8 +30,6 @@ CHUNK = 128  # rows decoded, written and flushed together while the cache is bui
 
 class DataError(ValueError):
     """Wrong use or input (exit code 2) or a failure (exit code 1), explained in one line."""
-
-    exit_code = 2
 
     def __init__(self, message: str, exit_code: int = 2):
         super().__init__(message)
@@ -55,29 +50,16 @@ def seeded_rng(*key: int) -> np.random.Generator:
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Hold the lock of a file (made if missing, with its folder) while others wait; a kill releases it."""
+    """Hold the lock of a file (made if missing) while others wait; a kill releases it. A full disk is told in one line."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        with open(path, "ab") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
     except OSError as error:
-        raise DataError(f"cannot write to {show_path(path)}: {error.strerror}; choose another --cache_dir", 1) from None
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(fd)
-
-
-@contextlib.contextmanager
-def disk_errors(path) -> Iterator[None]:
-    """Turn a full disk into one clear line."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise
-        raise DataError(f"no room left while writing {show_path(path)} ({error.strerror}); what was complete is kept: "
-                        "free some space or choose another --cache_dir, then repeat the command", 1) from None  # fmt: skip
+        reason = f"{show_path(error.filename or path)}: {error.strerror or error}"
+        raise DataError(f"cannot write {reason}; what was complete is kept: free some space or choose another "
+                        "--cache_dir, then repeat the command", 1) from None  # fmt: skip
 
 
 def trimap_path(image: str) -> str:
@@ -97,18 +79,17 @@ def _opened(path) -> Iterator[Image.Image]:
     try:
         with Image.open(path) as image:
             if image.width * image.height > MAX_PIXELS:
-                raise DataError(
-                    f"{show_path(path)}: {image.width} x {image.height} pixels, refused above {MAX_PIXELS:,}"
-                )
+                raise Image.DecompressionBombError
             yield image
     except DataError:
         raise
     except Exception as error:  # decoders raise anything from OSError to struct.error on damaged files
-        known = {"DecompressionBombError": "decompression bomb, refused", "UnidentifiedImageError": "not an image"}
-        reason = known.get(type(error).__name__) or getattr(error, "strerror", None) or str(error) or repr(error)
+        known = {"DecompressionBombError": f"more than {MAX_PIXELS:,} pixels, refused",
+                 "UnidentifiedImageError": "not an image"}  # fmt: skip
         empty = os.path.isfile(path) and not os.path.getsize(path)
-        reason = "the file is empty" if empty else " ".join(reason.split())
-        raise DataError(f"{show_path(path)}: cannot be read: {reason}") from None
+        reason = "the file is empty" if empty else known.get(type(error).__name__)
+        reason = reason or getattr(error, "strerror", None) or str(error) or repr(error)
+        raise DataError(f"{show_path(path)}: cannot be read: {' '.join(reason.split())}") from None
 
 
 def _orientation(image: Image.Image) -> Image.Transpose | None:
@@ -133,22 +114,18 @@ def read_image(path) -> Image.Image:
         return image if orientation is None else image.transpose(orientation)
 
 
-def read_trimap(path, image_path=None) -> np.ndarray:
+def read_trimap(path, image_path) -> np.ndarray:
     """Read a trimap -> uint8 [H, W]: 0 pet, 1 background, 2 border; turned as the EXIF tag of its image says."""
-    orientation, size = None, None
-    if image_path is not None:
-        with _opened(image_path) as image:
-            orientation, size = _orientation(image), image.size
+    name = show_path(path)
+    with _opened(image_path) as image:
+        orientation, (w, h) = _orientation(image), image.size
     with _opened(path) as trimap:
-        if size and trimap.size != size:
-            raise DataError(
-                f"{show_path(path)}: {trimap.width} x {trimap.height}, but its image is {size[0]} x {size[1]}"
-            )
-        orientation = orientation if size else _orientation(trimap)
+        if trimap.size != (w, h):
+            raise DataError(f"{name}: {trimap.width} x {trimap.height}, but its image is {w} x {h}")
         values = np.asarray(trimap if orientation is None else trimap.transpose(orientation))
     if values.ndim != 2 or values.dtype == bool or values.min() < 1 or values.max() > 3:
         found = f"values {values.min()} to {values.max()}" if values.ndim == 2 else f"{values.ndim} dimensions"
-        raise DataError(f"{show_path(path)}: a trimap holds 1 (pet), 2 (background), 3 (border), found {found}")
+        raise DataError(f"{name}: a trimap holds 1 (pet), 2 (background), 3 (border), found {found}")
     return (values - 1).astype(np.uint8)
 
 
@@ -156,15 +133,12 @@ def load_truth(data_root, images: Sequence[str], size: int | tuple[int, int]) ->
     """Read original trimaps, each resized once to the nearest pixel -> uint8 [N, h, w], classes 0, 1, 2."""
     h, w = (size, size) if isinstance(size, int) else size
 
-    def read(image: str) -> np.ndarray:
+    def read(image: str) -> torch.Tensor:
         trimap = read_trimap(Path(data_root, trimap_path(image)), Path(data_root, image))
-        return np.asarray(Image.fromarray(trimap).resize((w, h), Image.Resampling.NEAREST))
+        return torch.from_numpy(np.array(Image.fromarray(trimap).resize((w, h), Image.Resampling.NEAREST)))
 
-    truth = np.empty((len(images), h, w), np.uint8)
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        for row, mask in zip(truth, pool.map(read, images), strict=True):
-            row[:] = mask
-    return torch.from_numpy(truth)
+        return torch.stack(list(pool.map(read, images)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -189,27 +163,20 @@ class _CacheFiles:
 
     def stamp(self, key: str) -> list[int]:
         """Size and time of a source file: what tells that it was replaced."""
-        try:
+        with contextlib.suppress(OSError):
             stat = os.stat(self.source(key))
             return [stat.st_size, stat.st_mtime_ns]
-        except OSError:
-            return [-1, -1]
+        return [-1, -1]
 
     def read_index(self) -> tuple[list[list], int]:
         """Read the index up to the first torn line or missing row -> (entries, their length in bytes)."""
-        entries: list[list] = []
-        end = 0
-        rows = self.rows.stat().st_size // self.row_bytes if self.rows.exists() else 0
-        with open(self.index, "rb") if self.index.exists() else io.BytesIO() as lines:
-            for line in lines:
-                try:
-                    entry = json.loads(line)
-                except ValueError:
-                    break
-                if len(entries) == rows or not line.endswith(b"\n") or not isinstance(entry, list) or len(entry) != 6:
-                    break
-                entries.append(entry)
-                end += len(line)
+        entries, end = [], 0
+        if self.rows.exists() and self.index.exists():
+            lines = self.index.read_bytes().splitlines(keepends=True)[: self.rows.stat().st_size // self.row_bytes]
+            with contextlib.suppress(ValueError):
+                for line in lines:
+                    entries.append(json.loads(line[: line.index(b"\n")]))
+                    end += len(line)
         return entries, end
 
     def decode(self, key: str) -> tuple[np.ndarray, list]:
@@ -230,9 +197,8 @@ def build_cache(data_root, images: Sequence[str], *, kind: str = "image", cache_
                 workers: int | None = None, progress: Callable | None = None) -> None:  # fmt: skip
     """Decode what the cache lacks, squashed to cache_size, in parallel; any number of processes may call it at once.
 
-    Survives a kill at any moment: rows reach the disk before their index lines, and a torn tail is cut off before the
-    next build appends. progress: called as progress(description, total), gives a context manager with update(1).
-    Raises DataError when the disk is too small, when more than 1 % of the images cannot be read, or any trimap.
+    Survives a kill at any moment. progress(description, total) gives a context manager with update(1). Raises DataError
+    when the disk is too small, when more than 1 % of the images cannot be read, or any trimap.
     """
     files = _CacheFiles(data_root, kind, cache_dir, cache_size)
     keys = list(dict.fromkeys(images))
@@ -241,60 +207,49 @@ def build_cache(data_root, images: Sequence[str], *, kind: str = "image", cache_
         latest = {entry[0]: entry for entry in entries}
         # What failed is tried again, for the cause may be gone; it is written again only if it fares differently.
         todo = [k for k in keys if k not in latest or latest[k][5] or latest[k][3:5] != files.stamp(k)]
+        needed = files.row_bytes * sum(k not in latest or not latest[k][5] for k in todo)
+        if needed > (free := shutil.disk_usage(cache_dir).free):
+            raise DataError(f"the {kind}s to decode need {needed / 1e9:,.1f} GB, {free / 1e9:,.1f} GB are free in "
+                f"{show_path(cache_dir)}; free some, choose another --cache_dir or a smaller --cache_size", 1)  # fmt: skip
         if todo:
-            _check_space(files, sum(k not in latest or not latest[k][5] for k in todo))
-            with disk_errors(files.rows), open(files.rows, "ab") as rows, open(files.index, "ab") as index:
+            with open(files.rows, "ab") as rows, open(files.index, "ab") as index:
                 rows.truncate(len(entries) * files.row_bytes)
                 index.truncate(end)
-                _append_rows(files, todo, latest, rows, index, workers, progress)
-    _report_failures(files, [latest[k] for k in keys if latest[k][5]], len(keys))
+                _append(files, todo, latest, rows, index, workers, progress)
+    failed = [latest[k] for k in keys if latest[k][5]]
+    if len(failed) > (0.01 * len(keys) if kind == "image" else 0):
+        limit = "at most 1 % may be left out" if kind == "image" else "every trimap is needed"
+        raise DataError(f"{len(failed):,} of {len(keys):,} {kind}s cannot be used ({limit}), first {failed[0][5]}; "
+                        f"see `python prepare.py verify --data_root {shlex.quote(str(data_root))}`")  # fmt: skip
 
 
-def _append_rows(files: _CacheFiles, todo: list[str], latest: dict, rows, index, workers, progress) -> None:
+def _append(files: _CacheFiles, todo: list[str], latest: dict, rows, index, workers, progress) -> None:
+    """Decode in threads (Pillow works without the GIL); rows reach the disk before their index lines."""
     chunks = [todo[i : i + CHUNK] for i in range(0, len(todo), CHUNK)]
-    pool = ThreadPoolExecutor(workers or len(os.sched_getaffinity(0)))  # threads: Pillow works without the GIL
-    shown = progress(f"decoding {files.kind}s", len(todo)) if progress else contextlib.nullcontext()
-    submitted: deque = deque()
+    failed = []
+    pool = ThreadPoolExecutor(workers or len(os.sched_getaffinity(0)))
     try:
-        with shown as bar:
-            for number in range(len(chunks)):
-                for ahead in chunks[number + len(submitted) : number + 2]:  # decode on while this chunk is written
-                    submitted.append([pool.submit(files.decode, key) for key in ahead])
+        with progress(f"decoding {files.kind}s", len(todo)) if progress else contextlib.nullcontext() as bar:
+            ahead = pool.map(files.decode, chunks[0])
+            for following in [*chunks[1:], []]:
+                decoded, ahead = ahead, pool.map(files.decode, following)  # starts now, while `decoded` is written
                 lines = []
-                for future in submitted.popleft():
-                    row, entry = future.result()
+                for row, entry in decoded:
                     if bar is not None:
                         bar.update(1)
                     if not entry[5] or latest.get(entry[0]) != entry:
                         latest[entry[0]] = entry
                         lines.append(json.dumps(entry) + "\n")
                         rows.write(row)
+                        failed += [entry[5]] if entry[5] else []
                 for file, content in ((rows, b""), (index, "".join(lines).encode())):
                     file.write(content)
                     file.flush()
                     os.fsync(file.fileno())
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def _check_space(files: _CacheFiles, count: int) -> None:
-    needed, free = count * files.row_bytes, shutil.disk_usage(files.rows.parent).free
-    if needed > free:
-        raise DataError(f"the cache of {count:,} {files.kind}s needs {needed / 1e9:,.1f} GB, "
-            f"{free / 1e9:,.1f} GB are free in {show_path(files.rows.parent)}; free some, choose another --cache_dir "
-            "or a smaller --cache_size", 1)  # fmt: skip
-
-
-def _report_failures(files: _CacheFiles, failed: list[list], total: int) -> None:
-    """Name every source that cannot be used; stop where these are too many to leave out."""
-    for entry in failed:
-        print(f"left out: {entry[5]}", file=sys.stderr)
-    if not failed or (files.kind == "image" and len(failed) <= 0.01 * total):
-        return
-    advice = f"see `python prepare.py verify --data_root {shlex.quote(str(files.root))}`"
-    limit = "at most 1 % may be left out" if files.kind == "image" else "every trimap is needed"
-    message = f"{len(failed):,} of {total:,} {files.kind}s cannot be used ({limit})"
-    raise DataError(f"{message}, first {failed[0][5]}; {advice}")
+    for reason in failed:  # by the process that decoded them; all others find them in the index
+        print(f"left out: {reason}", file=sys.stderr)
 
 
 class ImageStore:
@@ -312,17 +267,16 @@ class ImageStore:
         keys = list(dict.fromkeys(images))
         stale = [k for k in keys if k not in latest or entries[latest[k]][3:5] != files.stamp(k)]
         if stale:
-            missing = (
-                f"{len(stale):,} of {len(keys):,} {kind}s are not in the cache or changed, first {show_path(stale[0])}"
-            )
-            raise DataError(f"{missing}; run `python prepare.py cache --data_root {shlex.quote(str(data_root))}`")
+            root, first = shlex.quote(str(data_root)), show_path(stale[0])
+            raise DataError(f"{len(stale):,} of {len(keys):,} {kind}s are not in the cache or changed since, first {first}; "
+                            f"run `python prepare.py cache --data_root {root}`")  # fmt: skip
         good = [k for k in keys if not entries[latest[k]][5]]
         number = {k: i for i, k in enumerate(good)}
         self.dropped = [k for k in keys if k not in number]
         self.images = tuple(k for k in images if k in number)
         self.rows = np.array([number[k] for k in self.images], np.int64)
         self.sizes = np.array([entries[latest[k]][2:0:-1] for k in good], np.float32).reshape(-1, 2)
-        self.size, self.device, self.tensor = cache_size, torch.device(device), None
+        self.size, self.tensor = cache_size, None
         self._places = np.array([latest[k] for k in good], np.int64)
         self._map = np.memmap(files.rows, np.uint8, "r", shape=(len(entries), *files.shape)) if good else None
         if on_device and good:
@@ -337,7 +291,7 @@ class ImageStore:
         """Copy list entries index [n] -> uint8 [n, C, S, S], on the device if the store is there; pin: page-locked."""
         rows = self.rows[np.asarray(index)]
         if self.tensor is not None:
-            return self.tensor[torch.from_numpy(rows).to(self.device)]
+            return self.tensor[torch.from_numpy(rows).to(self.tensor.device)]
         out = torch.empty(len(rows), *self._map.shape[1:], dtype=torch.uint8, pin_memory=pin)
         np.take(self._map, self._places[rows], axis=0, out=out.numpy(), mode="clip")  # "raise" would copy twice
         return out

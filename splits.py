@@ -17,11 +17,11 @@ import json
 import os
 import shlex
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from data import DataError, disk_errors, locked, seeded_rng, show_path
+from data import DataError, locked, seeded_rng, show_path
 
 SPLITS = ("animal", "non_animal", "mixed", "all", "pets")
 ANIMAL_IMAGES = ("per_category", "unique", "single")
@@ -44,48 +44,44 @@ KEYS = {"images": ("id", "file_name"), "annotations": ("id", "image_id", "catego
         "categories": ("id", "name", "supercategory")}  # fmt: skip
 
 
-def _check_annotations(dataset, path: Path) -> None:
-    """Raise a DataError that names the file and the first thing wrong with it."""
-    name = show_path(path)
+def _fault(dataset) -> str | None:
+    """Find the first thing wrong with a COCO instances file."""
     for part, keys in KEYS.items():
         if not isinstance(dataset, dict) or not isinstance(dataset.get(part), list):
-            raise DataError(f"{name}: no list {part!r}, so not a COCO instances file; fetch it again")
+            return f"no list {part!r}, so not a COCO instances file"
         for number, entry in enumerate(dataset[part]):
-            missing = [k for k in keys if not isinstance(entry, dict) or k not in entry]
-            if missing:
-                raise DataError(f"{name}: entry {number} of {part!r} lacks {missing[0]!r}; fetch the file again")
+            for key in keys:
+                if not isinstance(entry, dict) or isinstance(entry.get(key, []), (list, dict)):
+                    return f"entry {number} of {part!r} lacks {key!r}, or it is malformed"
     for part, key in (("images", "id"), ("images", "file_name"), ("categories", "id")):
-        counts = Counter(str(entry[key]) for entry in dataset[part])
-        value, count = counts.most_common(1)[0] if counts else ("", 0)
+        (value, count), *_ = Counter(str(entry[key]) for entry in dataset[part]).most_common(1) or [("", 0)]
         if count > 1:
-            raise DataError(f"{name}: {key} {value!r} occurs {count} times in {part!r}; every {key} must be unique")
+            return f"{key} {value!r} occurs {count} times in {part!r}"
     for part, key in (("images", "image_id"), ("categories", "category_id")):
         known = {entry["id"] for entry in dataset[part]}
-        bad = next((a for a in dataset["annotations"] if a[key] not in known), None)
-        if bad is not None:
-            raise DataError(f"{name}: annotation {bad['id']} has unknown {key} {bad[key]}; it is not in {part!r}")
+        for entry in dataset["annotations"]:
+            if entry[key] not in known:
+                return f"annotation {entry['id']} has unknown {key} {entry[key]}; it is not in {part!r}"
     for entry in dataset["images"]:
         inner = PurePosixPath(str(entry["file_name"]))
         if inner.is_absolute() or ".." in inner.parts or not inner.name:
-            raise DataError(f"{name}: file_name {str(inner)!r} leads out of the image folder")
+            return f"file_name {str(inner)!r} leads out of the image folder"
+    return None
 
 
 def _digest_annotations(path: Path) -> dict:
     """Read a COCO instances file through pycocotools -> its categories, animals and images [id, name, categories]."""
     from pycocotools.coco import COCO
 
-    wanted = {"images", "annotations", "categories", *(key for keys in KEYS.values() for key in keys)}
+    wanted, coco = {*KEYS, *itertools.chain(*KEYS.values())}, COCO()
     try:
         with open(path, encoding="utf-8") as f:  # the hook drops polygons as they are read: a third of the memory
-            dataset = json.load(f, object_hook=lambda entry: {k: v for k, v in entry.items() if k in wanted})
+            coco.dataset = json.load(f, object_hook=lambda entry: {k: v for k, v in entry.items() if k in wanted})
+        fault = _fault(coco.dataset)
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{show_path(path)}: not a JSON file ({error}); fetch it again") from None
-    try:
-        _check_annotations(dataset, path)
-    except TypeError as error:  # an id that is a list, say
-        raise DataError(f"{show_path(path)}: malformed entry ({error}); fetch it again") from None
-    coco = COCO()
-    coco.dataset = dataset
+        fault = f"not a JSON file ({error})"
+    if fault:
+        raise DataError(f"{show_path(path)}: {fault}; fetch it again")
     with contextlib.redirect_stdout(io.StringIO()):
         coco.createIndex()
     labels: dict[int, list] = {image: [] for image in sorted(coco.imgs)}
@@ -103,15 +99,10 @@ def _load_digest(path: str, size: int, mtime: int, cache_dir: str) -> dict:
     key = hashlib.sha256(f"1 {path} {size} {mtime}".encode(errors="surrogateescape")).hexdigest()[:16]
     digest = Path(cache_dir, f"annotations_{key}.json")
     with locked(digest.with_suffix(".lock")):
-        with contextlib.suppress(ValueError, FileNotFoundError):
+        with contextlib.suppress(ValueError, FileNotFoundError):  # a torn one is made again
             return json.loads(digest.read_text())
         content = _digest_annotations(Path(path))
-        temporary = digest.with_suffix(".tmp")
-        with disk_errors(digest), open(temporary, "w") as f:
-            json.dump(content, f)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, digest)
+        digest.write_text(json.dumps(content))
     return content
 
 
@@ -148,14 +139,12 @@ class _Coco:
             raise DataError(f"unknown category {unknown[0]!r}; valid: {', '.join(self.names.values())}")
         self.animals = [c for c, name in self.names.items() if name in categories] if categories else digest["animals"]
         if not self.animals:
-            raise DataError(
-                f"{show_path(path)} has no category of super-category 'animal'; name some with --categories"
-            )
-        self.ids = [image[0] for image in digest["images"]]
-        self.paths = [f"coco/{part}/{image[1]}" for image in digest["images"]]
-        self.labels = [frozenset(image[2]) for image in digest["images"]]
-        chosen = set(self.animals)
-        self.hits = [len(found & chosen) for found in self.labels]
+            raise DataError(f"{show_path(path)}: no category of super-category 'animal'; name some with --categories")
+        self.ids = [image for image, _, _ in digest["images"]]
+        self.paths = [f"coco/{part}/{name}" for _, name, _ in digest["images"]]
+        self.labels = [frozenset(found) for _, _, found in digest["images"]]
+        self.hits = [len(found.intersection(self.animals)) for found in self.labels]
+        self.others = [i for i, hits in enumerate(self.hits) if not hits]
 
     def animal_list(self, rule: str) -> list[int]:
         if rule not in ANIMAL_IMAGES:
@@ -164,16 +153,15 @@ class _Coco:
             return [i for c in self.animals for i, found in enumerate(self.labels) if c in found]
         return [i for i, hits in enumerate(self.hits) if (hits == 1 if rule == "single" else hits)]
 
-    def split(self, name: str, entries: Iterable[int], definition: dict) -> Split:
-        entries = list(entries)
+    def split(self, name: str, entries: Sequence[int], definition: dict) -> Split:
         unique = set(entries)
-        person = {c for c, label in self.names.items() if label == "person"}
-        definition = {"split": name, "categories": [self.names[c] for c in self.animals], **definition}
-        return _make_split(name, [self.paths[i] for i in entries], definition, ids=[self.ids[i] for i in entries],
-            animal_images=sum(self.hits[i] > 0 for i in unique),
-            categories={self.names[c]: sum(c in self.labels[i] for i in unique) for c in self.animals},
-            without_annotation=sum(not self.labels[i] for i in unique),
-            person_share=round(sum(bool(self.labels[i] & person) for i in unique) / max(1, len(unique)), 6))  # fmt: skip
+        counts = Counter(self.names[c] for i in unique for c in self.labels[i])
+        people = sum("person" in {self.names[c] for c in self.labels[i]} for i in unique)
+        categories = [self.names[c] for c in self.animals]
+        return _make_split(name, [self.paths[i] for i in entries], {"split": name, "categories": categories, **definition},
+            ids=[self.ids[i] for i in entries], animal_images=sum(self.hits[i] > 0 for i in unique),
+            categories={c: counts[c] for c in categories}, without_annotation=sum(not self.labels[i] for i in unique),
+            person_share=round(people / max(1, len(unique)), 6))  # fmt: skip
 
 
 def _make_split(name: str, images: list[str], definition: dict, **facts) -> Split:
@@ -195,18 +183,18 @@ def select_split(data_root, split: str, *, animal_fraction: float | None = None,
                  cache_dir="cache") -> Split:  # fmt: skip
     """Select pre-training images. Doses nest: they are prefixes of two permutations that depend on split_seed alone.
 
-    animal_fraction: share of animal entries in [0, 1], for split "mixed" (default 0.5). num_images: default the size
-    of the animal list, so that arms are matched ("all" and "pets": everything). animal_images: per_category lists an
-    image once for each of its animal categories (the paper), unique once, single only if it has exactly one.
-    categories: names that take the animals' place. Raises DataError for what does not exist or contradicts itself.
+    animal_fraction: share of animal entries, for split "mixed". num_images: default the size of the animal list, so that
+    arms are matched ("all" and "pets": everything). animal_images: per_category lists an image once for each of its
+    animal categories (the paper), unique once, single only if it has exactly one. categories: take the animals' place.
     """
     implied = {"animal": 1.0, "mixed": 0.5, "non_animal": 0.0}.get(split)
+    fraction = implied if animal_fraction is None else animal_fraction
     if split not in SPLITS:
         raise DataError(f"--split must be one of {', '.join(SPLITS)}, got {split!r}")
-    if animal_fraction is not None and not 0 <= animal_fraction <= 1:
-        raise DataError(f"--animal_fraction must lie in [0, 1], got {animal_fraction}")
-    if animal_fraction is not None and split != "mixed" and animal_fraction != implied:
+    if split != "mixed" and fraction != implied:
         raise DataError(f"--animal_fraction {animal_fraction} contradicts --split {split}; use --split mixed")
+    if fraction is not None and not 0 <= fraction <= 1:
+        raise DataError(f"--animal_fraction must lie in [0, 1], got {animal_fraction}")
     if num_images is not None and num_images < 1:
         raise DataError(f"--num_images must be at least 1, got {num_images}")
     if split == "pets":
@@ -214,18 +202,15 @@ def select_split(data_root, split: str, *, animal_fraction: float | None = None,
         images = _first(pool, num_images or len(pool), "Pets training images", split_seed, 2)
         return _pets_split("pets", images, {"split": "pets", "num_images": len(images), "split_seed": split_seed})
     coco = _Coco(data_root, "train2017", categories, cache_dir)
-    definition = {"animal_images": animal_images, "split_seed": split_seed}
     animals = coco.animal_list(animal_images)
+    count = num_images or len(coco.ids if split == "all" else animals)
+    definition = {"animal_images": animal_images, "split_seed": split_seed, "num_images": count}
     if split == "all":
-        entries = _first(range(len(coco.ids)), num_images or len(coco.ids), "images", split_seed, 3)
-        return coco.split(split, entries, definition | {"num_images": len(entries)})
-    count = num_images or len(animals)
-    fraction = implied if animal_fraction is None else animal_fraction
+        return coco.split(split, _first(range(len(coco.ids)), count, "images", split_seed, 3), definition)
     dose = round(fraction * count)
     entries = _first(animals, dose, f"animal entries ({animal_images})", split_seed, 0)
-    others = [i for i, hits in enumerate(coco.hits) if not hits]
-    entries += _first(others, count - dose, "non-animal images", split_seed, 1)
-    return coco.split(split, entries, definition | {"num_images": count, "animal_fraction": fraction})
+    entries += _first(coco.others, count - dose, "non-animal images", split_seed, 1)
+    return coco.split(split, entries, definition | {"animal_fraction": fraction})
 
 
 def reference_size(data_root, *, animal_images: str = "per_category", categories: Sequence[str] | None = None,
@@ -237,7 +222,7 @@ def reference_size(data_root, *, animal_images: str = "per_category", categories
 def mae_validation(data_root, *, categories: Sequence[str] | None = None, cache_dir="cache") -> dict[str, Split]:
     """Select unique animal and as many non-animal images of val2017, the same for every seed and arm."""
     coco = _Coco(data_root, "val2017", categories, cache_dir)
-    pools = {"animal": coco.animal_list("unique"), "non_animal": [i for i, hits in enumerate(coco.hits) if not hits]}
+    pools = {"animal": coco.animal_list("unique"), "non_animal": coco.others}
     count = min(map(len, pools.values()))
     if not count:
         raise DataError(f"{show_path(data_root)}: val2017 needs images with and without the chosen categories")
@@ -259,22 +244,18 @@ def pets_split(data_root, part: str, *, train_fraction: float = 1.0, split_seed:
     chooses them; it moves nothing else.
     """
     path = _open_source(data_root, "oxford-iiit-pet/annotations/list.txt")
-    lines = [
-        line
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines()
-        if line.strip() and not line.startswith("#")
-    ]
-    names = sorted(line.rsplit(maxsplit=3)[0] for line in lines)
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    names = sorted(line.rsplit(maxsplit=3)[0] for line in lines if line.strip() and not line.startswith("#"))
     if len(names) < 3 or len(set(names)) < len(names):
         raise DataError(f"{show_path(path)} must name at least 3 images, each once; fetch it again")
     if not 0 < train_fraction <= 1:
         raise DataError(f"--train_fraction must lie in (0, 1], got {train_fraction}")
     names = _first(names, len(names), "images", 0, 701515)
-    ends = [0, len(names) * 70 // 100, len(names) * 70 // 100 + len(names) * 15 // 100, len(names)]
-    parts = dict(zip(("train", "val", "test"), itertools.pairwise(ends), strict=True))
+    train, val = len(names) * 70 // 100, len(names) * 15 // 100
+    parts = {"train": names[:train], "val": names[train : train + val], "test": names[train + val :]}
     if part not in parts:
         raise DataError(f"part must be train, val or test, got {part!r}")
-    chosen, definition = names[slice(*parts[part])], {"split": f"pets {part}"}
+    chosen, definition = parts[part], {"split": f"pets {part}"}
     if part == "train" and train_fraction < 1:
         chosen = _first(chosen, max(1, round(train_fraction * len(chosen))), "training images", split_seed, 4)
         definition |= {"train_fraction": train_fraction, "split_seed": split_seed}

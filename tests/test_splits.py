@@ -231,7 +231,7 @@ def test_a_damaged_digest_is_made_again(tmp_path):
 # The real labels at full size
 
 FULL = """
-import json, sys, data
+import json, sys, splits
 root, cache = sys.argv[1:]
 out = {}
 for rule in splits.ANIMAL_IMAGES:
