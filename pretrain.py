@@ -6,7 +6,7 @@
     torchrun --nnodes=2 --node_rank=0 --nproc_per_node=8 --master_addr=HOST pretrain.py --split animal   # and rank 1 there
 
 The defaults are the study's recipe: ViT-B, 150 epochs of 25,739 images, batch 256 (15,000 updates). The number of processes
-and --micro_batch_size do not change the result. BENCHMARKS.md has measured rates; the paper's validation loss is 0.547.
+and --micro_batch_size do not change the result. The paper's validation loss is 0.547.
 Writes into --output_dir: config.json, log.jsonl, model.pt, metrics.json, reconstruction.png.
 """
 
