@@ -101,17 +101,8 @@ def crop_resize(images: torch.Tensor, boxes: torch.Tensor, flips: torch.Tensor, 
     with torch.autocast(images.device.type, enabled=False):
         wy = resize_weights(boxes[:, 0], boxes[:, 2], flips[:, 1], images.shape[2], h)
         wx = resize_weights(boxes[:, 1], boxes[:, 3], flips[:, 0], images.shape[3], w)
-        if images.device.type != "cpu":
-            rows = torch.bmm(images.flatten(1, 2).float(), wx.mT).unflatten(1, images.shape[1:3])
-            result = torch.stack([torch.bmm(wy, channel) for channel in rows.unbind(1)], 1)
-        else:  # one by one, cut to the box: fewer operations, and temporaries that stay in the processor's cache
-            result = torch.empty(*images.shape[:2], h, w)
-            ends = torch.stack([boxes[:, :2].floor(), (boxes[:, :2] + boxes[:, 2:]).ceil()], 1).int().tolist()
-            for i, ((top, left), (bottom, right)) in enumerate(ends):
-                cut = images[i, :, top:bottom, left:right].float()
-                part = (cut.flatten(0, 1) @ wx[i, :, left:right].T).unflatten(0, cut.shape[:2])
-                for channel, target in zip(part, result[i], strict=True):
-                    torch.mm(wy[i, :, top:bottom], channel, out=target)
+        rows = torch.bmm(images.flatten(1, 2).float(), wx.mT).unflatten(1, images.shape[1:3])
+        result = torch.stack([torch.bmm(wy, channel) for channel in rows.unbind(1)], 1)
     return result.clamp_(0, 255) if clamp else result
 
 
@@ -129,18 +120,22 @@ def crop_resize_nearest(masks: torch.Tensor, boxes: torch.Tensor, flips: torch.T
 # Batches
 
 
-def _prefetched(prepare: Callable, items: Iterable, device: torch.device) -> Iterator:
-    """Run prepare(item) in a background thread, PREFETCH items ahead; errors surface here, closing stops the thread."""
+def _prefetched(prepare: Callable, items: Iterable, device: torch.device) -> Iterator[dict[str, torch.Tensor]]:
+    """Run prepare(item) -> tensors in a background thread, PREFETCH items ahead, page-locked where a GPU will read them.
 
-    def start() -> None:
-        if device.type == "cuda":  # page-locked memory belongs to the thread's current GPU
-            torch.cuda.set_device(device)
+    Errors surface here, closing stops the thread.
+    """
+    gpu = device.type == "cuda"
+    # Page-locked memory belongs to the thread's current GPU.
+    pool = ThreadPoolExecutor(1, initializer=functools.partial(torch.cuda.set_device, device) if gpu else None)
 
-    pool = ThreadPoolExecutor(1, initializer=start)
+    def work(item) -> dict[str, torch.Tensor]:
+        return {k: v.pin_memory() if gpu and not v.is_pinned() else v for k, v in prepare(item).items()}
+
     try:
         ready: deque = deque()
         for item in items:
-            ready.append(pool.submit(prepare, item))
+            ready.append(pool.submit(work, item))
             if len(ready) > PREFETCH:
                 yield ready.popleft().result()
         while ready:
@@ -149,9 +144,21 @@ def _prefetched(prepare: Callable, items: Iterable, device: torch.device) -> Ite
         pool.shutdown(cancel_futures=True)
 
 
-def _device(name) -> torch.device:
-    device = torch.device(name)
-    return torch.device("cuda", torch.cuda.current_device()) if device == torch.device("cuda") else device
+def _on_host(store: ImageStore, index: np.ndarray, device: torch.device) -> torch.Tensor:
+    """Make what the host contributes: pixels, or row numbers where the store is on the device, so that nothing waits."""
+    return (
+        torch.from_numpy(store.rows[index]) if store.tensor is not None else store.gather(index, device.type == "cuda")
+    )
+
+
+def _on_device(store: ImageStore, part: torch.Tensor) -> torch.Tensor:
+    """Turn what _on_host made, moved to the device by now, into pixels."""
+    return part if store.tensor is None else store.tensor.index_select(0, part)
+
+
+@functools.lru_cache(maxsize=2)
+def _order(seed: int, epoch: int, count: int) -> np.ndarray:
+    return seeded_rng(seed, 0, epoch).permutation(count)
 
 
 class TrainBatches:
@@ -178,25 +185,18 @@ class TrainBatches:
             wrong = f"larger than the split's {len(images)} images" if batch_size > len(images) else "not divisible"
             raise DataError(f"--batch_size {batch_size} is {wrong} (must be divisible by {parts}); "
                 f"the nearest valid size is {nearest or 'none: too few images'}")  # fmt: skip
-        self.images, self.seed, self.batch_size, self.rank = images, seed, batch_size, rank
+        self.images, self.seed, self.batch_size, self.share = images, seed, batch_size, share
         self.stores = {"images": images} if masks is None else {"images": images, "masks": masks}
         self.img_size, self.scale, self.crop, self.draws = img_size, scale, crop, draws or {}
-        self.device, self.flips = _device(device), np.array([flip, flip and vertical_flip])
+        self.device = torch.empty(0, device=device).device  # with its number: "cuda" is the current GPU
+        self.flips, self.mine = np.array([flip, flip and vertical_flip]), slice(rank * share, (rank + 1) * share)
         self.micro_batches, self.steps_per_epoch = share // self.micro, len(images) // batch_size
-        self._known: tuple = (None, None)  # the epoch whose order is at hand, and the order
         seeded_rng(seed)  # refuses a bad seed now, not in the thread
-
-    def _order(self, epoch: int) -> np.ndarray:
-        if self._known[0] != epoch:
-            self._known = (epoch, seeded_rng(self.seed, 0, epoch).permutation(len(self.images)))
-        return self._known[1]
 
     def _prepare(self, step: int) -> dict[str, torch.Tensor]:
         """Draw for the whole global batch and keep this rank's part: all that is left to the host."""
         epoch, number = divmod(step, self.steps_per_epoch)
-        share = self.micro_batches * self.micro
-        mine = slice(self.rank * share, (self.rank + 1) * share)
-        index = self._order(epoch)[number * self.batch_size :][: self.batch_size]
+        index = _order(self.seed, epoch, len(self.images))[number * self.batch_size :][: self.batch_size]
         sizes = self.images.sizes[self.images.rows[index]]
         rng = seeded_rng(self.seed, 1, epoch, number)
         boxes = random_boxes(rng, sizes, self.scale) if self.crop else np.hstack([0 * sizes, sizes])
@@ -205,21 +205,15 @@ class TrainBatches:
         for name, shape in self.draws.items():
             key = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4])
             made[name] = seeded_rng(self.seed, 2, epoch, number, key).random((len(index), *shape), np.float32)
-        pin = self.device.type == "cuda"
-        tensors = {k: torch.from_numpy(np.ascontiguousarray(v[mine])) for k, v in made.items()}
-        for name, store in self.stores.items():
-            local = store.tensor is None
-            tensors[name] = store.gather(index[mine], pin) if local else torch.from_numpy(store.rows[index[mine]])
-        return {k: v.pin_memory() if pin and not v.is_pinned() else v for k, v in tensors.items()}
+        tensors = {k: torch.from_numpy(np.ascontiguousarray(v[self.mine])) for k, v in made.items()}
+        return tensors | {k: _on_host(store, index[self.mine], self.device) for k, store in self.stores.items()}
 
     def _augment(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         batch = {k: v.to(self.device, non_blocking=True) for k, v in batch.items()}
         boxes, flips = batch.pop("boxes"), batch.pop("flips")
         for name, store in self.stores.items():
-            if store.tensor is not None:
-                batch[name] = store.tensor.index_select(0, batch[name])
             cut = crop_resize if name == "images" else crop_resize_nearest
-            batch[name] = cut(batch[name], boxes * store.size, flips, self.img_size)
+            batch[name] = cut(_on_device(store, batch[name]), boxes * store.size, flips, self.img_size)
         return batch | {"images": normalise(batch["images"])}
 
     def run(self, first_step: int, last_step: int) -> Iterator[list[dict[str, torch.Tensor]]]:
@@ -228,32 +222,31 @@ class TrainBatches:
         Each is a dict: images float32 [b, 3, H, W] normalised, masks int64 [b, H, W], and the draws, float32 in [0, 1).
         """
         for batch in _prefetched(self._prepare, range(first_step, last_step), self.device):
-            starts = range(0, self.micro_batches * self.micro, self.micro)
+            starts = range(0, self.share, self.micro)
             yield [self._augment({k: v[i : i + self.micro] for k, v in batch.items()}) for i in starts]
 
 
 class EvalBatches:
     """Every image of a rank's share once, whole, squashed to img_size: (index int64 [b] on the CPU, images [b, 3, H, W])."""
 
-    def __init__(self, images: ImageStore | torch.Tensor, *, img_size: int, batch_size: int, rank: int = 0,
-                 world_size: int = 1, device="cpu"):  # fmt: skip
-        self.images, self.img_size, self.device = images, img_size, _device(device)
-        self.parts = torch.arange(rank, len(images), world_size).split(batch_size)
-        self.count = len(self.parts) if len(images) > rank else 0
+    def __init__(self, images: ImageStore, *, img_size: int, batch_size: int, rank: int = 0, world_size: int = 1,
+                 device="cpu"):  # fmt: skip
+        self.images, self.img_size, self.device = images, img_size, torch.empty(0, device=device).device
+        self.parts = [p for p in torch.arange(len(images))[rank::world_size].split(batch_size) if len(p)]
 
     def __len__(self) -> int:
-        return self.count
+        return len(self.parts)
 
-    def _prepare(self, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        if isinstance(self.images, torch.Tensor):
-            return index, self.images[index.to(self.images.device)]
-        return index, self.images.gather(index, pin=self.device.type == "cuda")
+    def _prepare(self, index: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"images": _on_host(self.images, index.numpy(), self.device)}
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        for index, images in _prefetched(self._prepare, self.parts[: self.count], self.device):
-            images = images.to(self.device, non_blocking=True)
-            if images.shape[2:] != (self.img_size, self.img_size):
-                box = torch.tensor([0.0, 0.0, *images.shape[2:]], device=self.device).expand(len(images), 4)
-                flips = torch.zeros(len(images), 2, dtype=torch.bool, device=self.device)
-                images = crop_resize(images, box, flips, self.img_size)
+        batches = _prefetched(self._prepare, self.parts, self.device)
+        for index, batch in zip(self.parts, batches, strict=True):
+            images = _on_device(self.images, batch["images"].to(self.device, non_blocking=True))
+            if self.images.size != self.img_size:
+                boxes = torch.zeros(len(index), 4, device=self.device)
+                boxes[:, 2:].fill_(self.images.size)
+                flips = torch.zeros(len(index), 2, dtype=torch.bool, device=self.device)
+                images = crop_resize(images, boxes, flips, self.img_size)
             yield index, normalise(images.float())

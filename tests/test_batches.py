@@ -155,7 +155,7 @@ def test_evaluation_sees_every_image_exactly_once(stores, world, batch_size, img
     for rank in range(world):
         loader = augment.EvalBatches(stores[0], img_size=img_size, batch_size=batch_size, rank=rank, world_size=world)
         parts = list(loader)
-        assert len(parts) == loader.count and all(len(i) == batch_size for i, _ in parts[:-1])
+        assert len(parts) == len(loader) and all(len(i) == batch_size for i, _ in parts[:-1])
         for index, images in parts:
             assert images.shape == (len(index), 3, img_size, img_size)
             assert numbers({"images": images}) == index.tolist()
@@ -163,13 +163,10 @@ def test_evaluation_sees_every_image_exactly_once(stores, world, batch_size, img
     assert sorted(seen) == list(range(COUNT))
 
 
-def test_evaluation_takes_tensors_and_more_processes_than_images():
-    images = torch.full((2, 3, 9, 9), 100, dtype=torch.uint8)
-    shares = [
-        [i.tolist() for i, _ in augment.EvalBatches(images, img_size=6, batch_size=4, rank=r, world_size=3)]
-        for r in range(3)
-    ]
-    assert shares == [[[0]], [[1]], []]
+def test_evaluation_with_more_processes_than_images_leaves_some_without(stores):
+    options = dict(img_size=6, batch_size=4, world_size=COUNT + 2)
+    shares = [[i.tolist() for i, _ in augment.EvalBatches(stores[0], rank=r, **options)] for r in range(COUNT + 2)]
+    assert shares == [[[r]] for r in range(COUNT)] + [[], []]
 
 
 @pytest.mark.parametrize(
