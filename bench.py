@@ -31,7 +31,7 @@ from torch import nn
 import augment
 import data
 import splits
-from engine import EngineError, Precision, hardware_name, launch, peak_flops, setup
+from engine import EngineError, Parser, Precision, hardware_name, launch, peak_flops, setup
 from models import MODELS, build_mae, build_segmenter
 
 TASKS = ("pretrain", "finetune", "resnet50", "data", "study", "scaling")
@@ -43,10 +43,11 @@ STUDY = {"pretrain": 3 * 150 * 25_739, "finetune": 5 * 100 * 5_144, "resnet50": 
 COLUMNS = ("task", "variant", "model", "batch_size", "world_size", "precision", "step_ms", "img_s", "tflops", "mfu",
            "mem_gb", "ratio", "note")
 REAL, SYNTHETIC = "this project, real batches", "this project, synthetic"
+WHOLE = "3 x 150 + 6 x 100 epochs and evaluation"
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("bench.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = Parser("bench.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     add = parser.add_argument
     add("--tasks", nargs="+", choices=TASKS, default=TASKS, help="what to measure; study uses the rates of the trainings")
     add("--quick", action="store_true", help="mae_small, few images and turns: a check that takes two minutes")
@@ -97,17 +98,17 @@ class Bench:
 
     def time_steps(self, step, steps: int) -> tuple[float, float | None]:
         """Run steps, synchronised -> (seconds per step, peak GB on a GPU: the step's own state and what it adds)."""
+        wait = torch.cuda.synchronize if self.on_gpu else lambda: None
         for _ in range(getattr(step, "settle", 0)):  # empty a queue that filled while others were timed
             step()
+        wait()
         if self.on_gpu:
-            torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
             resting = torch.cuda.memory_allocated() - getattr(step, "state_bytes", 0)
         start = time.perf_counter()
         for _ in range(steps):
             step()
-        if self.on_gpu:
-            torch.cuda.synchronize()
+        wait()
         seconds = (time.perf_counter() - start) / steps
         return seconds, (torch.cuda.max_memory_allocated() - resting) / 1e9 if self.on_gpu else None
 
@@ -158,9 +159,8 @@ class Bench:
 
     def build(self, task: str, **options):
         """Build a network -> (module, loss(network, batch), FLOP of a training step per image)."""
-        size = self.args.img_size
         if task == "pretrain":
-            model = build_mae(self.model, img_size=size)
+            model = build_mae(self.model, img_size=self.args.img_size)
             return model, lambda net, batch: net(batch["images"], 0.75, batch["noise"])[0], model.flops()
 
         def loss(network, batch):
@@ -168,11 +168,11 @@ class Bench:
 
         if task == "resnet50":
             model = build_segmenter("resnet50")
-            return model, loss, model.flops(size)
-        model = build_segmenter(self.model, img_size=size, drop_path=0.1, **options)
+            return model, loss, model.flops(self.args.img_size)
+        model = build_segmenter(self.model, img_size=self.args.img_size, drop_path=0.1, **options)
         return model, loss, model.flops()
 
-    def training_step(self, module: nn.Module, loss, batches, settle: int):
+    def training_step(self, module: nn.Module, loss, batches):
         """Make a function that does one whole update: forward under autocast, backward, fused AdamW."""
         layout = torch.channels_last if hasattr(module, "backbone") else torch.preserve_format
         network = module.to(self.device, memory_format=layout)
@@ -193,7 +193,8 @@ class Bench:
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
 
-        step.state_bytes, step.settle = 3 * sum(p.numel() * p.element_size() for p in parameters), settle
+        step.state_bytes = 3 * sum(p.numel() * p.element_size() for p in parameters)
+        step.settle = 2 * self.on_gpu
         return step
 
     def train(self, task: str, batch_size: int, label: str = "") -> None:
@@ -209,15 +210,14 @@ class Bench:
             plan |= import_peers().peers_of(task, lambda **options: self.build(task, **options))
         contestants, flops = {}, {}
         for name, (module, loss, flops[name]) in plan.items():
-            source, settle = itertools.repeat(fixed), 0
+            source = itertools.repeat(fixed)
             if name == REAL:
-                source, settle = (
-                    (m[0] for m in self.batches(task, batch_size, self.device).run(0, 10**9)),
-                    2 * self.on_gpu,
-                )
-            contestants[name] = self.training_step(module, loss, source, settle)
-        self.compare(label or task, contestants, batch_size, flops)
-        if self.args.profile and not label:
+                source = (parts[0] for parts in self.batches(task, batch_size, self.device).run(0, 10**9))
+            contestants[name] = self.training_step(module, loss, source)
+        if label:
+            return self.compare(label, contestants, batch_size, flops)
+        self.compare(task, contestants, batch_size, flops)
+        if self.args.profile:
             self.profile(task, contestants[REAL if REAL in contestants else SYNTHETIC])
         module, loss, _ = plan[SYNTHETIC]
 
@@ -226,8 +226,7 @@ class Bench:
             with self.precision.autocast():
                 loss(module.eval(), fixed)
 
-        if not label:
-            self.compare(f"{task} evaluation", {SYNTHETIC: evaluate}, batch_size)
+        self.compare(f"{task} evaluation", {SYNTHETIC: evaluate}, batch_size)
 
     def profile(self, task: str, step) -> None:
         """Write a chrome trace; print the ten most expensive kernels and the share of time the device waits."""
@@ -248,32 +247,35 @@ class Bench:
         if self.args.peers:
             files = [f"{self.root}/{name}" for name in self.photos]
             paths, jobs = import_peers().pil_paths(files, self.args.img_size, count, self.cores)
+        own = f"cache + augmentation on {self.device}"
         for device in dict.fromkeys(["cpu", str(self.device)]):
-            step = self.batches("pretrain", count, device).run(0, 10**9).__next__
-            paths[f"cache + augmentation on {device}"] = functools.partial(step)
+            batches = self.batches("pretrain", count, device)
+            paths[f"cache + augmentation on {device}"] = functools.partial(next, batches.run(0, 10**9))
         for step in paths.values():
             step.settle = 2 * self.cores + 2
         self.compare("data", paths, count, steps=4 * self.cores)
-        batches, steps = self.batches("pretrain", count, self.device), itertools.count()
+        steps = itertools.count()
         jobs["this project: rows gathered, random draws"] = lambda: batches._prepare(next(steps))
         for name, job in jobs.items():
             spent = [-time.process_time() + (job(), time.process_time())[1] for _ in range(self.repeats + 1)][1:]
             cost = 1e3 * statistics.median(spent) / count
             self.record("data", f"host, {name}", cpu_ms=cost, note=f"{cost:.3f} ms of CPU time per image")
-        rates = {(r["task"], r["variant"]): r.get("img_s") for r in self.rows}
-        if step := rates.get(("pretrain", SYNTHETIC)):
-            share = step / rates["data", f"cache + augmentation on {self.device}"]
-            self.record("data", "augmentation", note=f"{share:.2%} of a synthetic training step", model=self.model)
+        rates = self.rates(SYNTHETIC) | {"own": self.rates(own)["data"]}
+        if "pretrain" in rates:
+            share = f"{rates['pretrain'] / rates['own']:.2%} of a synthetic training step"
+            self.record("data", "augmentation", note=share, model=self.model)
+
+    def rates(self, variant: str) -> dict[str, float]:
+        return {row["task"]: row["img_s"] for row in self.rows if row["variant"] == variant}
 
     def study(self) -> None:
         """Project the time of the whole study from the measured rates; name what is missing instead of guessing."""
-        rates = {
-            r["task"]: r["img_s"] for r in self.rows if r["variant"] == (SYNTHETIC if "eval" in r["task"] else REAL)
-        }
+        evaluation = {k: v for k, v in self.rates(SYNTHETIC).items() if k.endswith("evaluation")}
+        rates = self.rates(REAL) | evaluation
         missing = ", ".join(sorted(STUDY.keys() - rates))
         hours = None if missing else sum(n / rates[k] for k, n in STUDY.items()) / 3600
         note = f"not measured: {missing}" if missing else f"{hours:,.2f} hours by the rates above"
-        self.record("study", "3 x 150 + 6 x 100 epochs and evaluation", model=self.model, hours=hours, note=note)
+        self.record("study", WHOLE, model=self.model, hours=hours, note=note)
 
     def scaling(self) -> None:
         """Measure the growth with the batch size, then with the number of processes, which torchrun starts."""
@@ -322,15 +324,10 @@ def write_report(source: str, target: str) -> None:
         versions = ", ".join(f"{k} {v}" for k, v in machine["versions"].items())
         parts.append(f"## {machine['device']}\n\n`{machine['command']}`\n\n{machine['threads']} threads; {versions}")
         parts.append(table(list(group)))
-    done = {
-        (r["task"], r["variant"])
-        for r in rows
-        if "NVIDIA" in r["machine"]["device"] and (r.get("img_s") or r.get("hours"))
-    }
-    wanted = [(t, v) for t in ("pretrain", "finetune", "resnet50") for v in (SYNTHETIC, REAL)] + [
-        ("scaling", SYNTHETIC)
-    ]
-    wanted += [("data", "cache + augmentation on cuda:0"), ("study", "3 x 150 + 6 x 100 epochs and evaluation")]
+    wanted = [*itertools.product(("pretrain", "finetune", "resnet50"), (SYNTHETIC, REAL)), ("scaling", SYNTHETIC),
+              ("data", "cache + augmentation on cuda:0"), ("study", WHOLE)]  # fmt: skip
+    on_gpu = [row for row in rows if "NVIDIA" in row["machine"]["device"] and (row.get("img_s") or row.get("hours"))]
+    done = {(row["task"], row["variant"]) for row in on_gpu}
     missing = [f"- {task}: {variant}" for task, variant in wanted if (task, variant) not in done]
     parts += ["## Not measured yet on an NVIDIA GPU", "\n".join(missing)] if missing else []
     Path(target).write_text("\n\n".join(parts) + "\n")
