@@ -14,7 +14,7 @@ import argparse
 import torch
 from torch import nn
 
-from engine import EngineError, Precision, launch, setup
+from engine import EngineError, Parser, Precision, launch, setup
 from finetune import add_segmentation_arguments, train_segmenter
 from models import MODELS, build_segmenter
 from trainer import add_training_arguments, check_training_arguments, hash_file
@@ -22,7 +22,7 @@ from weights import read_checkpoint
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("baseline.py", description="Supervised baselines for pet segmentation")
+    parser = Parser("baseline.py", description="Supervised baselines for pet segmentation")
     model = parser.add_argument_group("model")
     model.add_argument("--model", choices=["resnet50", "mae", *MODELS], required=True, help="mae is mae_base")
     model.add_argument(

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import importlib.metadata
 import itertools
 import json
 import os
@@ -21,7 +22,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from importlib import metadata
 from pathlib import Path
 
 import torch
@@ -80,9 +80,15 @@ class Bench:
         self.depth = MODELS[self.model].get("depth", 12)
         self.repeats, self.steps = args.repeats or (2 if args.quick else 7), 10 if self.on_gpu else 1
         self.compile = self.on_gpu if args.compile is None else args.compile
+        if args.peers:  # other projects' networks and data path
+            sys.path.append(str(Path(__file__).with_name("tests")))
+            self.peers = importlib.import_module("peers")
         names = ("torch", "torchvision", *(("transformers", "timm") if args.peers else ()))
         self.machine = {"device": hardware_name(self.device), "cores": self.cores, "threads": torch.get_num_threads()}
-        self.machine["versions"] = {"python": sys.version.split()[0], **{n: metadata.version(n) for n in names}}
+        self.machine["versions"] = {
+            "python": sys.version.split()[0],
+            **{n: importlib.metadata.version(n) for n in names},
+        }
         self.machine["command"] = shlex.join(["python", "bench.py", *sys.argv[1:]])
 
     def batch_size(self, task: str) -> int:
@@ -207,7 +213,7 @@ class Bench:
         if not label and not self.args.synthetic:
             plan[REAL] = self.build(task)
         if not label and self.args.peers:
-            plan |= import_peers().peers_of(task, lambda **options: self.build(task, **options))
+            plan |= self.peers.peers_of(task, lambda **options: self.build(task, **options))
         contestants, flops = {}, {}
         for name, (module, loss, flops[name]) in plan.items():
             source = itertools.repeat(fixed)
@@ -237,16 +243,18 @@ class Bench:
         events, column = trace.key_averages(), f"self_{'device' if self.on_gpu else 'cpu'}_time_total"
         print(events.table(sort_by=column, row_limit=10, max_name_column_width=50))
         fetch = sum(e.cpu_time_total for e in events if e.key == "wait for data") / 3e6 / seconds
-        idle = 1 - sum(e.self_device_time_total for e in events) / 3e6 / seconds if self.on_gpu else None
-        idle = f", the device idles {max(0, idle):.1%}" if self.on_gpu else ""
-        self.record(task, "profile", note=f"fetching a batch (augmentation included) takes {fetch:.1%} of a step{idle}")
+        note = f"fetching a batch (augmentation included) takes {fetch:.1%} of a step"
+        if self.on_gpu:
+            idle = 1 - sum(e.self_device_time_total for e in events) / 3e6 / seconds
+            note += f", the device idles {max(0, idle):.1%}"
+        self.record(task, "profile", note=note)
 
     def data_paths(self) -> None:
         """Measure the cache with augmentation, what it leaves to a GPU's host, and (peers) PIL in a DataLoader."""
         count, paths, jobs = self.batch_size("pretrain"), {}, {}
         if self.args.peers:
             files = [f"{self.root}/{name}" for name in self.photos]
-            paths, jobs = import_peers().pil_paths(files, self.args.img_size, count, self.cores)
+            paths, jobs = self.peers.pil_paths(files, self.args.img_size, count, self.cores)
         own = f"cache + augmentation on {self.device}"
         for device in dict.fromkeys(["cpu", str(self.device)]):
             batches = self.batches("pretrain", count, device)
@@ -290,14 +298,6 @@ class Bench:
             run += [f"--{k}={v}" for k, v in flags.items()] + ["--compile" if self.compile else "--no-compile"]
             subprocess.run(run, check=True)
             self.rows.append(json.loads(Path(a.output).read_text().splitlines()[-1]))
-
-
-def import_peers():
-    """Import other projects' networks and data path, which only --peers needs."""
-    sys.path.append(str(Path(__file__).with_name("tests")))
-    import peers
-
-    return peers
 
 
 def table(rows: list[dict]) -> str:

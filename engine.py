@@ -52,6 +52,13 @@ class EngineError(ValueError):
         self.exit_code = exit_code
 
 
+class Parser(argparse.ArgumentParser):
+    """An argument parser that answers wrong use in one line, without repeating all flags."""
+
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
+
+
 def launch(main, parser: argparse.ArgumentParser) -> None:
     """Run main(parsed arguments); errors with an `exit_code` end in one line on stderr instead of a traceback."""
     args = parser.parse_args()

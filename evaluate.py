@@ -22,7 +22,7 @@ from PIL import Image
 import augment
 import data
 import splits
-from engine import EngineError, Precision, Progress, launch, setup, write_atomic
+from engine import EngineError, Parser, Precision, Progress, launch, setup, write_atomic
 from metrics import dataset_scores
 from weights import load_model
 
@@ -256,7 +256,7 @@ def main_predict(args: argparse.Namespace) -> None:
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("evaluate.py", description="Test-set records, reference points and predictions")
+    parser = Parser("evaluate.py", description="Test-set records, reference points and predictions")
     commands = parser.add_subparsers(dest="command", required=True)
     test = commands.add_parser("test", help="score finished runs on the test images")
     test.add_argument("runs", nargs="+", help="folders of finished finetune.py or baseline.py runs")

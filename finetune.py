@@ -20,7 +20,7 @@ from torch import nn
 import augment
 import data
 import splits
-from engine import Distributed, EngineError, Precision, Run, launch, param_groups, setup
+from engine import Distributed, EngineError, Parser, Precision, Run, launch, param_groups, setup
 from evaluate import confusion
 from metrics import dataset_scores
 from models import MODELS, build_segmenter
@@ -33,7 +33,7 @@ SCORES = ("accuracy", "iou", "iou_pet", "iou_background", "iou_border", "miou")
 
 # fmt: off
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("finetune.py", description="Fine-tune a Masked Autoencoder to segment pets")
+    parser = Parser("finetune.py", description="Fine-tune a Masked Autoencoder to segment pets")
     add = parser.add_argument_group("model").add_argument
     add("--model", choices=list(MODELS), default="mae_base", help="size of the checkpoint in --init")
     add("--init", required=True, help="checkpoint of pretrain.py, facebookresearch/mae, timm or transformers")

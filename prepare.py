@@ -26,7 +26,7 @@ import data
 import demo
 import download
 import splits
-from engine import Progress, launch, write_atomic
+from engine import Parser, Progress, launch, write_atomic
 
 PAPER = {"animal": 25_739, "non_animal": 25_739, "mixed": 25_918, "validation": 1_090,
          "pets train": 5_144, "pets val": 1_102, "pets test": 1_103}  # fmt: skip
@@ -196,7 +196,7 @@ def is_drawn(root: Path, title: str, args) -> bool:
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("prepare.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = Parser("prepare.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     run = {}
     for function in (run_download, run_verify, run_splits, run_cache, run_demo):

@@ -20,14 +20,14 @@ from PIL import Image
 
 import augment
 import splits
-from engine import EngineError, Precision, Run, launch, param_groups, setup
+from engine import EngineError, Parser, Precision, Run, launch, param_groups, setup
 from models import MODELS, build_mae, patchify, take_rows
 from trainer import Trainer, add_training_arguments, check_training_arguments, init_model, open_store, plan_run
 
 
 # fmt: off
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("pretrain.py", description="Masked Autoencoder pre-training on a split of MS COCO")
+    parser = Parser("pretrain.py", description="Masked Autoencoder pre-training on a split of MS COCO")
     add = parser.add_argument_group("model").add_argument
     add("--model", choices=list(MODELS), default="mae_base", help="mae_base is the paper's Table 1; mae_tiny suits a CPU")
     add("--mask_ratio", type=float, default=0.75, help="share of patches hidden from the encoder")
