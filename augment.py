@@ -42,19 +42,15 @@ def denormalise(images: torch.Tensor) -> torch.Tensor:
 
 
 def random_boxes(rng: np.random.Generator, sizes: np.ndarray, scale=(0.2, 1.0), ratio=(3 / 4, 4 / 3)) -> np.ndarray:
-    """Draw torchvision's RandomResizedCrop boxes for native sizes [B, 2] -> float32 [B, 4] top, left, height, width.
-
-    Ten tries of a random area and log-uniform aspect ratio, all at once; where none fits, the largest central box whose
-    ratio is allowed.
-    """
+    """Draw torchvision's RandomResizedCrop boxes for native sizes [B, 2] -> float32 [B, 4] top, left, height, width."""
     sizes = np.asarray(sizes, np.float64)
     area, aspect, where = rng.random((len(sizes), 10)), rng.random((len(sizes), 10)), rng.random((len(sizes), 2))
     area = sizes.prod(1)[:, None] * (scale[0] + (scale[1] - scale[0]) * area)
-    aspect = np.exp(np.log(ratio[0]) + (np.log(ratio[1]) - np.log(ratio[0])) * aspect)
+    aspect = np.exp(np.log(ratio[0]) + (np.log(ratio[1]) - np.log(ratio[0])) * aspect)  # ten tries at once
     tries = np.rint(np.sqrt(np.stack([area / aspect, area * aspect], -1)))  # [B, 10, 2]
     fits = ((tries > 0) & (tries <= sizes[:, None])).all(-1)
     chosen = np.take_along_axis(tries, fits.argmax(1)[:, None, None], 1)[:, 0]
-    (h, w), none = sizes.T, ~fits.any(1)
+    (h, w), none = sizes.T, ~fits.any(1)  # where none fits: the largest central box whose ratio is allowed
     largest = np.stack([np.minimum(h, np.rint(w / ratio[0])), np.minimum(w, np.rint(h * ratio[1]))], -1)
     box = np.where(none[:, None], largest, chosen)
     corner = np.where(none[:, None], (sizes - box) // 2, np.floor(where * (sizes - box + 1)))
@@ -121,12 +117,8 @@ def crop_resize_nearest(masks: torch.Tensor, boxes: torch.Tensor, flips: torch.T
 
 
 def _prefetched(prepare: Callable, items: Iterable, device: torch.device) -> Iterator[dict[str, torch.Tensor]]:
-    """Run prepare(item) -> tensors in a background thread, PREFETCH items ahead, page-locked where a GPU will read them.
-
-    Errors surface here, closing stops the thread.
-    """
-    gpu = device.type == "cuda"
-    # Page-locked memory belongs to the thread's current GPU.
+    """Run prepare(item) in a background thread, PREFETCH items ahead; errors surface here, closing stops the thread."""
+    gpu = device.type == "cuda"  # then results are page-locked; such memory belongs to the thread's current GPU
     pool = ThreadPoolExecutor(1, initializer=functools.partial(torch.cuda.set_device, device) if gpu else None)
 
     def work(item) -> dict[str, torch.Tensor]:
@@ -145,14 +137,13 @@ def _prefetched(prepare: Callable, items: Iterable, device: torch.device) -> Ite
 
 
 def _on_host(store: ImageStore, index: np.ndarray, device: torch.device) -> torch.Tensor:
-    """Make what the host contributes: pixels, or row numbers where the store is on the device, so that nothing waits."""
-    return (
-        torch.from_numpy(store.rows[index]) if store.tensor is not None else store.gather(index, device.type == "cuda")
-    )
+    """Make what the host contributes: pixels, or row numbers where the store is on the device."""
+    if store.tensor is not None:
+        return torch.from_numpy(store.rows[index])
+    return store.gather(index, device.type == "cuda")
 
 
 def _on_device(store: ImageStore, part: torch.Tensor) -> torch.Tensor:
-    """Turn what _on_host made, moved to the device by now, into pixels."""
     return part if store.tensor is None else store.tensor.index_select(0, part)
 
 
@@ -165,9 +156,8 @@ class TrainBatches:
     """Augmented training batches, each a pure function of (seed, epoch, position in the global batch).
 
     batch_size counts the images of all processes; each rank holds a contiguous part of it, in micro-batches. An epoch
-    leaves out its incomplete last batch, so others each time, and holds no entry twice. scale: area of the random crop
-    (crop=False: whole images); flip=False: no flips at all; draws: name -> shape per image of further uniform numbers.
-    Raises DataError for a batch that is larger than the split or not divisible, naming the nearest valid size.
+    leaves out its incomplete last batch and holds no entry twice. scale: area of the random crop (crop=False: whole
+    images); flip=False: no flips at all; draws: name -> shape per image of further uniform numbers.
     """
 
     def __init__(self, images: ImageStore, masks: ImageStore | None = None, *, img_size: int, batch_size: int,
@@ -217,10 +207,7 @@ class TrainBatches:
         return batch | {"images": normalise(batch["images"])}
 
     def run(self, first_step: int, last_step: int) -> Iterator[list[dict[str, torch.Tensor]]]:
-        """Yield, for each global step in [first_step, last_step), this rank's micro-batches on the device.
-
-        Each is a dict: images float32 [b, 3, H, W] normalised, masks int64 [b, H, W], and the draws, float32 in [0, 1).
-        """
+        """Yield, for each global step, this rank's micro-batches: normalised images [b, 3, H, W], masks [b, H, W], draws."""
         for batch in _prefetched(self._prepare, range(first_step, last_step), self.device):
             starts = range(0, self.share, self.micro)
             yield [self._augment({k: v[i : i + self.micro] for k, v in batch.items()}) for i in starts]

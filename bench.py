@@ -84,12 +84,9 @@ class Bench:
             sys.path.append(str(Path(__file__).with_name("tests")))
             self.peers = importlib.import_module("peers")
         names = ("torch", "torchvision", *(("transformers", "timm") if args.peers else ()))
-        self.machine = {"device": hardware_name(self.device), "cores": self.cores, "threads": torch.get_num_threads()}
-        self.machine["versions"] = {
-            "python": sys.version.split()[0],
-            **{n: importlib.metadata.version(n) for n in names},
-        }
-        self.machine["command"] = shlex.join(["python", "bench.py", *sys.argv[1:]])
+        versions = {"python": sys.version.split()[0]} | {n: importlib.metadata.version(n) for n in names}
+        self.machine = {"device": hardware_name(self.device), "cores": self.cores, "threads": torch.get_num_threads(),
+                        "versions": versions, "command": shlex.join(["python", "bench.py", *sys.argv[1:]])}  # fmt: skip
 
     def batch_size(self, task: str) -> int:
         usual = (256 if task == "pretrain" else 64) if self.on_gpu else 16
@@ -133,12 +130,10 @@ class Bench:
             done = (flops or {}).get(name, 0) * rate or None
             ratio = statistics.median(b / a for a, b in zip(times[names[0]], seconds, strict=True))
             model = "resnet50" if "resnet50" in task else None if task == "data" else self.model
-            # fmt: off
             self.record(task, name, model=model, img_size=self.args.img_size, batch_size=batch_size, world_size=world,
                         step_ms=1e3 * median, spread_ms=[1e3 * min(seconds), 1e3 * max(seconds)], turns=len(seconds),
                         steps=steps, img_s=rate, tflops=done and done / 1e12, mem_gb=memory[name], ratio=ratio,
-                        mfu=done / limit / world if done and limit else None, compiled=self.compile)
-            # fmt: on
+                        mfu=done / limit / world if done and limit else None, compiled=self.compile)  # fmt: skip
 
     def open_data(self, folder: str) -> None:
         """Draw photos unless --data_root names some, and decode them into a temporary cache."""
@@ -278,8 +273,7 @@ class Bench:
 
     def study(self) -> None:
         """Project the time of the whole study from the measured rates; name what is missing instead of guessing."""
-        evaluation = {k: v for k, v in self.rates(SYNTHETIC).items() if k.endswith("evaluation")}
-        rates = self.rates(REAL) | evaluation
+        rates = {k: v for k, v in self.rates(SYNTHETIC).items() if "evaluation" in k} | self.rates(REAL)
         missing = ", ".join(sorted(STUDY.keys() - rates))
         hours = None if missing else sum(n / rates[k] for k, n in STUDY.items()) / 3600
         note = f"not measured: {missing}" if missing else f"{hours:,.2f} hours by the rates above"

@@ -27,10 +27,6 @@ SPLITS = ("animal", "non_animal", "mixed", "all", "pets")
 ANIMAL_IMAGES = ("per_category", "unique", "single")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Annotations
-
-
 def _open_source(data_root, path: str) -> Path:
     """Check that a file of the data sets exists, and return its path."""
     full, root = Path(data_root, path), shlex.quote(str(data_root))
@@ -117,14 +113,8 @@ class Split:
     name: str
     images: tuple[str, ...]
     manifest: dict
-
-    @property
-    def sha256(self) -> str:
-        return self.manifest["sha256"]
-
-    @property
-    def unique(self) -> int:
-        return self.manifest["unique"]
+    sha256 = property(lambda self: self.manifest["sha256"])
+    unique = property(lambda self: self.manifest["unique"])
 
 
 class _Coco:
@@ -240,8 +230,7 @@ def _pets_split(name: str, images: Sequence[str], definition: dict) -> Split:
 def pets_split(data_root, part: str, *, train_fraction: float = 1.0, split_seed: int = 0) -> Split:
     """Select part "train", "val" or "test" of the one fixed random 70/15/15 draw over the images of list.txt.
 
-    train_fraction: share of the training images, in (0, 1]; smaller shares are contained in larger ones, and split_seed
-    chooses them; it moves nothing else.
+    train_fraction: share of the training images, in (0, 1], that split_seed chooses; smaller ones lie in larger ones.
     """
     path = _open_source(data_root, "oxford-iiit-pet/annotations/list.txt")
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
