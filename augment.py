@@ -216,8 +216,8 @@ class TrainBatches:
 class EvalBatches:
     """Every image of a rank's share once, whole, squashed to img_size: (index int64 [b] on the CPU, images [b, 3, H, W])."""
 
-    def __init__(self, images: ImageStore, *, img_size: int, batch_size: int, rank: int = 0, world_size: int = 1,
-                 device="cpu"):  # fmt: skip
+    def __init__(self, images: ImageStore | torch.Tensor, *, img_size: int, batch_size: int, rank: int = 0,
+                 world_size: int = 1, device="cpu"):  # fmt: skip
         self.images, self.img_size, self.device = images, img_size, torch.empty(0, device=device).device
         self.parts = [p for p in torch.arange(len(images))[rank::world_size].split(batch_size) if len(p)]
 
@@ -225,15 +225,20 @@ class EvalBatches:
         return len(self.parts)
 
     def _prepare(self, index: torch.Tensor) -> dict[str, torch.Tensor]:
+        if isinstance(self.images, torch.Tensor):
+            return {"images": self.images[index]}
         return {"images": _on_host(self.images, index.numpy(), self.device)}
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         batches = _prefetched(self._prepare, self.parts, self.device)
         for index, batch in zip(self.parts, batches, strict=True):
-            images = _on_device(self.images, batch["images"].to(self.device, non_blocking=True))
-            if self.images.size != self.img_size:
-                boxes = torch.zeros(len(index), 4, device=self.device)
-                boxes[:, 2:].fill_(self.images.size)
+            images = batch["images"].to(self.device, non_blocking=True)
+            if isinstance(self.images, ImageStore):
+                images = _on_device(self.images, images)
+            if images.shape[2:] != (self.img_size, self.img_size):
+                boxes = torch.zeros(len(index), 4, device=self.device)  # filled there: a copy would make the GPU wait
+                boxes[:, 2].fill_(images.shape[2])
+                boxes[:, 3].fill_(images.shape[3])
                 flips = torch.zeros(len(index), 2, dtype=torch.bool, device=self.device)
                 images = crop_resize(images, boxes, flips, self.img_size)
             yield index, normalise(images.float())

@@ -167,6 +167,8 @@ def test_evaluation_with_more_processes_than_images_leaves_some_without(stores):
     options = dict(img_size=6, batch_size=4, world_size=COUNT + 2)
     shares = [[i.tolist() for i, _ in augment.EvalBatches(stores[0], rank=r, **options)] for r in range(COUNT + 2)]
     assert shares == [[[r]] for r in range(COUNT)] + [[], []]
+    images = torch.full((2, 3, 9, 9), 100, dtype=torch.uint8)  # plain tensors are taken as well
+    assert [i.tolist() for i, _ in augment.EvalBatches(images, img_size=6, batch_size=4)] == [[0, 1]]
 
 
 @pytest.mark.parametrize(
