@@ -188,7 +188,9 @@ def test_a_disk_that_fills_up_ends_in_one_line_and_the_next_build_continues(phot
 
     with monkeypatch.context() as m:
         m.setattr(data.os, "fsync", full)
-        with pytest.raises(data.DataError, match=r"cannot write .*No space left on device.* repeat the command") as error:
+        with pytest.raises(
+            data.DataError, match=r"cannot write .*No space left on device.* repeat the command"
+        ) as error:
             data.build_cache(root, images, cache_dir=tmp_path / "full", cache_size=8)
     assert error.value.exit_code == 1
     data.build_cache(root, images, cache_dir=tmp_path / "full", cache_size=8)
