@@ -64,9 +64,10 @@ def launch(main, parser: argparse.ArgumentParser) -> None:
     args = parser.parse_args()
     try:
         main(args)
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
-        return
+        if not torch.distributed.is_initialized():
+            return
+        torch.distributed.barrier()  # until the first process has written its last file
+        message, code = "", 0
     except KeyboardInterrupt:
         message, code = "interrupted", 130
     except torch.OutOfMemoryError as error:
@@ -79,11 +80,13 @@ def launch(main, parser: argparse.ArgumentParser) -> None:
         else:
             raise
     rank = int(os.environ.get("RANK", 0))
-    if code != 2 or int(os.environ.get("LOCAL_RANK", 0)) == 0:  # wrong use is the same on every rank: say it once
+    once = code == 2 and int(os.environ.get("LOCAL_RANK", 0)) > 0  # wrong use is the same on every rank: say it once
+    if code and not once:
         kind, where = "error" if code < 3 else "stopped", f" on rank {rank}" if rank else ""
         print(f"{parser.prog}: {kind}{where}: {message}", file=sys.stderr, flush=True)
     sys.stdout.flush()
-    os._exit(code)  # not sys.exit: other ranks may sit in a collective that interpreter shutdown would wait for
+    # Not sys.exit: interpreter shutdown would wait for collectives that others sit in, and gloo's threads may abort in it.
+    os._exit(code)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
