@@ -11,28 +11,27 @@ from __future__ import annotations
 
 import argparse
 
-import torch
 from torch import nn
 
 from engine import EngineError, Parser, Precision, launch, setup
 from finetune import add_segmentation_arguments, train_segmenter
 from models import MODELS, build_segmenter
-from trainer import add_training_arguments, check_training_arguments, hash_file
+from trainer import add_training_arguments, build, check_training_arguments, hash_file
 from weights import read_checkpoint
 
 
+# fmt: off
 def get_args_parser() -> argparse.ArgumentParser:
     parser = Parser("baseline.py", description="Supervised baselines for pet segmentation")
-    model = parser.add_argument_group("model")
-    model.add_argument("--model", choices=["resnet50", "mae", *MODELS], required=True, help="mae is mae_base")
-    model.add_argument(
-        "--weights", help="resnet50 only: imagenet (downloads torchvision's), or a file with torchvision's keys"
-    )
-    model.add_argument("--drop_path", type=float, default=0.1, help="stochastic depth of the last encoder block (MAE)")
+    add = parser.add_argument_group("model").add_argument
+    add("--model", choices=["resnet50", "mae", *MODELS], required=True, help="mae is mae_base")
+    add("--weights", help="resnet50 only: imagenet (downloads torchvision's), or a file with torchvision's keys")
+    add("--drop_path", type=float, default=0.1, help="stochastic depth of the last encoder block (MAE)")
     add_training_arguments(parser, output_dir="runs/baseline", epochs=100, batch_size=64, warmup_epochs=5, min_lr=1e-6)
     parser.add_argument("--blr", type=float, help="lr = blr * batch_size / 256 (default: MAE 1e-3, ResNet-50 2e-3)")
     add_segmentation_arguments(parser)
     return parser
+# fmt: on
 
 
 def load_backbone(model: nn.Module, weights: str) -> str:
@@ -43,14 +42,12 @@ def load_backbone(model: nn.Module, weights: str) -> str:
         try:
             state = ResNet50_Weights.IMAGENET1K_V2.get_state_dict(progress=True, check_hash=True)
         except OSError as error:
-            raise EngineError(
-                f"cannot download torchvision's ResNet-50 weights ({error}); give a file instead", 1
-            ) from None
+            found = f"cannot download torchvision's ResNet-50 weights ({error})"
+            raise EngineError(f"{found}; give a file instead", 1) from None
     else:
         state = read_checkpoint(weights)
-    state = {k: v for k, v in state.items() if not k.startswith("fc.")}
     try:
-        model.backbone.load_state_dict(state)
+        model.backbone.load_state_dict({k: v for k, v in state.items() if not k.startswith("fc.")})
     except RuntimeError as error:
         reason = str(error).splitlines()[1].strip()[:120]
         raise EngineError(f"--weights {weights} does not fit ResNet-50: {reason} ...") from None
@@ -68,15 +65,9 @@ def main(args: argparse.Namespace) -> None:
     dist = setup(args.device)
     precision = Precision(args.precision, dist.device)
     if resnet and args.micro_batch_size not in (None, args.batch_size // dist.world_size):
-        raise EngineError(
-            "resnet50 takes no --micro_batch_size: BatchNorm's statistics would change with it; lower --batch_size"
-        )
-    torch.manual_seed(args.seed)
-    try:
-        sizes = {} if resnet else {"drop_path": args.drop_path}
-        model = build_segmenter(args.model, img_size=args.img_size, **sizes)
-    except ValueError as error:
-        raise EngineError(str(error)) from None
+        reason = "BatchNorm's statistics would change with it; lower --batch_size"
+        raise EngineError(f"resnet50 takes no --micro_batch_size: {reason}")
+    model, _ = build(build_segmenter, dist, args, **({} if resnet else {"drop_path": args.drop_path}))
     flops = model.flops(args.img_size) if resnet else model.flops()
     init = load_backbone(model, args.weights) if args.weights else None
     if resnet and dist.world_size > 1:
@@ -84,8 +75,8 @@ def main(args: argparse.Namespace) -> None:
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         elif dist.is_main:
             print("note: PyTorch has no SyncBatchNorm on CPUs; batch statistics are those of each process's own images")
-    train_segmenter(args, "baseline", model, dist, precision, layer_decay=1.0, config_of_model={"name": args.model},
-                    init=init, flops=flops, channels_last=resnet)  # fmt: skip
+    train_segmenter(args, "baseline", model, dist, precision, flops=flops, model_config={"name": args.model}, init=init,
+                    channels_last=resnet)  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -5,8 +5,6 @@ Copy this one file to use it. It works as a single process and under `torchrun` 
     dist = setup("auto")                                              # rank, world size, device
     run = Run(output_dir, dist, config)                               # lock, config.json, log.jsonl, checkpoints
     run.log("train", step=1, loss=0.9); run.save(state); state = run.load(); run.finish(weights, metrics)
-
-Run directories are resumable to the bit: the log is cut back to the checkpoint, the checkpoint is replaced atomically.
 """
 
 from __future__ import annotations
@@ -15,6 +13,7 @@ import argparse
 import contextlib
 import errno
 import fcntl
+import importlib.metadata
 import json
 import math
 import os
@@ -22,7 +21,6 @@ import platform
 import shutil
 import subprocess
 import sys
-import time
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -33,15 +31,8 @@ from torch import nn
 from tqdm import tqdm
 
 # Dense bf16 / fp16 peak in FLOP/s by a part of the GPU's name (vendors' data sheets), for model FLOPs utilisation (MFU).
-PEAK_FLOPS = {
-    "H200": 989e12,
-    "H100 PCIe": 756e12,
-    "H100": 989e12,
-    "A100": 312e12,
-    "V100": 125e12,
-    "RTX 4090": 165e12,
-    "L4": 121e12,
-}
+PEAK_FLOPS = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "V100": 125e12, "RTX 4090": 165e12,
+              "L4": 121e12}  # fmt: skip
 
 
 class EngineError(ValueError):
@@ -62,12 +53,12 @@ class Parser(argparse.ArgumentParser):
 def launch(main, parser: argparse.ArgumentParser) -> None:
     """Run main(parsed arguments); errors with an `exit_code` end in one line on stderr instead of a traceback."""
     args = parser.parse_args()
+    message, code = "", 0
     try:
         main(args)
         if not torch.distributed.is_initialized():
             return
         torch.distributed.barrier()  # until the first process has written its last file
-        message, code = "", 0
     except KeyboardInterrupt:
         message, code = "interrupted", 130
     except torch.OutOfMemoryError as error:
@@ -80,8 +71,8 @@ def launch(main, parser: argparse.ArgumentParser) -> None:
         else:
             raise
     rank = int(os.environ.get("RANK", 0))
-    once = code == 2 and int(os.environ.get("LOCAL_RANK", 0)) > 0  # wrong use is the same on every rank: say it once
-    if code and not once:
+    told = code == 2 and int(os.environ.get("LOCAL_RANK", 0)) > 0  # wrong use is the same on every rank: say it once
+    if code and not told:
         kind, where = "error" if code < 3 else "stopped", f" on rank {rank}" if rank else ""
         print(f"{parser.prog}: {kind}{where}: {message}", file=sys.stderr, flush=True)
     sys.stdout.flush()
@@ -89,8 +80,7 @@ def launch(main, parser: argparse.ArgumentParser) -> None:
     os._exit(code)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Processes, devices, precision
+# -- Processes, devices, precision ------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -109,10 +99,9 @@ class Distributed:
     def gather(self, values: list[float]) -> torch.Tensor:
         """Collect a few numbers from every process -> float64 [world_size, len(values)] on the CPU."""
         mine = torch.tensor(values, dtype=torch.float64, device=self.device)
-        if self.world_size == 1:
-            return mine[None].cpu()
-        rows = [torch.empty_like(mine) for _ in range(self.world_size)]
-        torch.distributed.all_gather(rows, mine)
+        rows = [torch.empty_like(mine) for _ in range(self.world_size)] if self.world_size > 1 else [mine]
+        if self.world_size > 1:
+            torch.distributed.all_gather(rows, mine)
         return torch.stack(rows).cpu()
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -124,10 +113,8 @@ class Distributed:
 
 def setup(device: str = "auto") -> Distributed:
     """Join the process group that `torchrun` describes in the environment, or be a single process; pick the device."""
-    rank, local_rank, world_size = (
-        int(os.environ.get(k, v)) for k, v in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
-    )
-    gpus = torch.cuda.device_count()
+    env, gpus = os.environ, torch.cuda.device_count()
+    rank, local_rank, world_size = int(env.get("RANK", 0)), int(env.get("LOCAL_RANK", 0)), int(env.get("WORLD_SIZE", 1))
     try:
         chosen = torch.device(("cuda" if gpus else "cpu") if device == "auto" else device)
     except RuntimeError:
@@ -135,24 +122,18 @@ def setup(device: str = "auto") -> Distributed:
     if chosen.type == "cuda":
         index = local_rank if chosen.index is None else chosen.index
         if index >= gpus:
-            raise EngineError(
-                f"--device {chosen} needs GPU {index}, torch sees {gpus}; use --device cpu or fewer processes"
-            )
+            advice = "use --device cpu or fewer processes"
+            raise EngineError(f"--device {chosen} needs GPU {index}, torch sees {gpus}; {advice}")
         chosen = torch.device("cuda", index)
         torch.cuda.set_device(chosen)
         torch.backends.cudnn.benchmark = True
         torch.set_float32_matmul_precision("high")  # TF32 for what stays in float32
     if world_size > 1 and not torch.distributed.is_initialized():
         # Workers that torchrun restarts must not meet the addresses that their killed predecessors left in the store.
-        backend, attempt = (
-            "nccl" if chosen.type == "cuda" else "gloo",
-            os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"),
-        )
         store, *_ = next(torch.distributed.rendezvous("env://"))
-        store = torch.distributed.PrefixStore(f"attempt_{attempt}", store)
-        torch.distributed.init_process_group(
-            backend, store=store, rank=rank, world_size=world_size, timeout=timedelta(minutes=30)
-        )
+        store = torch.distributed.PrefixStore(f"attempt_{env.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        backend, timeout = "nccl" if chosen.type == "cuda" else "gloo", timedelta(minutes=30)
+        torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     return Distributed(rank, local_rank, world_size, chosen)
 
 
@@ -179,23 +160,34 @@ def peak_flops(device: torch.device, precision: str) -> float | None:
     """Look up the GPU's dense half-precision peak in FLOP/s; None where it is unknown or does not apply."""
     if device.type != "cuda" or precision == "fp32":
         return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
+    return next((v for part, v in PEAK_FLOPS.items() if part in torch.cuda.get_device_name(device)), None)
 
 
 def hardware_name(device: torch.device) -> str:
     """Name the GPU, or the CPU and its cores."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
+    name = platform.processor() or platform.machine()
     with contextlib.suppress(OSError, StopIteration):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         name = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-        return f"{name}, {os.cpu_count()} cores"
-    return f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+    return f"{name}, {os.cpu_count()} cores"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Schedule and parameter groups
+def describe_environment(dist: Distributed, precision: Precision) -> dict:
+    """Versions, git revision, hardware and precision, for config.json."""
+    git, revision = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"], None
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        revision = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    for package in ("torchvision", "numpy"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    hardware = {"device": hardware_name(dist.device), "world_size": dist.world_size}
+    return {"versions": versions, "git": revision, "hardware": hardware, "precision": precision.name}
+
+
+# -- Schedule and parameter groups ------------------------------------------------------------------------------------
 
 
 def lr_at(step: int, total_steps: int, warmup_steps: int, lr: float, min_lr: float = 0.0) -> float:
@@ -222,59 +214,48 @@ def param_groups(model: nn.Module, weight_decay: float, layer_decay: float = 1.0
     One-dimensional parameters (norms, biases) and those named in no_decay are exempt from weight decay. lr_scale is
     layer_decay^(depth + 1 - layer_id), as in BEiT and MAE fine-tuning.
     """
-    depth = len(getattr(model, "blocks", ()))
-    groups: dict[tuple[float, float], dict] = {}
+    depth, groups = len(getattr(model, "blocks", ())), {}
     for name, p in model.named_parameters():
-        if not p.requires_grad:
-            continue
-        decay = 0.0 if p.ndim <= 1 or name in no_decay else weight_decay
-        scale = layer_decay ** (depth + 1 - layer_id(name, depth)) if layer_decay != 1 else 1.0
-        group = groups.setdefault((scale, decay), {"params": [], "names": [], "lr_scale": scale, "weight_decay": decay})
-        group["params"].append(p)
-        group["names"].append(name)
+        if p.requires_grad:
+            decay = 0.0 if p.ndim <= 1 or name in no_decay else weight_decay
+            scale = layer_decay ** (depth + 1 - layer_id(name, depth))
+            new = {"params": [], "names": [], "lr_scale": scale, "weight_decay": decay}
+            group = groups.setdefault((scale, decay), new)
+            group["params"].append(p)
+            group["names"].append(name)
     return list(groups.values())
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Progress and files
+# -- Progress and files -----------------------------------------------------------------------------------------------
 
 
-class Progress:
-    """Progress of long work with rate and time left: tqdm on a terminal, a plain line every `every` seconds otherwise."""
+class _Lines:
+    """A stream that shows tqdm's states as plain lines, where there is no terminal."""
 
-    def __init__(
-        self, desc: str, total: int, unit: str = "img", initial: int = 0, quiet: bool = False, every: float = 10
-    ):
-        self.desc, self.total, self.done, self.first = desc, total, initial, initial
-        self.quiet, self.every = quiet, every
-        self.factor, self.unit, self.note = (1e6, "MB", "") if unit == "B" else (1, unit, "")
-        self.start = self.last = time.monotonic()
-        options = {"unit": unit, "unit_scale": unit == "B", "initial": initial, "dynamic_ncols": True}
-        self.bar = tqdm(desc=desc, total=total, **options) if sys.stderr.isatty() and not quiet else None
+    def write(self, text: str) -> None:
+        if text.strip():
+            print(text.strip(), file=sys.stderr, flush=True)
+
+    def flush(self) -> None:
+        pass
+
+
+class Progress(tqdm):
+    """Progress of long work with rate and time left: a bar on a terminal, a plain line every ten seconds otherwise."""
+
+    def __init__(self, desc: str, total: int, unit: str = "img", initial: int = 0, quiet: bool = False):
+        options = {"dynamic_ncols": True, "mininterval": 0.2}
+        if not sys.stderr.isatty():
+            line = "{desc}: {n_fmt} of {total_fmt} {unit}, {rate_fmt}, {remaining} left{postfix}"
+            options = {"mininterval": 10, "miniters": 1, "file": _Lines(), "bar_format": line}
+        super().__init__(desc=desc, total=total, unit=unit, unit_scale=unit == "B", unit_divisor=1000, initial=initial,
+                         smoothing=0.05, disable=quiet, **options)  # fmt: skip
 
     def update(self, n: int = 1, note: str = "") -> None:
         """Count n more units; the last `note` is shown beside the rate."""
-        self.done, self.note, now = self.done + n, note or self.note, time.monotonic()
-        if self.bar is not None:
-            self.bar.set_postfix_str(self.note, refresh=False)
-            self.bar.update(n)
-        elif not self.quiet and (now - self.last >= self.every or self.done == self.total):
-            self.last = now
-            rate = (self.done - self.first) / max(now - self.start, 1e-9)
-            left = timedelta(seconds=round((self.total - self.done) / rate)) if rate else "?"
-            done, total, speed = (x / self.factor for x in (self.done, self.total, rate))
-            line = f"{self.desc}: {done:,.0f} of {total:,.0f} {self.unit}, {speed:,.1f} {self.unit}/s, {left} left"
-            print(", ".join([line, self.note] if self.note else [line]), file=sys.stderr, flush=True)
-
-    def close(self) -> None:
-        if self.bar is not None:
-            self.bar.close()
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.close()
+        if note:
+            self.set_postfix_str(note, refresh=False)
+        super().update(n)
 
 
 def write_atomic(path: Path, write) -> None:
@@ -298,8 +279,7 @@ def write_json(path: Path, content: dict) -> None:
     write_atomic(path, lambda f: f.write((json.dumps(content, indent=1) + "\n").encode()))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Run directories
+# -- Run directories --------------------------------------------------------------------------------------------------
 
 
 class Run:
@@ -309,56 +289,47 @@ class Run:
     `finished` is True when the run has ended before. resume = "never" starts over instead of continuing.
     """
 
-    KEPT = ("last.pt", "last.prev.pt", "log.jsonl", "metrics.json", "model.pt")
-
     def __init__(self, output_dir: str, dist: Distributed, config: dict, resume: str = "auto", state_bytes: int = 0):
         self.dir, self.dist, self.config = Path(output_dir), dist, config
         self.finished, self.log_bytes, self._log = False, 0, None
         if dist.is_main:
-            self._check(resume)
-            self._check_space(state_bytes)
+            self._check(resume, state_bytes)
             self.dir.mkdir(parents=True, exist_ok=True)
             self._acquire_lock()
             if resume == "never":
-                for name in self.KEPT:
+                for name in ("last.pt", "last.prev.pt", "log.jsonl", "metrics.json", "model.pt"):
                     (self.dir / name).unlink(missing_ok=True)
             self.finished = (self.dir / "metrics.json").exists()
             if not self.finished:
                 write_json(self.dir / "config.json", config)
         self.finished = bool(dist.gather([self.finished])[0, 0])
 
-    def _check(self, resume: str) -> None:
-        """Refuse a directory that holds something else, before anything is written."""
-        if not self.dir.exists():
-            return
-        if not self.dir.is_dir():
+    def _check(self, resume: str, state_bytes: int) -> None:
+        """Refuse a directory that holds something else, or a full disk, before anything is written."""
+        path, there = self.dir / "config.json", [p.name for p in self.dir.iterdir()] if self.dir.is_dir() else []
+        if self.dir.exists() and not self.dir.is_dir():
             raise EngineError(f"--output_dir {self.dir} is a file")
-        path = self.dir / "config.json"
-        if not path.exists():
-            foreign = sorted(p.name for p in self.dir.iterdir() if p.name not in (".lock", "config.json.tmp"))
-            if foreign:
-                raise EngineError(
-                    f"--output_dir {self.dir} holds {foreign[0]} and is no run of this project; choose another"
-                )
-            return
-        try:
-            before = json.loads(path.read_text())["experiment"]
-        except (ValueError, KeyError):
-            raise EngineError(f"{path} cannot be read; choose another --output_dir or delete it") from None
-        now = json.loads(json.dumps(self.config["experiment"]))
-        changed = [k for k in sorted({*before, *now}) if before.get(k) != now.get(k)]
-        if changed and resume != "never":
-            key = changed[0]
-            more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
-            found = f"{key} was {before.get(key)!r}, now {now.get(key)!r}{more}"
-            advice = "choose another --output_dir, or --resume never to start over"
-            raise EngineError(f"--output_dir {self.dir} holds another experiment: {found}; {advice}")
-
-    def _check_space(self, state_bytes: int) -> None:
-        """Three states must fit: the last one, the one before it, and the one being written."""
+        foreign = sorted(set(there) - {".lock", "config.json.tmp"})
+        if foreign and not path.exists():
+            raise EngineError(
+                f"--output_dir {self.dir} holds {foreign[0]} and is no run of this project; choose another"
+            )
+        if path.exists():
+            try:
+                before = json.loads(path.read_text())["experiment"]
+            except (ValueError, KeyError):
+                raise EngineError(f"{path} cannot be read; choose another --output_dir or delete it") from None
+            now = json.loads(json.dumps(self.config["experiment"]))
+            changed = [k for k in sorted({*before, *now}) if before.get(k) != now.get(k)]
+            if changed and resume != "never":
+                more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
+                found = f"{changed[0]} was {before.get(changed[0])!r}, now {now.get(changed[0])!r}{more}"
+                advice = "choose another --output_dir, or --resume never to start over"
+                raise EngineError(f"--output_dir {self.dir} holds another experiment: {found}; {advice}")
+        # Three states must fit: the last one, the one before it, and the one being written.
         parent = next(p for p in (self.dir, *self.dir.absolute().parents) if p.exists())
         free, needed = shutil.disk_usage(parent).free, 3 * state_bytes
-        if free < needed and not (self.dir / "last.pt").exists():
+        if free < needed and "last.pt" not in there:
             room = f"{free / 1e9:.1f} GB free, checkpoints need {needed / 1e9:.1f} GB"
             raise EngineError(f"{parent} has {room}; free some or choose another --output_dir", 1)
 
@@ -386,10 +357,9 @@ class Run:
         """Write last.pt (first process only); the one before it stays until the new one is complete, and after."""
         if not self.dist.is_main:
             return
-        last = self.dir / "last.pt"
+        last, fresh = self.dir / "last.pt", self.dir / "last.new.pt"
         if self._log is not None:
             os.fsync(self._log.fileno())
-        fresh = self.dir / "last.new.pt"
         write_atomic(fresh, lambda f: torch.save({**state, "log_bytes": self.log_bytes}, f))
         if last.exists():
             os.replace(last, self.dir / "last.prev.pt")
@@ -397,10 +367,7 @@ class Run:
 
     def load(self) -> dict | None:
         """Read the newest complete checkpoint, or None; a damaged last.pt falls back to the one before with a warning."""
-        for name in ("last.pt", "last.prev.pt"):
-            path = self.dir / name
-            if not path.exists():
-                continue
+        for path in (p for p in (self.dir / "last.pt", self.dir / "last.prev.pt") if p.exists()):
             try:
                 state = torch.load(path, map_location="cpu", weights_only=True)
                 self.log_bytes = state["log_bytes"]
@@ -413,24 +380,8 @@ class Run:
 
     def finish(self, weights: dict, metrics: dict) -> None:
         """Write model.pt, then metrics.json, which marks the run as finished; remove the training state."""
-        if not self.dist.is_main:
-            return
-        write_atomic(self.dir / "model.pt", lambda f: torch.save(weights, f))
-        write_json(self.dir / "metrics.json", metrics)
-        for name in ("last.pt", "last.prev.pt"):
-            (self.dir / name).unlink(missing_ok=True)
-
-
-def describe_environment(dist: Distributed, precision: Precision) -> dict:
-    """Versions, git revision, hardware and precision, for config.json."""
-    git = ["git", "-C", str(Path(__file__).resolve().parent), "describe", "--always", "--dirty", "--abbrev=12"]
-    revision = None
-    with contextlib.suppress(OSError, subprocess.CalledProcessError):
-        revision = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
-    import numpy
-    import torchvision
-
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__}
-    versions["numpy"] = numpy.__version__
-    hardware = {"device": hardware_name(dist.device), "world_size": dist.world_size}
-    return {"versions": versions, "git": revision, "hardware": hardware, "precision": precision.name}
+        if self.dist.is_main:
+            write_atomic(self.dir / "model.pt", lambda f: torch.save(weights, f))
+            write_json(self.dir / "metrics.json", metrics)
+            for name in ("last.pt", "last.prev.pt"):
+                (self.dir / name).unlink(missing_ok=True)

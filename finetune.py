@@ -20,11 +20,11 @@ from torch import nn
 import augment
 import data
 import splits
-from engine import Distributed, EngineError, Parser, Precision, Run, launch, param_groups, setup
+from engine import Distributed, Parser, Precision, launch, setup
 from evaluate import confusion
 from metrics import dataset_scores
 from models import MODELS, build_segmenter
-from trainer import Trainer, add_training_arguments, check_training_arguments, init_model, open_store, plan_run
+from trainer import add_training_arguments, build, check_training_arguments, open_store, train
 
 ENCODER = ("cls_token", "pos_embed", "patch_embed.", "blocks.", "norm.")
 NO_DECAY = ("cls_token", "pos_embed", "decoder_pos_embed")  # and all one-dimensional parameters
@@ -68,117 +68,57 @@ class Validation:
         self.truth = data.load_truth(args.data_root, self.store.images, args.img_size).to(dist.device)
 
     def __call__(self, step: int) -> dict:
-        device = self.dist.device
+        device, dist = self.dist.device, self.dist
         counts = torch.zeros(3, 3, dtype=torch.int64, device=device)
         loss = torch.zeros((), dtype=torch.float64, device=device)
-        batches = augment.EvalBatches(self.store, img_size=self.args.img_size, batch_size=64, rank=self.dist.rank,
-                                   world_size=self.dist.world_size, device=device)  # fmt: skip
+        batches = augment.EvalBatches(self.store, img_size=self.args.img_size, batch_size=64, rank=dist.rank,
+                                      world_size=dist.world_size, device=device)  # fmt: skip
         for index, images in batches:
-            truth = self.truth[index.to(device)].long()
+            truth = self.truth[int(index[0]) :: dist.world_size][: len(index)].long()  # a rank's share, in order
             logits = self.model(images).float()
             loss += F.cross_entropy(logits, truth, reduction="sum").double()
             counts += confusion(truth, logits.argmax(1)).sum(0)
-        counts, loss = self.dist.sum(counts), self.dist.sum(loss)
+        counts, loss = dist.sum(counts), dist.sum(loss)
         scores = dataset_scores(counts.cpu().numpy()[None])
         return {"loss": (loss / counts.sum()).item(), **{k: float(scores[k]) for k in SCORES}}
 
+    def finish(self) -> dict:
+        return {}
 
-def train_segmenter(args, kind: str, model: nn.Module, dist: Distributed, precision: Precision, *, layer_decay: float,
-                    config_of_model: dict, init: str | None, flops: float, channels_last: bool = False) -> None:  # fmt: skip
-    """Train any segmenter on trimaps: the one loop of all arms, fine-tuned or from scratch."""
-    if not 0 < args.crop_scale <= 1:
-        raise EngineError(f"--crop_scale must lie in (0, 1], got {args.crop_scale}")
-    train = splits.pets_split(args.data_root, "train", train_fraction=args.train_fraction, split_seed=args.split_seed)
-    val = splits.pets_split(args.data_root, "val")
-    size = len(train.images)
-    epoch_steps = size // args.batch_size
-    if args.equal_updates:
-        epoch_steps = len(splits.pets_split(args.data_root, "train").images) // args.batch_size
-        args.batch_size = min(args.batch_size, size)
-    if not epoch_steps:
-        raise EngineError(
-            f"--batch_size {args.batch_size} is larger than the {size} training images; use at most {size}"
-        )
 
-    lr = args.blr * args.batch_size / 256
-    groups = param_groups(model, args.weight_decay, layer_decay, NO_DECAY)
-    config = plan_run(kind, args, dist, precision, model, groups, lr=lr, flops=flops, epoch_steps=epoch_steps, train=train,
-                      val=val.sha256, init=init)  # fmt: skip
-    if args.dry_run:
-        return
-    run = Run(args.output_dir, dist, config, args.resume, state_bytes=config["params"] * 16)
-    if run.finished:
-        return print(f"{run.dir} is finished; nothing to do (--resume never starts over)") if dist.is_main else None
-
-    images = open_store(args, dist, train.images, "image")
-    masks = open_store(args, dist, images.images, "trimap")
+def train_segmenter(args, kind: str, model: nn.Module, dist: Distributed, precision: Precision, *, flops: float, init,
+                    model_config: dict, layer_decay: float = 1.0, channels_last: bool = False) -> None:  # fmt: skip
+    """Train any segmenter on trimaps: the one path of all arms, fine-tuned or from scratch."""
+    root, part = args.data_root, {"train_fraction": args.train_fraction, "split_seed": args.split_seed}
+    split, val = splits.pets_split(root, "train", **part), splits.pets_split(root, "val")
+    size = len((splits.pets_split(root, "train") if args.equal_updates else split).images)
     depth = len(getattr(model, "blocks", ()))
-    drops = {"drop_path": (depth, 2)} if getattr(args, "drop_path", 0) and depth else {}
-    batches = augment.TrainBatches(
-        images, masks, img_size=args.img_size, batch_size=args.batch_size, seed=args.seed, scale=(args.crop_scale, 1.0),
-        crop=args.crop_scale < 1, flip=args.flips, vertical_flip=True, draws=drops, rank=dist.rank,
-        world_size=dist.world_size, micro_batch_size=args.micro_batch_size, device=dist.device,
-    )  # fmt: skip
+    draws = {"drop_path": (depth, 2)} if getattr(args, "drop_path", 0) and depth else {}
+    options = {"scale": (args.crop_scale, 1.0), "crop": args.crop_scale < 1, "flip": args.flips, "vertical_flip": True}
     layout = torch.channels_last if channels_last else torch.contiguous_format
-    model.to(dist.device, memory_format=layout)
 
     def loss(network, b):
         logits = network(b["images"].contiguous(memory_format=layout), b.get("drop_path"))
         return F.cross_entropy(logits.float(), b["masks"])
 
-    trainer = Trainer(run, model, loss, batches, groups, args=args, dist=dist, precision=precision, lr=lr,
-                      betas=(0.9, 0.999), epoch_steps=epoch_steps, flops=flops, best="iou")  # fmt: skip
-    metrics = trainer.fit(Validation(model, args, dist, val.images))
-    metrics |= {
-        "kind": kind,
-        "hardware": config["hardware"],
-        "n_train": len(images),
-        "n_unique": train.unique,
-        "unreadable": images.dropped,
-    }
-    run.log("done", **{k: metrics[k] for k in ("best", "last", "updates", "seconds")})
-    run.finish(
-        {"model": trainer.weights, "model_config": {"kind": "segmenter", "img_size": args.img_size, **config_of_model}},
-        metrics,
-    )
-
-
-def freeze_encoder(model: nn.Module) -> None:
-    """Exclude the encoder of a MAESegmenter from training."""
-    for name, p in model.named_parameters():
-        if name.startswith(ENCODER):
-            p.requires_grad = False
+    train(kind, args, dist, precision, model, split, forward=loss, size=size, flops=flops, betas=(0.9, 0.999),
+          validation=lambda run: Validation(model, args, dist, val.images), masked=True, layout=layout, best="iou",
+          batch_options={"draws": draws, **options}, model_config={"kind": "segmenter", **model_config},
+          layer_decay=layer_decay, no_decay=NO_DECAY, val=val.sha256, init=init)  # fmt: skip
 
 
 def main(args: argparse.Namespace) -> None:
     check_training_arguments(args)
-    if not 0 < args.layer_decay <= 1:
-        raise EngineError(f"--layer_decay must lie in (0, 1], got {args.layer_decay}")
     frozen = args.freeze == "encoder" or args.head == "linear"
     args.drop_path = 0.0 if frozen else args.drop_path  # frozen features do not change from step to step
     dist = setup(args.device)
-    precision = Precision(args.precision, dist.device)
-    torch.manual_seed(args.seed)
-    try:
-        model = build_segmenter(args.model, img_size=args.img_size, head=args.head, drop_path=args.drop_path)
-    except ValueError as error:
-        raise EngineError(str(error)) from None
-    init = init_model(model, args.init, dist)
+    precision, sizes = Precision(args.precision, dist.device), {"head": args.head}
+    model, init = build(build_segmenter, dist, args, args.init, drop_path=args.drop_path, **sizes)
     if frozen:
-        freeze_encoder(model)
-    sizes = {"name": args.model, "head": args.head}
-    flops = model.flops(training=not frozen)
-    train_segmenter(
-        args,
-        "finetune",
-        model,
-        dist,
-        precision,
-        layer_decay=args.layer_decay,
-        config_of_model=sizes,
-        init=init,
-        flops=flops,
-    )
+        for name, p in model.named_parameters():
+            p.requires_grad &= not name.startswith(ENCODER)
+    train_segmenter(args, "finetune", model, dist, precision, flops=model.flops(training=not frozen),
+                    model_config={"name": args.model, **sizes}, init=init, layer_decay=args.layer_decay)  # fmt: skip
 
 
 if __name__ == "__main__":

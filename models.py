@@ -4,9 +4,9 @@
     loss, pred, mask = model(images, mask_ratio=0.75)                  # images: [B, 3, 224, 224], normalised
     segmenter = build_segmenter("mae_base", num_classes=3)
 
-The architecture is that of He et al., "Masked Autoencoders Are Scalable Vision Learners" (2021). Module names and state-dict
-keys are those of facebookresearch/mae, so published weights load; the code is written independently (theirs is CC-BY-NC).
-Shapes: B images, C channels, H x W pixels, p patch size, L patches, N tokens (L + 1 with the class token), D features.
+The architecture is that of He et al., "Masked Autoencoders Are Scalable Vision Learners" (2021), with the state-dict keys of
+facebookresearch/mae, so published weights load; the code is written independently (theirs is CC-BY-NC). Shapes: B images,
+C channels, H x W pixels, p patch size, L patches, K of them, N tokens (L + 1 with the class token), D features.
 """
 
 from __future__ import annotations
@@ -18,23 +18,19 @@ from torch import nn
 # Named sizes. mae_base is Table 1 of the paper; mae_tiny is for demonstrations and tests on CPUs.
 MODELS = {
     "mae_tiny": dict(embed_dim=192, depth=4, num_heads=3, decoder_embed_dim=128, decoder_depth=2, decoder_num_heads=4),
-    "mae_small": dict(
-        embed_dim=384, depth=12, num_heads=6, decoder_embed_dim=256, decoder_depth=4, decoder_num_heads=8
-    ),
+    "mae_small": dict(num_heads=6, embed_dim=384, decoder_depth=4, decoder_embed_dim=256, decoder_num_heads=8),
     "mae_base": dict(embed_dim=768, depth=12, num_heads=12),
     "mae_large": dict(embed_dim=1024, depth=24, num_heads=16),
     "mae_huge": dict(embed_dim=1280, depth=32, num_heads=16, patch_size=14),
 }
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Patches and positions
+# -- Patches and positions ---------------------------------------------------------------------------------------------
 
 
 def patchify(images: torch.Tensor, patch_size: int) -> torch.Tensor:
     """Cut images [B, C, H, W] into flattened patches [B, L, p*p*C], row by row, channels last within a patch."""
-    B, C, H, W = images.shape
-    p = patch_size
+    (B, C, H, W), p = images.shape, patch_size
     return images.reshape(B, C, H // p, p, W // p, p).permute(0, 2, 4, 3, 5, 1).reshape(B, -1, p * p * C)
 
 
@@ -45,10 +41,7 @@ def unpatchify(patches: torch.Tensor, patch_size: int, grid: tuple[int, int]) ->
 
 
 def sincos_pos_embed(dim: int, grid: tuple[int, int]) -> torch.Tensor:
-    """Compute fixed 2-D sine-cosine position embeddings [1, 1 + L, D]; the class token's row is zero.
-
-    The first half of the features codes the column, the second half the row, as in the published MAE weights.
-    """
+    """Compute fixed 2-D sine-cosine positions [1, 1 + L, D]: a zero row, then half the features for column, half for row."""
     if dim % 4:
         raise ValueError(f"embed_dim must be divisible by 4 for 2-D sine-cosine positions, got {dim}")
     omega = 10000.0 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim / 4))
@@ -73,15 +66,13 @@ def take_rows(x: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     return x.reshape(B * L, D).index_select(0, flat.flatten()).view(B, -1, D)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Transformer blocks
+# -- Transformer blocks ------------------------------------------------------------------------------------------------
 
 
 class PatchEmbed(nn.Module):
-    """Linear embedding of flattened patches [B, K, p*p*C] -> [B, K, D].
+    """Linear embedding of flattened patches [B, K, p*p*C] -> [B, K, D], stored as the convolution of every public ViT.
 
-    The weight is stored as a convolution's ([D, C, p, p], as in every public ViT) but applied as a matrix product, so that
-    only the visible patches are embedded.
+    Applied as a matrix product, so that only the visible patches are embedded.
     """
 
     def __init__(self, patch_size: int, in_chans: int, embed_dim: int):
@@ -116,12 +107,10 @@ class Mlp(nn.Module):
 
     def __init__(self, dim: int, hidden: int):
         super().__init__()
-        self.fc1 = nn.Linear(dim, hidden)
-        self.act = nn.GELU()
-        self.fc2 = nn.Linear(hidden, dim)
+        self.fc1, self.fc2 = nn.Linear(dim, hidden), nn.Linear(hidden, dim)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.fc2(self.act(self.fc1(x)))
+        return self.fc2(F.gelu(self.fc1(x)))
 
 
 class Block(nn.Module):
@@ -129,10 +118,8 @@ class Block(nn.Module):
 
     def __init__(self, dim: int, num_heads: int, mlp_ratio: float = 4.0):
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
-        self.attn = Attention(dim, num_heads)
-        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+        self.norm1, self.attn = nn.LayerNorm(dim, eps=1e-6), Attention(dim, num_heads)
+        self.norm2, self.mlp = nn.LayerNorm(dim, eps=1e-6), Mlp(dim, int(dim * mlp_ratio))
 
     def forward(self, x: torch.Tensor, scale: torch.Tensor | None = None) -> torch.Tensor:
         attended = self.attn(self.norm1(x))
@@ -141,16 +128,14 @@ class Block(nn.Module):
         return x + (transformed if scale is None else transformed * scale[:, 1, None, None])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Masked Autoencoder
+# -- Masked Autoencoder ------------------------------------------------------------------------------------------------
 
 
 class MaskedAutoencoder(nn.Module):
     """Masked Autoencoder with a ViT encoder on the visible patches and a light ViT decoder (He et al. 2021, section 3).
 
-    Args:
-        img_size: input height and width in pixels, one number or a pair, divisible by patch_size.
-        norm_pix_loss: regress pixels normalised by each patch's own mean and variance (He et al., Table 1d).
+    img_size: height and width in pixels, one number or a pair, divisible by patch_size. norm_pix_loss: regress pixels
+    normalised by each patch's own mean and variance (He et al., Table 1d).
     """
 
     def __init__(
@@ -162,9 +147,8 @@ class MaskedAutoencoder(nn.Module):
         H, W = (img_size, img_size) if isinstance(img_size, int) else img_size
         if H % patch_size or W % patch_size or min(H, W) < patch_size:
             raise ValueError(f"img_size {H} x {W} is not divisible by patch_size {patch_size}")
-        self.img_size, self.patch_size, self.in_chans = (H, W), patch_size, in_chans
+        self.img_size, self.patch_size, self.norm_pix_loss = (H, W), patch_size, norm_pix_loss
         self.grid = (H // patch_size, W // patch_size)
-        self.norm_pix_loss = norm_pix_loss
 
         self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
@@ -175,9 +159,8 @@ class MaskedAutoencoder(nn.Module):
         self.decoder_embed = nn.Linear(embed_dim, decoder_embed_dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_embed_dim))
         self.decoder_pos_embed = nn.Parameter(sincos_pos_embed(decoder_embed_dim, self.grid), requires_grad=False)
-        self.decoder_blocks = nn.ModuleList(
-            Block(decoder_embed_dim, decoder_num_heads, mlp_ratio) for _ in range(decoder_depth)
-        )
+        blocks = (Block(decoder_embed_dim, decoder_num_heads, mlp_ratio) for _ in range(decoder_depth))
+        self.decoder_blocks = nn.ModuleList(blocks)
         self.decoder_norm = nn.LayerNorm(decoder_embed_dim, eps=1e-6)
         self.decoder_pred = nn.Linear(decoder_embed_dim, patch_size**2 * in_chans)
         self.apply(init_weights)
@@ -196,11 +179,10 @@ class MaskedAutoencoder(nn.Module):
         return visible
 
     def forward(self, images: torch.Tensor, mask_ratio: float = 0.75, noise: torch.Tensor | None = None):
-        """Mask, encode, decode and score images [B, C, H, W].
+        """Mask, encode, decode and score images [B, C, H, W] -> (loss, pred [B, L, p*p*C] in image order, mask [B, L]).
 
-        noise [B, L] in [0, 1) fixes the masking: the patches of lowest noise stay visible. Ties are broken by position.
-        Returns (loss, pred, mask): scalar mean squared error over the masked patches (over all of them at mask_ratio 0),
-        pred [B, L, p*p*C] for all patches in image order, mask [B, L] with 1 = masked.
+        noise [B, L] in [0, 1) fixes the masking: the patches of lowest noise stay visible (mask 0), ties broken by position.
+        The loss is the mean squared error over the masked patches, over all of them at mask_ratio 0.
         """
         patches = patchify(images, self.patch_size)
         B, L, _ = patches.shape
@@ -236,14 +218,12 @@ class MaskedAutoencoder(nn.Module):
     def forward_decoder(self, latent: torch.Tensor, order: torch.Tensor | None = None) -> torch.Tensor:
         """Decode [B, 1 + K, D] -> [B, L, p*p*C]; masked positions are order[:, K:], and the output follows `order`."""
         x = self.decoder_embed(latent)
+        positions = self.decoder_pos_embed
         if order is not None:
-            B, missing = x.shape[0], order.shape[1] + 1 - x.shape[1]
-            x = torch.cat([x, self.mask_token.to(x.dtype).expand(B, missing, -1)], dim=1)
-            table = self.decoder_pos_embed[0]
-            ids = F.pad(order + 1, (1, 0))  # row 0 belongs to the class token
-            x = x + F.embedding(ids, table)
-        else:
-            x = x + self.decoder_pos_embed
+            masked = self.mask_token.to(x.dtype).expand(x.shape[0], order.shape[1] + 1 - x.shape[1], -1)
+            x = torch.cat([x, masked], dim=1)
+            positions = F.embedding(F.pad(order + 1, (1, 0)), positions[0])  # row 0 belongs to the class token
+        x = x + positions
         for block in self.decoder_blocks:
             x = block(x)
         return self.decoder_pred(self.decoder_norm(x)[:, 1:])
@@ -270,13 +250,12 @@ class MaskedAutoencoder(nn.Module):
         and fills in predicted ones; a prediction of normalised pixels is put back by each patch's own statistics.
         """
         _, pred, mask = self(images, mask_ratio, noise)
-        patches, pred = patchify(images, self.patch_size).float(), pred.float()
+        patches, pred, mask = patchify(images, self.patch_size).float(), pred.float(), mask[..., None]
         if self.norm_pix_loss:
             mean, std = self.patch_statistics(patches)
             pred = pred * std + mean
-        mask = mask[..., None]
-        masked, filled = patches * (1 - mask), patches * (1 - mask) + pred * mask
-        return tuple(unpatchify(x, self.patch_size, self.grid) for x in (masked, filled))
+        masked = patches * (1 - mask)
+        return tuple(unpatchify(x, self.patch_size, self.grid) for x in (masked, masked + pred * mask))
 
     def flops(self, mask_ratio: float = 0.75, training: bool = True) -> float:
         """Count floating-point operations per image, 2 per multiply-add, matrix products only.
@@ -285,24 +264,16 @@ class MaskedAutoencoder(nn.Module):
         pass costs twice the forward pass, less the gradient of the input pixels.
         """
 
-        def blocks(modules: nn.ModuleList, tokens: int) -> float:
-            def one(m):
-                dim = m.attn.proj.in_features
-                return 2 * tokens * (4 * dim**2 + 2 * dim * m.mlp.fc1.out_features) + 4 * tokens**2 * dim
-
-            return sum(one(m) for m in modules)
-
-        def linear(m: nn.Linear, tokens: int) -> float:
-            return 2 * tokens * m.in_features * m.out_features
+        def products(tokens: int, *parts: nn.Module) -> float:
+            weights = sum(p.numel() for part in parts for p in part.parameters() if p.ndim > 1)
+            attended = sum(m.proj.in_features for part in parts for m in part.modules() if isinstance(m, Attention))
+            return 2 * tokens * weights + 4 * tokens**2 * attended
 
         L, tokens = self.num_patches, self.num_visible(mask_ratio) + 1
-        embed = 2 * L * self.patch_embed.proj.weight.numel()
-        forward = embed + blocks(self.blocks, tokens) + self._head_flops(linear, blocks, tokens, L + 1)
+        embed = products(L, self.patch_embed)
+        forward = embed + products(tokens, self.blocks, self.decoder_embed)
+        forward += products(L + 1, self.decoder_blocks, self.decoder_pred)
         return 3 * forward - embed if training else forward
-
-    def _head_flops(self, linear, blocks, tokens: int, all_tokens: int) -> float:
-        decoder = linear(self.decoder_embed, tokens) + blocks(self.decoder_blocks, all_tokens)
-        return decoder + linear(self.decoder_pred, all_tokens)
 
 
 def init_weights(module: nn.Module) -> None:
@@ -312,19 +283,15 @@ def init_weights(module: nn.Module) -> None:
         nn.init.zeros_(module.bias)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Segmentation
+# -- Segmentation ------------------------------------------------------------------------------------------------------
 
 
 class MAESegmenter(MaskedAutoencoder):
     """The same network with masking off: the decoder's last layer predicts num_classes per pixel (the paper, section 2.1).
 
-    With 3 classes that layer has the key and the shape of the pixel predictor, hence `fresh_keys`: the prefixes of keys
-    that must never be taken from a pre-trained checkpoint.
-
-    Args:
-        head: "decoder" runs the whole autoencoder; "linear" is one linear layer on the encoder's features (no decoder).
-        drop_path: stochastic depth of the last encoder block; the rate grows linearly from 0 at the first.
+    With 3 classes that layer has the key and the shape of the pixel predictor, hence `fresh_keys`: prefixes of keys never
+    taken from a checkpoint. head "linear" is one linear layer on the encoder's features in place of the decoder; drop_path:
+    stochastic depth of the last encoder block, growing linearly from 0 at the first.
     """
 
     fresh_keys = ("decoder_pred.",)
@@ -339,20 +306,17 @@ class MAESegmenter(MaskedAutoencoder):
         self.register_buffer("drop_rates", torch.linspace(0, drop_path, len(self.blocks)), persistent=False)
         self.pos_embed.requires_grad = True
         if head == "linear":
-            for name in ("decoder_embed", "decoder_blocks", "decoder_norm", "mask_token", "decoder_pos_embed"):
-                delattr(self, name)
-            self.decoder_pred = nn.Linear(self.norm.weight.numel(), self.patch_size**2 * num_classes)
+            self.decoder_embed, self.decoder_blocks, self.decoder_norm = nn.Identity(), nn.ModuleList(), nn.Identity()
+            self.mask_token = self.decoder_pos_embed = None
         else:
-            self.decoder_pred = nn.Linear(self.decoder_pred.in_features, self.patch_size**2 * num_classes)
             self.decoder_pos_embed.requires_grad = True
             self.mask_token.requires_grad = False  # without masking nothing uses it; kept for its key
+        features = self.norm.weight.numel() if head == "linear" else self.decoder_pred.in_features
+        self.decoder_pred = nn.Linear(features, self.patch_size**2 * num_classes)
         init_weights(self.decoder_pred)
 
     def forward(self, images: torch.Tensor, drop_path: torch.Tensor | None = None) -> torch.Tensor:
-        """Predict class logits [B, num_classes, H, W] of images [B, C, H, W].
-
-        drop_path: uniform draws [B, depth, 2] in [0, 1) that decide which residual branches are dropped (None: none are).
-        """
+        """Predict logits [B, num_classes, H, W]; drop_path [B, depth, 2]: uniform draws that decide what is dropped."""
         scales = None if drop_path is None else drop_path_scales(drop_path, self.drop_rates)
         x = self.forward_encoder(patchify(images, self.patch_size), drop_path=scales)
         x = self.decoder_pred(x[:, 1:]) if self.head == "linear" else self.forward_decoder(x)
@@ -360,11 +324,6 @@ class MAESegmenter(MaskedAutoencoder):
 
     def flops(self, mask_ratio: float = 0.0, training: bool = True) -> float:
         return super().flops(mask_ratio, training)
-
-    def _head_flops(self, linear, blocks, tokens, all_tokens) -> float:
-        if self.head == "linear":
-            return linear(self.decoder_pred, all_tokens)
-        return super()._head_flops(linear, blocks, tokens, all_tokens)
 
 
 def drop_path_scales(draws: torch.Tensor, rates: torch.Tensor) -> torch.Tensor:
@@ -376,8 +335,7 @@ def drop_path_scales(draws: torch.Tensor, rates: torch.Tensor) -> torch.Tensor:
 class ResNet50Segmenter(nn.Module):
     """torchvision's ResNet-50 without its fully connected layer; features projected to classes and upsampled (section 2.2).
 
-    Its output has a stride of 32 pixels, which bounds how fine its masks can be. State-dict keys are torchvision's, with
-    `classifier` for the projection.
+    Its output has a stride of 32 pixels, which bounds how fine its masks can be.
     """
 
     def __init__(self, num_classes: int = 3):
@@ -407,8 +365,7 @@ class ResNet50Segmenter(nn.Module):
         return 3 * counter.get_total_flops() - first if training else counter.get_total_flops()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Building
+# -- Building ----------------------------------------------------------------------------------------------------------
 
 
 def build_mae(name: str = "mae_base", **overrides) -> MaskedAutoencoder:

@@ -13,6 +13,7 @@ Writes into --output_dir: config.json, log.jsonl, model.pt, metrics.json, recons
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -20,9 +21,9 @@ from PIL import Image
 
 import augment
 import splits
-from engine import EngineError, Parser, Precision, Run, launch, param_groups, setup
+from engine import EngineError, Parser, Precision, launch, setup
 from models import MODELS, build_mae, patchify, take_rows
-from trainer import Trainer, add_training_arguments, check_training_arguments, init_model, open_store, plan_run
+from trainer import add_training_arguments, build, check_training_arguments, open_store, train
 
 
 # fmt: off
@@ -54,70 +55,71 @@ def validation_noise(count: int, patches: int) -> torch.Tensor:
 
 
 class Validation:
-    """Mean loss over the fixed animal and non-animal validation images, each seen once, under fixed masks."""
+    """Mean loss over the fixed animal and non-animal validation images (name -> store), each once, under fixed masks."""
 
-    def __init__(self, model, stores: dict, args, dist):
-        self.model, self.stores, self.args, self.dist = model, stores, args, dist
+    def __init__(self, model, stores: dict, args, dist, run_dir: Path | None = None):
+        self.model, self.stores, self.args, self.dist, self.run_dir = model, stores, args, dist, run_dir
+        # On the device once: a copy for each batch would make a GPU wait.
+        self.noise = {k: validation_noise(len(s), model.num_patches).to(dist.device) for k, s in stores.items()}
+        self.figure_steps = 0
 
-    def _mean(self, store, loss_of) -> float:
-        noise = validation_noise(len(store), self.model.num_patches)
+    def _mean(self, name: str, loss_of) -> float:
+        store, total = self.stores[name], torch.zeros(2, dtype=torch.float64, device=self.dist.device)
         size = min(self.args.micro_batch_size or 256, 256)
-        total = torch.zeros(2, dtype=torch.float64, device=self.dist.device)
         batches = augment.EvalBatches(store, img_size=self.args.img_size, batch_size=size, rank=self.dist.rank,
-                                   world_size=self.dist.world_size, device=self.dist.device)  # fmt: skip
+                                      world_size=self.dist.world_size, device=self.dist.device)  # fmt: skip
         for index, images in batches:
-            total[0] += loss_of(images, noise[index.cpu()].to(images.device)).double() * len(images)
+            # A rank's share are the rows rank, rank + world_size, ... in order, so its masks are a slice.
+            noise = self.noise[name][int(index[0]) :: self.dist.world_size][: len(index)]
+            total[0] += loss_of(images, noise).double() * len(images)
             total[1] += len(images)
         total = self.dist.sum(total)
         return (total[0] / total[1]).item()
 
     def __call__(self, step: int) -> dict:
-        if self.args.figure_every and step % (self.args.figure_every * self.epoch_steps) == 0:
+        if self.figure_steps and step % self.figure_steps == 0:
             self.figure(f"reconstruction_{step:06d}")
-        return {
-            f"loss_{name}": self._mean(s, lambda x, n: self.model(x, self.args.mask_ratio, n)[0])
-            for name, s in self.stores.items()
-        }
+
+        def loss(images, noise):
+            return self.model(images, self.args.mask_ratio, noise)[0]
+
+        return {f"loss_{name}": self._mean(name, loss) for name in self.stores}
 
     @torch.no_grad()
     def predict_zero(self) -> dict:
         """Loss of predicting zero everywhere: what any training must clearly beat."""
 
         def loss(images, noise):
-            hidden = torch.argsort(noise, dim=1, stable=True)[
-                :, self.model.num_visible(self.args.mask_ratio) % noise.shape[1] :
-            ]
+            first = self.model.num_visible(self.args.mask_ratio) % noise.shape[1]
+            hidden = torch.argsort(noise, dim=1, stable=True)[:, first:]
             patches = take_rows(patchify(images, self.model.patch_size), hidden)
             return self.model.forward_loss(patches, torch.zeros_like(patches))
 
-        return {name: self._mean(store, loss) for name, store in self.stores.items()}
+        return {name: self._mean(name, loss) for name in self.stores}
 
-    def figure(self, name: str, count: int = 4) -> None:
-        """Save input, masked input, reconstruction and original of a few fixed images as name.png and name.npz."""
+    def figure(self, file: str, count: int = 4) -> None:
+        """Save input, masked input, reconstruction and original of a few fixed images as a .png and a .npz."""
         if not self.dist.is_main:
             return
         self.model.eval()
-        parts, ids = [], []
-        for store in self.stores.values():
+        parts, ids, side, device = [], [], self.args.img_size, self.dist.device
+        for name, store in self.stores.items():
             k = min(count, len(store))
-            _, images = next(
-                iter(augment.EvalBatches(store, img_size=self.args.img_size, batch_size=k, device=self.dist.device))
-            )
-            noise = validation_noise(len(store), self.model.num_patches)[:k].to(self.dist.device)
-            masked, filled = self.model.reconstruct(images, self.args.mask_ratio, noise)
-            parts.append(
-                [
-                    augment.denormalise(x).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu()
-                    for x in (images, masked, filled)
-                ]
-            )
-            ids += [store.images[i] for i in range(k)]
+            _, images = next(iter(augment.EvalBatches(store, img_size=side, batch_size=k, device=device)))
+            masked, filled = self.model.reconstruct(images, self.args.mask_ratio, self.noise[name][:k])
+            shown = [augment.denormalise(x).round().clamp(0, 255).byte() for x in (images, masked, filled)]
+            parts.append([x.permute(0, 2, 3, 1).cpu() for x in shown])
+            ids += store.images[:k]
         original, masked, filled = (torch.cat(x).numpy() for x in zip(*parts, strict=True))
-        np.savez_compressed(
-            self.run_dir / f"{name}.npz", ids=np.array(ids), original=original, masked=masked, reconstruction=filled
-        )
+        arrays = {"ids": np.array(ids), "original": original, "masked": masked, "reconstruction": filled}
+        np.savez_compressed(self.run_dir / f"{file}.npz", **arrays)
         rows = [np.concatenate(row, axis=1) for row in zip(masked, filled, original, strict=True)]
-        Image.fromarray(np.concatenate(rows)).save(self.run_dir / f"{name}.png")
+        Image.fromarray(np.concatenate(rows)).save(self.run_dir / f"{file}.png")
+
+    def finish(self) -> dict:
+        """Draw the final figure; returns what the report compares the loss with."""
+        self.figure("reconstruction")
+        return {"predict_zero": self.predict_zero()}
 
 
 def main(args: argparse.Namespace) -> None:
@@ -129,55 +131,26 @@ def main(args: argparse.Namespace) -> None:
     # pets and all train for as many updates as an arm of the animal split's size; other arms define their own epoch.
     matched = args.split in ("pets", "all") and args.num_images is None
     size = splits.reference_size(args.data_root, **options) if matched else len(split.images)
-    epoch_steps = size // args.batch_size
-    if not epoch_steps:
-        raise EngineError(
-            f"--batch_size {args.batch_size} is larger than the split's {size} images; use at most {size}"
-        )
-    validation = splits.mae_validation(args.data_root, categories=args.categories, cache_dir=args.cache_dir)
-
-    torch.manual_seed(args.seed)
+    held_out = splits.mae_validation(args.data_root, categories=args.categories, cache_dir=args.cache_dir)
+    model, init = build(build_mae, dist, args, args.init, norm_pix_loss=args.norm_pix_loss)
     try:
-        model = build_mae(args.model, img_size=args.img_size, norm_pix_loss=args.norm_pix_loss)
         flops = model.flops(args.mask_ratio)
     except ValueError as error:
         raise EngineError(str(error)) from None
-    init = init_model(model, args.init, dist)
-    lr = args.blr * args.batch_size / 256
-    groups = param_groups(model, args.weight_decay)
-    config = plan_run("pretrain", args, dist, precision, model, groups, lr=lr, flops=flops, epoch_steps=epoch_steps,
-                      train=split, mask_ratio=args.mask_ratio, init=init)  # fmt: skip
-    if args.dry_run:
-        return
-    run = Run(args.output_dir, dist, config, args.resume, state_bytes=config["params"] * 12)
-    if run.finished:
-        return print(f"{run.dir} is finished; nothing to do (--resume never starts over)") if dist.is_main else None
-
-    images = open_store(args, dist, split.images, "image")
-    batches = augment.TrainBatches(
-        images, None, img_size=args.img_size, batch_size=args.batch_size, seed=args.seed, scale=(0.2, 1.0),
-        draws={"noise": (model.num_patches,)}, rank=dist.rank, world_size=dist.world_size,
-        micro_batch_size=args.micro_batch_size, device=dist.device,
-    )  # fmt: skip
-    model.to(dist.device)
-    validate = Validation(
-        model, {k: open_store(args, dist, v.images, "image") for k, v in validation.items()}, args, dist
-    )
-    validate.run_dir, validate.epoch_steps = run.dir, epoch_steps
 
     def loss(network, batch):
         return network(batch["images"], args.mask_ratio, batch["noise"])[0]
 
-    trainer = Trainer(run, model, loss, batches, groups, args=args, dist=dist, precision=precision, lr=lr,
-                      betas=(0.9, 0.95), epoch_steps=epoch_steps, flops=flops)  # fmt: skip
-    metrics = trainer.fit(validate)
-    zero = validate.predict_zero()
-    validate.figure("reconstruction")
-    sizes = {"kind": "mae", "name": args.model, "img_size": args.img_size, "norm_pix_loss": args.norm_pix_loss}
-    metrics |= {"kind": "pretrain", "predict_zero": zero, "hardware": config["hardware"], "n_train": len(images),
-                "n_unique": split.unique, "unreadable": images.dropped}  # fmt: skip
-    run.log("done", **{k: metrics[k] for k in ("last", "predict_zero", "updates", "seconds")})
-    run.finish({"model": trainer.weights, "model_config": sizes}, metrics)
+    def validation(run):
+        stores = {name: open_store(args, dist, part.images) for name, part in held_out.items()}
+        validate = Validation(model, stores, args, dist, run.dir)
+        validate.figure_steps = args.figure_every * (size // args.batch_size)
+        return validate
+
+    draws = {"scale": (0.2, 1.0), "draws": {"noise": (model.num_patches,)}}
+    sizes = {"kind": "mae", "name": args.model, "norm_pix_loss": args.norm_pix_loss}
+    train("pretrain", args, dist, precision, model, split, forward=loss, validation=validation, size=size, flops=flops,
+          betas=(0.9, 0.95), batch_options=draws, model_config=sizes, mask_ratio=args.mask_ratio, init=init)  # fmt: skip
 
 
 if __name__ == "__main__":

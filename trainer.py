@@ -21,9 +21,11 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+import augment
 import data
+import engine
 import splits
-from engine import Distributed, EngineError, Precision, Progress, Run, describe_environment, lr_at, peak_flops
+from engine import Distributed, EngineError, Precision, Progress, Run
 from weights import load_pretrained
 
 # Flags that change how a result is computed, not which result it is: they may differ when a run is continued.
@@ -31,6 +33,7 @@ FREE_ARGUMENTS = {
     "data_root", "cache_dir", "cache_device", "output_dir", "device", "precision", "compile", "micro_batch_size", "resume",
     "save_minutes", "log_every", "figure_every", "dry_run", "init",
 }  # fmt: skip
+POSITIVE = {"epochs", "batch_size", "img_size", "cache_size", "log_every", "micro_batch_size"}
 
 
 # fmt: off
@@ -67,30 +70,22 @@ def add_training_arguments(parser: argparse.ArgumentParser, *, output_dir: str, 
 
 def check_training_arguments(args: argparse.Namespace) -> None:
     """Refuse values that no run can use, before anything is read or written."""
-    positive = ("epochs", "batch_size", "img_size", "cache_size", "log_every", "micro_batch_size")
-    for name in positive:
-        value = getattr(args, name, None)
-        if value is not None and value < 1:
-            raise EngineError(f"--{name} must be at least 1, got {value}")
-    for name in ("weight_decay", "warmup_epochs", "min_lr", "clip_grad", "save_minutes", "blr", "lr"):
-        value = getattr(args, name, None)
-        if value is not None and not (math.isfinite(value) and value >= 0):
-            raise EngineError(f"--{name} must be a number of at least 0, got {value}")
-    for name in ("seed", "split_seed"):
-        if getattr(args, name) < 0:
-            raise EngineError(f"--{name} must be at least 0, got {getattr(args, name)}")
+    fractions = {"crop_scale", "layer_decay"}
+    for name, value in vars(args).items():
+        least = 1 if name in POSITIVE else 0
+        if type(value) in (int, float) and not (math.isfinite(value) and value >= least):
+            raise EngineError(f"--{name} must be at least {least}, got {value}")
+        if name in fractions and not 0 < value <= 1:
+            raise EngineError(f"--{name} must lie in (0, 1], got {value}")
 
 
 class Trainer:
     """Trains `model` for total_steps updates inside a `Run`, from its last checkpoint if it has one.
 
-    Args:
-        args: the flags of `add_training_arguments`.
-        forward: forward(network, micro_batch) -> scalar loss, called under autocast; network wraps model (compile, DDP).
-        batches: `run(first_step, last_step)` yields a list of micro-batches per step, as a function of the step alone.
-        groups: parameter groups with `lr_scale` (see engine.param_groups).
-        epoch_steps: updates per nominal epoch; validation runs at its end.
-        best: name of the validation score whose highest value selects the weights to keep; None keeps the last.
+    forward(network, micro_batch) -> scalar loss runs under autocast; network wraps model (compile, DDP).
+    batches.run(first_step, last_step) yields a list of micro-batches per step, as a function of the step alone.
+    groups: see engine.param_groups. epoch_steps: updates per nominal epoch; validation runs at its end. best: the
+    validation score whose highest value selects the weights to keep; None keeps the last.
     """
 
     def __init__(self, run: Run, model: nn.Module, forward, batches, groups: list[dict], *, args, dist: Distributed,
@@ -98,15 +93,14 @@ class Trainer:
         self.run, self.model, self.forward, self.batches, self.args = run, model, forward, batches, args
         self.dist, self.precision, self.lr, self.flops, self.best_key = dist, precision, lr, flops, best
         self.epoch_steps, self.total_steps = epoch_steps, args.epochs * epoch_steps
-        self.batch_size, self.log_every, self.save_seconds = args.batch_size, args.log_every, 60 * args.save_minutes
         self.params = [p for g in groups for p in g["params"]]
         groups = [{k: v for k, v in g.items() if k != "names"} for g in groups]
         self.optimizer = torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)
-        self.network = model
-        if args.compile or (args.compile is None and dist.device.type == "cuda"):
+        self.network, gpu = model, dist.device.type == "cuda"
+        if args.compile or (args.compile is None and gpu):
             self.network = torch.compile(model, dynamic=False)
         if dist.world_size > 1:
-            ids = [dist.device] if dist.device.type == "cuda" else None
+            ids = [dist.device] if gpu else None
             self.network = DistributedDataParallel(self.network, device_ids=ids, gradient_as_bucket_view=True)
         self.step, self.seconds, self.best, self.last_val, self.rates = 0, 0.0, None, None, []
         # Since the last log line: sum of losses, steps, skipped steps; and the first step with a non-finite loss.
@@ -114,14 +108,11 @@ class Trainer:
         self.bad_step = torch.full((), math.inf, device=dist.device)
         self.stop_signal = 0
 
-    # -- one step ----------------------------------------------------------------------------------------------------
-
     def train_step(self, micro_batches: list[dict], want_norm: bool) -> torch.Tensor | None:
         """Do one update; returns the gradient norm (a device scalar) if it was needed."""
-        lr = self._lr(self.step)
+        lr, scaler, loss_sum, norm = self._lr(self.step), self.precision.scaler, 0.0, None
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
-        scaler, loss_sum = self.precision.scaler, 0.0
         for i, batch in enumerate(micro_batches):
             accumulating = i + 1 < len(micro_batches) and self.dist.world_size > 1
             with self.network.no_sync() if accumulating else contextlib.nullcontext():
@@ -129,7 +120,6 @@ class Trainer:
                     loss = self.forward(self.network, batch) / len(micro_batches)
                 scaler.scale(loss).backward()
             loss_sum = loss_sum + loss.detach()
-        norm = None
         if want_norm or self.args.clip_grad or scaler.is_enabled():
             scaler.unscale_(self.optimizer)
             norm = nn.utils.clip_grad_norm_(self.params, self.args.clip_grad or math.inf)
@@ -145,8 +135,6 @@ class Trainer:
         self.step += 1
         return norm
 
-    # -- the loop ----------------------------------------------------------------------------------------------------
-
     def fit(self, validate) -> dict:
         """Train to total_steps; validate(step) -> dict of scores is called on every process after each nominal epoch.
 
@@ -154,35 +142,52 @@ class Trainer:
         and raises EngineError with the exit code 128 + signal; a non-finite loss raises EngineError.
         """
         self._resume()
-        self._handle_signals()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._request_stop)
         self.started = self.window = self.saved_at = time.monotonic()
         self.seconds_before, self.images, self.next_sync, self.note = self.seconds, 0, self.step + 1, ""
-        done, total = self.step * self.batch_size, self.total_steps * self.batch_size
-        steps = self.batches.run(self.step, self.total_steps)
-        with Progress("training", total, initial=done, quiet=not self.dist.is_main) as bar, contextlib.closing(steps):
+        size, log_every = self.args.batch_size, self.args.log_every
+        steps, quiet = self.batches.run(self.step, self.total_steps), not self.dist.is_main
+        bar = Progress("training", self.total_steps * size, initial=self.step * size, quiet=quiet)
+        with bar, contextlib.closing(steps):
             for micro_batches in steps:
                 last = self.step + 1 == self.total_steps
-                log_due = last or (self.step + 1) % self.log_every == 0
+                log_due = last or (self.step + 1) % log_every == 0
                 val_due = last or (self.step + 1) % self.epoch_steps == 0
                 norm = self.train_step(micro_batches, want_norm=log_due)
-                self.images += self.batch_size
+                self.images += size
                 if log_due or val_due or self.step >= self.next_sync:
                     self._synchronise(norm if log_due else None, validate if val_due else None)
-                bar.update(self.batch_size, self.note)
-        return self._metrics()
+                bar.update(size, self.note)
+        rate = statistics.median(self.rates) if self.rates else None
+        metrics = {"best": self.best["scores"]} if self.best else {}
+        metrics |= {"last": self.last_val, "seconds": round(self.seconds, 2), "img_s": rate, "mfu": self._mfu(rate)}
+        return metrics | {"mem_gb": self._memory(), "updates": self.total_steps, "epochs": self.args.epochs}
+
+    @property
+    def weights(self) -> dict:
+        """The weights to keep: those of the best validation score, or the last."""
+        return self.best["model"] if self.best else self.model.state_dict()
+
+    # -- synchronisation points ---------------------------------------------------------------------------------------
 
     def _synchronise(self, norm: torch.Tensor | None, validate) -> None:
         """Act together: stop on a non-finite loss, log, validate, checkpoint, leave. One exchange decides for all."""
         now = time.monotonic()
-        save_due = self.dist.is_main and now - self.saved_at >= self.save_seconds
+        save_due = self.dist.is_main and now - self.saved_at >= 60 * self.args.save_minutes
         pace = (now - self.window) / self.images  # seconds per image
         rows = self.dist.gather([self.stop_signal, save_due, self.bad_step.item(), pace, self.meter[0].item()])
         stop, save, first_bad = int(rows[:, 0].max()), bool(rows[0, 1]), rows[:, 2].min().item()
         if math.isfinite(first_bad):
-            self._refuse_non_finite(int(first_bad))
+            kept = (
+                "the last checkpoint is intact" if (self.run.dir / "last.pt").exists() else "no checkpoint was due yet"
+            )
+            found = f"the loss became non-finite at step {first_bad:g} (lr {self._lr(int(first_bad) - 1):.3g})"
+            advice = "try a lower rate (--blr), --clip_grad 1 or --precision fp32"
+            raise EngineError(f"{found}; {kept} in {self.run.dir}; {advice}", 1)
         # Slow machines look up from their work often enough to obey a stop request within seconds.
-        step_seconds = rows[:, 3].max().item() * self.batch_size
-        self.next_sync = self.step + max(1, min(self.log_every, int(2.0 / max(step_seconds, 1e-6))))
+        step_seconds = rows[:, 3].max().item() * self.args.batch_size
+        self.next_sync = self.step + max(1, min(self.args.log_every, int(2.0 / max(step_seconds, 1e-6))))
         self.loss_sums = rows[:, 4].tolist()  # of every process: a checkpoint between two log lines holds them all
         self.seconds = self.seconds_before + now - self.started
         if norm is not None:
@@ -192,42 +197,41 @@ class Trainer:
         if validate is not None:
             self._validate(validate)
         self.seconds = self.seconds_before + time.monotonic() - self.started
-        if self.step < self.total_steps and (stop or (save and (self.save_seconds or validate is not None))):
+        if self.step < self.total_steps and (stop or (save and (self.args.save_minutes or validate is not None))):
             self._save()
         if stop and self.step < self.total_steps:
-            self._leave(stop)
+            where = f"checkpoint written at step {self.step} of {self.total_steps} in {self.run.dir}"
+            raise EngineError(f"{signal.Signals(stop).name}; {where}; the same command continues the run", 128 + stop)
         self.window += time.monotonic() - pause  # rates are of training alone
 
-    def _refuse_non_finite(self, step: int) -> None:
-        kept = "the last checkpoint is intact" if (self.run.dir / "last.pt").exists() else "no checkpoint was due yet"
-        advice = "try a lower rate (--blr), --clip_grad 1 or --precision fp32"
-        found = f"the loss became non-finite at step {step} (lr {self._lr(step - 1):.3g})"
-        raise EngineError(f"{found}; {kept} in {self.run.dir}; {advice}", 1)
+    def _request_stop(self, number: int, frame) -> None:
+        if self.stop_signal and number == signal.SIGINT:
+            raise KeyboardInterrupt  # the second Ctrl-C does not wait for a checkpoint
+        self.stop_signal = number
 
     def _lr(self, step: int) -> float:
         warmup = round(self.args.warmup_epochs * self.epoch_steps)
-        return lr_at(step, self.total_steps, warmup, self.lr, self.args.min_lr)
+        return engine.lr_at(step, self.total_steps, warmup, self.lr, self.args.min_lr)
 
     def _mfu(self, img_s: float | None) -> float | None:
-        peak = peak_flops(self.dist.device, self.precision.name)
+        peak = engine.peak_flops(self.dist.device, self.precision.name)
         return img_s * self.flops / (peak * self.dist.world_size) if peak and img_s and self.flops else None
 
     def _memory(self) -> float | None:
-        gpu = self.dist.device.type == "cuda"
-        return round(torch.cuda.max_memory_allocated() / 2**30, 2) if gpu else None
+        return round(torch.cuda.max_memory_allocated() / 2**30, 2) if self.dist.device.type == "cuda" else None
 
     def _log_line(self, norm: torch.Tensor, img_s: float) -> None:
-        steps, skipped = int(self.meter[1].item()), int(self.meter[2].item())
-        loss, lr, mfu = statistics.fmean(self.loss_sums) / steps, self._lr(self.step - 1), self._mfu(img_s)
-        more = {"skipped": skipped} if self.precision.scaler.is_enabled() else {}
-        more |= {"img_s": round(img_s, 1), "mfu": mfu, "mem_gb": self._memory(), "seconds": round(self.seconds, 2)}
-        grad_norm = norm.item() if torch.isfinite(norm) else None
+        loss = statistics.fmean(self.loss_sums) / self.meter[1].item()
+        line = {"loss": loss, "lr": self._lr(self.step - 1), "grad_norm": norm.item() if torch.isfinite(norm) else None}
+        line |= {"skipped": int(self.meter[2].item())} if self.precision.scaler.is_enabled() else {}
+        line |= {"img_s": round(img_s, 1), "mfu": self._mfu(img_s), "mem_gb": self._memory()}
         self.run.log(
-            "train", step=self.step, epoch=self.step / self.epoch_steps, loss=loss, lr=lr, grad_norm=grad_norm, **more
+            "train", step=self.step, epoch=self.step / self.epoch_steps, **line, seconds=round(self.seconds, 2)
         )
         self.rates.append(img_s)
         self.meter.zero_()
-        self.note = f"loss {loss:.4f}, lr {lr:.2e}" + (f", MFU {100 * mfu:.1f} %" if mfu else "")
+        mfu = f", MFU {100 * line['mfu']:.1f} %" if line["mfu"] else ""
+        self.note = f"loss {loss:.4f}, lr {line['lr']:.2e}{mfu}"
 
     def _validate(self, validate) -> None:
         if self.dist.world_size > 1:  # BatchNorm statistics of the first process, as in its checkpoint
@@ -240,44 +244,23 @@ class Trainer:
         self.last_val = {"step": self.step, "epoch": self.step / self.epoch_steps, **scores}
         self.run.log("val", **self.last_val, seconds=round(self.seconds, 2))
         if self.best_key and (self.best is None or scores[self.best_key] > self.best["scores"][self.best_key]):
-            self.best = {
-                "scores": self.last_val,
-                "model": {k: v.detach().clone() for k, v in self.model.state_dict().items()},
-            }
+            kept = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
+            self.best = {"scores": self.last_val, "model": kept}
         if self.dist.is_main:
-            print(
-                "  ".join([f"epoch {self.last_val['epoch']:g}", *(f"{k} {v:.4f}" for k, v in scores.items())]),
-                flush=True,
-            )
-
-    # -- interruption and state --------------------------------------------------------------------------------------
-
-    def _handle_signals(self) -> None:
-        def request(number, frame):
-            if self.stop_signal and number == signal.SIGINT:
-                raise KeyboardInterrupt  # the second Ctrl-C does not wait for a checkpoint
-            self.stop_signal = number
-
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, request)
-
-    def _leave(self, number: int) -> None:
-        where = f"checkpoint written at step {self.step} of {self.total_steps} in {self.run.dir}"
-        raise EngineError(f"{signal.Signals(number).name}; {where}; the same command continues the run", 128 + number)
+            shown = "  ".join(f"{k} {v:.4f}" for k, v in scores.items())
+            print(f"epoch {self.last_val['epoch']:g}  {shown}", flush=True)
 
     def _save(self) -> None:
         scaler = self.precision.scaler.state_dict()
         state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "scaler": scaler}
-        names = ("step", "seconds", "best", "last_val", "loss_sums")
-        state |= {name: getattr(self, name) for name in names} | {"meter": self.meter, "rates": self.rates[-1000:]}
-        self.run.save(state)
+        names = ("step", "seconds", "best", "last_val", "loss_sums", "meter")
+        self.run.save(state | {name: getattr(self, name) for name in names} | {"rates": self.rates[-1000:]})
         self.saved_at = time.monotonic()
 
     def _resume(self) -> None:
         state = self.run.load()
         if state is None:
-            self.run.log("config", **self.run.config)
-            return
+            return self.run.log("config", **self.run.config)
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         if state["scaler"] and self.precision.scaler.is_enabled():
@@ -285,41 +268,29 @@ class Trainer:
         for name in ("step", "seconds", "last_val", "rates", "best"):
             setattr(self, name, state[name])
         self.meter.copy_(state["meter"])
-        sums = state["loss_sums"]
-        same = len(sums) == self.dist.world_size
-        if self.meter[1]:  # interrupted between two log lines
-            self.meter[0] = sums[self.dist.rank] if same else statistics.fmean(sums)
+        if self.meter[1]:  # interrupted between two log lines, perhaps with another number of processes
+            sums = state["loss_sums"]
+            self.meter[0] = sums[self.dist.rank] if len(sums) == self.dist.world_size else statistics.fmean(sums)
         if self.dist.is_main:
             print(f"resumed {self.run.dir} at step {self.step} of {self.total_steps}", flush=True)
 
-    def _metrics(self) -> dict:
-        rate = statistics.median(self.rates) if self.rates else None
-        metrics = {"best": self.best["scores"]} if self.best else {}
-        metrics |= {"last": self.last_val, "seconds": round(self.seconds, 2), "img_s": rate, "mfu": self._mfu(rate)}
-        return metrics | {
-            "mem_gb": self._memory(),
-            "updates": self.total_steps,
-            "epochs": self.total_steps / self.epoch_steps,
-        }
 
-    @property
-    def weights(self) -> dict:
-        """The weights to keep: those of the best validation score, or the last."""
-        return self.best["model"] if self.best else self.model.state_dict()
+# -- What every training script does around its loop ------------------------------------------------------------------
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What every training script does before its loop
-
-
-def init_model(model: nn.Module, path: str | None, dist: Distributed) -> str | None:
-    """Load pre-trained weights into a model and report it; returns the file's SHA-256, which defines the experiment."""
-    if path is None:
-        return None
-    report = load_pretrained(model, path)
+def build(make, dist: Distributed, args, init: str | None = None, **sizes) -> tuple[nn.Module, str | None]:
+    """Build a model from the run's seed and load `init` into it -> (model, SHA-256 of init, which defines the result)."""
+    torch.manual_seed(args.seed)
+    try:
+        model = make(args.model, img_size=args.img_size, **sizes)
+    except ValueError as error:
+        raise EngineError(str(error)) from None
+    if init is None:
+        return model, None
+    report = load_pretrained(model, init)
     if dist.is_main:
         print(f"init: {report}", flush=True)
-    return hash_file(path)
+    return model, hash_file(init)
 
 
 def hash_file(path: str) -> str:
@@ -331,28 +302,63 @@ def hash_file(path: str) -> str:
     return digest.hexdigest()
 
 
-def open_store(
-    args: argparse.Namespace, dist: Distributed, images, kind: str, size: int | None = None
-) -> data.ImageStore:
+def open_store(args, dist: Distributed, images, kind: str = "image", size: int | None = None) -> data.ImageStore:
     """Build the decoded cache of these images where it is missing, and open it, on the GPU if it fits."""
-    size = size or args.cache_size
+    options = {"kind": kind, "cache_dir": args.cache_dir, "cache_size": size or args.cache_size}
     progress = functools.partial(Progress, quiet=not dist.is_main)
-    data.build_cache(args.data_root, images, kind=kind, cache_dir=args.cache_dir, cache_size=size, progress=progress)
-    needed = len(set(images)) * size**2 * (3 if kind == "image" else 1)
+    data.build_cache(args.data_root, images, progress=progress, **options)
     on_gpu = dist.device.type == "cuda" and args.cache_device != "cpu"
     if on_gpu and args.cache_device == "auto":  # leave half of what is free to the network
+        needed = len(set(images)) * options["cache_size"] ** 2 * (3 if kind == "image" else 1)
         on_gpu = needed < 0.5 * torch.cuda.mem_get_info(dist.device)[0]
-    store = data.ImageStore(args.data_root, images, kind=kind, cache_dir=args.cache_dir, cache_size=size,
-                            device=dist.device, on_device=on_gpu)  # fmt: skip
+    store = data.ImageStore(args.data_root, images, device=dist.device, on_device=on_gpu, **options)
     if not len(store):
-        raise EngineError(
-            f"none of the {len(images)} images of this split can be read; `python prepare.py verify` names the cause"
-        )
+        advice = "`python prepare.py verify` names the cause"
+        raise EngineError(f"none of the {len(images)} images of this split can be read; {advice}")
     return store
 
 
-def plan_run(kind: str, args, dist: Distributed, precision: Precision, model: nn.Module, groups: list[dict], *, lr: float,
-             flops: float, epoch_steps: int, train: splits.Split, mask_ratio: float = 0.0, **inputs) -> dict:  # fmt: skip
+def train(kind: str, args, dist: Distributed, precision: Precision, model: nn.Module, split: splits.Split, *, forward,
+          validation, size: int, flops: float, betas: tuple, batch_options: dict, model_config: dict, masked=False,
+          layout=torch.contiguous_format, best=None, layer_decay=1.0, no_decay=(), mask_ratio=0.0, **inputs):  # fmt: skip
+    """Train a model on a split in --output_dir: plan, run directory, stores, loop, metrics. The one path of all trainings.
+
+    size: images of a nominal epoch; validation(run) makes the object that scores (see Trainer.fit), with `finish()` ->
+    further metrics; masked: with trimaps; inputs: what else defines the experiment, beside flags and images.
+    """
+    epoch_steps = size // args.batch_size
+    if not epoch_steps:
+        raise EngineError(
+            f"--batch_size {args.batch_size} is larger than the split's {size} images; use at most {size}"
+        )
+    if masked:  # equal updates with few labels: whole epochs are counted in updates, batches may be smaller
+        args.batch_size = min(args.batch_size, len(split.images))
+    lr, groups = args.blr * args.batch_size / 256, engine.param_groups(model, args.weight_decay, layer_decay, no_decay)
+    config = plan_run(kind, args, dist, precision, model, groups, lr, flops, epoch_steps, split, mask_ratio, inputs)
+    if args.dry_run:
+        return
+    run = Run(args.output_dir, dist, config, args.resume, state_bytes=config["params"] * (16 if best else 12))
+    if run.finished:
+        return print(f"{run.dir} is finished; nothing to do (--resume never starts over)") if dist.is_main else None
+    images = open_store(args, dist, split.images)
+    masks = open_store(args, dist, images.images, "trimap") if masked else None
+    batches = augment.TrainBatches(
+        images, masks, img_size=args.img_size, batch_size=args.batch_size, seed=args.seed, rank=dist.rank,
+        world_size=dist.world_size, micro_batch_size=args.micro_batch_size, device=dist.device, **batch_options,
+    )  # fmt: skip
+    model.to(dist.device, memory_format=layout)
+    trainer = Trainer(run, model, forward, batches, groups, args=args, dist=dist, precision=precision, lr=lr, betas=betas,
+                      epoch_steps=epoch_steps, flops=flops, best=best)  # fmt: skip
+    validate = validation(run)
+    metrics = trainer.fit(validate) | validate.finish()
+    metrics |= {"kind": kind, "hardware": config["hardware"], "n_train": len(images), "n_unique": split.unique}
+    run.log("done", **{k: v for k, v in metrics.items() if k in ("best", "last", "predict_zero", "updates", "seconds")})
+    weights = {"model": trainer.weights, "model_config": {"img_size": args.img_size, **model_config}}
+    run.finish(weights, metrics | {"unreadable": images.dropped})
+
+
+def plan_run(kind: str, args, dist: Distributed, precision: Precision, model: nn.Module, groups: list[dict], lr: float,
+             flops: float, epoch_steps: int, split: splits.Split, mask_ratio: float, inputs: dict) -> dict:  # fmt: skip
     """Say what is about to run, and return the content of config.json; --dry_run also prints every parameter group.
 
     `experiment` in it is all that defines the result: the flags that matter and `inputs`, hashes of lists and checkpoints.
@@ -361,30 +367,25 @@ def plan_run(kind: str, args, dist: Distributed, precision: Precision, model: nn
     title = title.read_text().splitlines()[0] if title.exists() else "MS COCO 2017 and Oxford-IIIT Pet"
     experiment = {k: v for k, v in sorted(vars(args).items()) if k not in FREE_ARGUMENTS}
     config = {
-        "kind": kind, "args": vars(args), "experiment": {**experiment, "train": train.sha256, **inputs},
-        **describe_environment(dist, precision), "params": sum(p.numel() for p in model.parameters()),
+        "kind": kind, "args": vars(args), "experiment": {**experiment, "train": split.sha256, **inputs},
+        **engine.describe_environment(dist, precision), "params": sum(p.numel() for p in model.parameters()),
         "flops_per_image": flops, "updates": args.epochs * epoch_steps, "epoch_updates": epoch_steps,
-        "batch_size": args.batch_size, "n_train": len(train.images), "n_unique": train.unique,
-        "manifest": {"train": {k: v for k, v in train.manifest.items() if not isinstance(v, list)}},
+        "batch_size": args.batch_size, "n_train": len(split.images), "n_unique": split.unique,
+        "manifest": {"train": {k: v for k, v in split.manifest.items() if not isinstance(v, list)}},
         "data": {"root": str(args.data_root), "title": title},
     }  # fmt: skip
     if not dist.is_main:
         return config
-    device, versions, memory = (
-        config["hardware"]["device"],
-        config["versions"],
-        expected_memory(model, config, mask_ratio),
-    )
     print(f"{kind}: {args.model}, {config['params']:,} parameters, {flops / 1e9:.2f} GFLOP per training image")
-    print(f"on {device} x {dist.world_size}, {precision.name}, torch {versions['torch']}, git {config['git']}")
-    print(f"data: {len(train.images):,} list entries, {train.unique:,} unique images of {title}")
+    where = f"on {config['hardware']['device']} x {dist.world_size}, {precision.name}"
+    print(f"{where}, torch {torch.__version__}, git {config['git']}")
+    print(f"data: {len(split.images):,} list entries, {split.unique:,} unique images of {title}")
     plan = f"plan: {config['updates']:,} updates of {args.batch_size} images, {args.epochs} epochs, lr {lr:.3g}"
+    memory = expected_memory(model, config, mask_ratio)
     print(f"{plan}, about {memory:.1f} GB of memory per process" if memory else plan, flush=True)
     for group in groups if args.dry_run else ():
-        rate, count, first = group["lr_scale"], len(group["names"]), group["names"][0]
-        print(
-            f"  lr {lr * rate:.3e} (x {rate:.4f})  weight_decay {group['weight_decay']:g}  {count} tensors: {first} ..."
-        )
+        rate, names = f"lr {lr * group['lr_scale']:.3e} (x {group['lr_scale']:.4f})", group["names"]
+        print(f"  {rate}  weight_decay {group['weight_decay']:g}  {len(names)} tensors: {names[0]} ...")
     return config
 
 
@@ -396,8 +397,7 @@ def expected_memory(model: nn.Module, config: dict, mask_ratio: float) -> float 
     """
     if not hasattr(model, "blocks"):
         return None
-    encoder, decoder = model.num_visible(mask_ratio) + 1, model.num_patches + 1
-    kept = sum(17 * encoder * b.norm1.weight.numel() for b in model.blocks)
-    kept += sum(17 * decoder * b.norm1.weight.numel() for b in getattr(model, "decoder_blocks", ()))
+    tokens = {model.blocks: model.num_visible(mask_ratio) + 1, model.decoder_blocks: model.num_patches + 1}
+    kept = sum(17 * n * block.norm1.weight.numel() for blocks, n in tokens.items() for block in blocks)
     images = config["args"]["micro_batch_size"] or config["batch_size"] // config["hardware"]["world_size"]
     return (16 * config["params"] + images * kept * (4 if config["precision"] == "fp32" else 2)) / 1e9

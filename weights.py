@@ -1,7 +1,6 @@
 """Reading checkpoints safely, and loading weights that other projects published into the models of models.py.
 
-segmenter = build_segmenter("mae_base")
-print(load_pretrained(segmenter, "mae_pretrain_vit_base.pth"))     # what was loaded, what is new
+print(load_pretrained(build_segmenter("mae_base"), "mae_pretrain_vit_base.pth"))     # what was loaded, what is new
 model, checkpoint = load_model("runs/study/seed0/finetune_animal/model.pt")
 """
 
@@ -9,7 +8,7 @@ from __future__ import annotations
 
 import pickle
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -25,23 +24,22 @@ class CheckpointError(ValueError):
 
 @dataclass
 class LoadReport:
-    """What `load_pretrained` did, by state-dict key."""
+    """What `load_pretrained` did, by state-dict key; new_head starts fresh on purpose."""
 
     source: str
     layout: str
-    loaded: list[str] = field(default_factory=list)
-    interpolated: list[str] = field(default_factory=list)  # position embeddings fitted to another grid
-    new_head: list[str] = field(default_factory=list)  # freshly initialised on purpose
-    missing: list[str] = field(default_factory=list)
-    unexpected: list[str] = field(default_factory=list)
+    loaded: list[str]
+    new_head: list[str]
+    missing: list[str]
+    unexpected: list[str]
+    interpolated: list[str]  # position embeddings fitted to another grid
 
     def __str__(self) -> str:
-        def names(keys):
-            groups = sorted({k.split(".")[0] for k in keys})
-            return f"{len(keys)} ({', '.join(groups)})" if keys else "none"
-
-        parts = [f"loaded {names(self.loaded)}", f"new head {names(self.new_head)}", f"missing {names(self.missing)}"]
-        parts += [f"unexpected {names(self.unexpected)}"]
+        parts = []
+        for name in ("loaded", "new_head", "missing", "unexpected"):
+            keys = getattr(self, name)
+            modules = ", ".join(sorted({k.split(".")[0] for k in keys}))
+            parts.append(f"{name.replace('_', ' ')} {f'{len(keys)} ({modules})' if keys else 'none'}")
         parts += [f"positions interpolated: {', '.join(self.interpolated)}"] if self.interpolated else []
         parts += ["the decoder starts fresh"] if any(k.startswith("decoder_blocks") for k in self.missing) else []
         return f"{self.source} ({self.layout}): " + "; ".join(parts)
@@ -54,9 +52,8 @@ def read_checkpoint(path: str) -> dict:
     except FileNotFoundError:
         raise CheckpointError(f"checkpoint {path} does not exist") from None
     except pickle.UnpicklingError:
-        raise CheckpointError(
-            f"{path} is not a checkpoint of tensors and plain values only; loading it could run code, so it is refused"
-        ) from None
+        found = f"{path} is not a checkpoint of tensors and plain values only"
+        raise CheckpointError(f"{found}; loading it could run code, so it is refused") from None
     except OSError as error:
         raise CheckpointError(f"checkpoint {path} cannot be opened: {error.strerror}") from None
     except Exception:  # torch reports damaged archives with many types, and advises to load them unsafely
@@ -67,7 +64,7 @@ def read_checkpoint(path: str) -> dict:
 
 
 def load_pretrained(model: nn.Module, source: str | dict) -> LoadReport:
-    """Load what fits of a pre-trained MAE into a model of this file, and report it.
+    """Load what fits of a pre-trained MAE into a model of models.py, and report it.
 
     source: a path or a loaded dictionary: checkpoints of this project, facebookresearch/mae's full or encoder-only files,
     timm's ViT or transformers' ViTMAE state dicts. Position embeddings are interpolated to the model's grid. The last
@@ -82,29 +79,21 @@ def load_pretrained(model: nn.Module, source: str | dict) -> LoadReport:
     if not any(k.startswith(("blocks.", "backbone.")) for k in shared):
         keys = ", ".join(list(state)[:3]) or "none"
         raise CheckpointError(f"{name} has no layer in common with the model (its keys: {keys} ...)")
-    report = LoadReport(name, layout, shared, new_head=new_head)
+    interpolated = []
     for key in shared:
         if key in ("pos_embed", "decoder_pos_embed") and state[key].shape[1] != own[key].shape[1]:
-            rows = state[key].shape[1] - 1
-            side = int(rows**0.5)
-            if side**2 == rows and state[key].shape[2] == own[key].shape[2]:
+            side = int((state[key].shape[1] - 1) ** 0.5)
+            if side**2 == state[key].shape[1] - 1 and state[key].shape[2] == own[key].shape[2]:
                 state[key] = interpolate_pos_embed(state[key], (side, side), model.grid)
-                report.interpolated.append(key)
+                interpolated.append(key)
         if state[key].shape != own[key].shape:
-            found, needed = list(state[key].shape), list(own[key].shape)
-            raise CheckpointError(
-                f"{name} is of another model size: {key} is {found}, the model needs {needed}{_size_hint(state)}"
-            )
-    report.missing = [k for k in own if k not in state and k not in new_head]
-    report.unexpected = [k for k in state if k not in own]
+            found = f"{key} is {list(state[key].shape)}, the model needs {list(own[key].shape)}"
+            dim = state["cls_token"].shape[-1] if "cls_token" in state else None
+            hints = [f"; it fits --model {size}" for size in MODELS if MODELS[size]["embed_dim"] == dim]
+            raise CheckpointError(f"{name} is of another model size: {found}{''.join(hints[:1])}")
     model.load_state_dict({k: state[k] for k in shared}, strict=False)
-    return report
-
-
-def _size_hint(state: dict) -> str:
-    dim = state["cls_token"].shape[-1] if "cls_token" in state else None
-    names = [name for name, size in MODELS.items() if size["embed_dim"] == dim]
-    return f"; it fits --model {names[0]}" if names else ""
+    missing = [k for k in own if k not in state and k not in new_head]
+    return LoadReport(name, layout, shared, new_head, missing, [k for k in state if k not in own], interpolated)
 
 
 _TRANSFORMERS_NAMES = [  # (pattern of transformers' ViTMAE key, key of facebookresearch/mae); both of its generations

@@ -131,7 +131,7 @@ def test_the_half_arm_trains_on_half_of_the_images(flags, tmp_path):
         (["--model", "resnet50", "--micro_batch_size", 4], "resnet50 takes no --micro_batch_size"),
         (["--model", "resnet50", "--weights", "missing.pth"], "checkpoint missing.pth does not exist"),
         (["--model", "mae_tiny", "--img_size", 60], "60"),
-        (["--model", "mae_tiny", "--batch_size", 33], "--batch_size 33 is larger than the 32 training images"),
+        (["--model", "mae_tiny", "--batch_size", 33], "--batch_size 33 is larger than the split's 32 images"),
     ],
 )
 def test_wrong_use_is_refused_in_one_line(flags, tmp_path, wrong, reason):

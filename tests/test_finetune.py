@@ -388,7 +388,7 @@ def test_an_empty_list_of_pets_is_refused(flags, root, tmp_path):
 @pytest.mark.parametrize(
     ("wrong", "reason"),
     [
-        (["--batch_size", 64], "--batch_size 64 is larger than the 32 training images; use at most 32"),
+        (["--batch_size", 64], "--batch_size 64 is larger than the split's 32 images; use at most 32"),
         (["--batch_size", 8, "--micro_batch_size", 3], "nearest valid size is 9"),
         (["--batch_size", 8, "--crop_scale", 0], "--crop_scale must lie in (0, 1], got 0.0"),
         (["--batch_size", 8, "--layer_decay", 0], "--layer_decay must lie in (0, 1], got 0.0"),

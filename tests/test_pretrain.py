@@ -149,7 +149,7 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(flags, tmp_path):
         (["--batch_size", 300], "--batch_size 300 is larger than the split's 16 images; use at most 16"),
         (["--img_size", 60, "--batch_size", 8], "60"),
         (["--mask_ratio", 1, "--batch_size", 8], "mask_ratio must lie in [0, 1)"),
-        (["--blr", -1], "--blr must be a number of at least 0, got -1.0"),
+        (["--blr", -1], "--blr must be at least 0, got -1.0"),
         (["--micro_batch_size", 3, "--batch_size", 8], "nearest valid size is 9"),
         (["--split", "animal", "--animal_fraction", 0.2], "contradicts --split animal"),
     ],
