@@ -62,9 +62,8 @@ def main(kills: int) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         sizes = ["--num_train", 80, "--num_val", 16, "--num_pets", 60]
-        subprocess.run(
-            command("prepare", "demo", "--data_root", folder / "data", *sizes), check=True, capture_output=True
-        )
+        draw = command("prepare", "demo", "--data_root", folder / "data", *sizes)
+        subprocess.run(draw, check=True, capture_output=True)
         flags = [
             "--data_root",
             folder / "data",
@@ -77,11 +76,9 @@ def main(kills: int) -> None:
         ]
         flags += ["--cache_size", 64, "--device", "cpu", "--batch_size", 8, "--warmup_epochs", 1, "--log_every", 3]
         for script in ("pretrain", "finetune"):
-            more = (
-                ["--epochs", 25]
-                if script == "pretrain"
-                else ["--epochs", 40, "--init", folder / "pretrain/killed/model.pt"]
-            )
+            more = ["--epochs", 25]
+            if script == "finetune":
+                more = ["--epochs", 40, "--init", folder / "pretrain/killed/model.pt"]
             resumed = stress(script, [*flags, *more], folder / script, kills)
             print(f"{script}: {kills} kills, {resumed} resumed from a checkpoint, result equal to an undisturbed run")
             assert resumed

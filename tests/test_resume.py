@@ -84,6 +84,28 @@ def test_a_full_disk_while_a_checkpoint_is_written_keeps_the_one_before(flags, t
     assert_same(tmp_path / "undisturbed", tmp_path / "full")
 
 
+def test_a_full_disk_while_the_log_is_written_loses_nothing(flags, tmp_path, monkeypatch):
+    args = [*flags, "--epochs", 4, "--save_minutes", 0]
+    run("pretrain", *args, "--output_dir", tmp_path / "undisturbed")
+    log_line, calls = Run.log, []
+
+    def full(self, event, **fields):
+        calls.append(1)
+        if len(calls) == 6:
+            self._log.write(b'{"event": "tr')
+            self._log.flush()
+            raise OSError(errno.ENOSPC, "No space left on device", str(self.dir / "log.jsonl"))
+        log_line(self, event, **fields)
+
+    monkeypatch.setattr(Run, "log", full)
+    with pytest.raises(OSError, match="No space left"):
+        run("pretrain", *args, "--output_dir", tmp_path / "full")
+    gc.collect()
+    monkeypatch.undo()
+    assert "resumed" in run("pretrain", *args, "--output_dir", tmp_path / "full")
+    assert_same(tmp_path / "undisturbed", tmp_path / "full")
+
+
 def test_a_full_disk_ends_in_one_line(monkeypatch, capsys):
     class Left(Exception):
         pass

@@ -35,7 +35,7 @@ def trained(result) -> list[str]:
 @pytest.fixture(scope="module")
 def study(tmp_path_factory):
     """A finished cut demo on few drawn photos."""
-    folder = tmp_path_factory.mktemp("study with 'odd' name")
+    folder = tmp_path_factory.mktemp("study with 'odd' \"names\"\nund Umläuten $HOME")
     draw = [sys.executable, str(ROOT / "prepare.py"), "demo", "--data_root", str(folder / "data")]
     subprocess.run([*draw, "--num_train", "80", "--num_val", "16", "--num_pets", "48"], check=True, capture_output=True)
     args = ["--demo", "--data_root", folder / "data", "--output", folder / "out", "--cache_dir", folder / "cache"]
