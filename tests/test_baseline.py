@@ -6,7 +6,7 @@ import re
 
 import pytest
 import torch
-from small_runs import IMG, SMALL, drawn_root, log, metrics, needs_photos, refusal, run
+from small_runs import IMG, SMALL, drawn_root, log, metrics, needs_photos, on_two_processes, refusal, run
 from test_finetune import overfit
 from torchvision.models import resnet50
 
@@ -122,6 +122,28 @@ def test_the_supervised_mae_learns(flags, tmp_path):
 def test_the_half_arm_trains_on_half_of_the_images(flags, tmp_path):
     run("baseline", "--model", "mae_tiny", *flags, "--train_fraction", 0.5, "--output_dir", tmp_path / "run")
     assert (metrics(tmp_path / "run")["n_train"], metrics(tmp_path / "run")["updates"]) == (16, 2)
+
+
+TWO_PROCESSES = """
+import hashlib, sys
+import baseline, trainer
+fit, models = trainer.Trainer.fit, []
+trainer.Trainer.fit = lambda self, validate: (models.append(self.model), fit(self, validate))[1]
+baseline.main(baseline.get_args_parser().parse_args(sys.argv[1:]))
+state = models[0].state_dict()
+print("state", len(state), hashlib.sha256(b"".join(v.numpy().tobytes() for v in state.values())).hexdigest())
+"""
+
+
+def test_resnet50_on_two_processes_keeps_equal_weights_and_statistics_and_says_whose_batches_they_see(flags, tmp_path):
+    args = ["--model", "resnet50", *flags, "--epochs", 2, "--output_dir", tmp_path / "two"]
+    first, second = on_two_processes(TWO_PROCESSES, *args)
+    states = [next(line for line in out.splitlines() if line.startswith("state")) for out in (first, second)]
+    assert states[0] == states[1]
+    assert "batch statistics are those of each process's own images" in first
+    kept = load_model(str(tmp_path / "two" / "model.pt"))[0].state_dict()
+    assert kept["backbone.bn1.num_batches_tracked"] in (4, 8)
+    assert kept["backbone.bn1.running_mean"].abs().sum() > 0
 
 
 @pytest.mark.parametrize(
