@@ -7,8 +7,6 @@
 The loop, augmentation, epochs and validation are those of finetune.py; all layers train at the full rate.
 """
 
-from __future__ import annotations
-
 import argparse
 
 from torch import nn

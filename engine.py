@@ -7,8 +7,6 @@ Copy this one file to use it. It works as a single process and under `torchrun` 
     run.log("train", step=1, loss=0.9); run.save(state); state = run.load(); run.finish(weights, metrics)
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import errno
@@ -78,9 +76,6 @@ def launch(main, parser: argparse.ArgumentParser) -> None:
     sys.stdout.flush()
     # Not sys.exit: interpreter shutdown would wait for collectives that others sit in, and gloo's threads may abort in it.
     os._exit(code)
-
-
-# -- Processes, devices, precision ------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -187,9 +182,6 @@ def describe_environment(dist: Distributed, precision: Precision) -> dict:
     return {"versions": versions, "git": revision, "hardware": hardware, "precision": precision.name}
 
 
-# -- Schedule and parameter groups ------------------------------------------------------------------------------------
-
-
 def lr_at(step: int, total_steps: int, warmup_steps: int, lr: float, min_lr: float = 0.0) -> float:
     """Learning rate of a step (0-based): linear warm-up, then half a cosine from lr to min_lr (MAE paper, appendix A)."""
     if step < warmup_steps:
@@ -224,9 +216,6 @@ def param_groups(model: nn.Module, weight_decay: float, layer_decay: float = 1.0
             group["params"].append(p)
             group["names"].append(name)
     return list(groups.values())
-
-
-# -- Progress and files -----------------------------------------------------------------------------------------------
 
 
 class _Lines:
@@ -277,9 +266,6 @@ def write_atomic(path: Path, write) -> None:
 
 def write_json(path: Path, content: dict) -> None:
     write_atomic(path, lambda f: f.write((json.dumps(content, indent=1) + "\n").encode()))
-
-
-# -- Run directories --------------------------------------------------------------------------------------------------
 
 
 class Run:

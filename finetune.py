@@ -9,8 +9,6 @@ The whole network is trained, encoder and decoder, with masking off (the paper, 
 Writes into --output_dir: config.json, log.jsonl, model.pt, metrics.json; then run `evaluate.py test` for the test images.
 """
 
-from __future__ import annotations
-
 import argparse
 
 import torch

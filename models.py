@@ -9,8 +9,6 @@ facebookresearch/mae, so published weights load; the code is written independent
 C channels, H x W pixels, p patch size, L patches, K of them, N tokens (L + 1 with the class token), D features.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -23,9 +21,6 @@ MODELS = {
     "mae_large": dict(embed_dim=1024, depth=24, num_heads=16),
     "mae_huge": dict(embed_dim=1280, depth=32, num_heads=16, patch_size=14),
 }
-
-
-# -- Patches and positions ---------------------------------------------------------------------------------------------
 
 
 def patchify(images: torch.Tensor, patch_size: int) -> torch.Tensor:
@@ -64,9 +59,6 @@ def take_rows(x: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     B, L, D = x.shape
     flat = ids + torch.arange(B, device=ids.device)[:, None] * L
     return x.reshape(B * L, D).index_select(0, flat.flatten()).view(B, -1, D)
-
-
-# -- Transformer blocks ------------------------------------------------------------------------------------------------
 
 
 class PatchEmbed(nn.Module):
@@ -126,9 +118,6 @@ class Block(nn.Module):
         x = x + (attended if scale is None else attended * scale[:, 0, None, None])
         transformed = self.mlp(self.norm2(x))
         return x + (transformed if scale is None else transformed * scale[:, 1, None, None])
-
-
-# -- Masked Autoencoder ------------------------------------------------------------------------------------------------
 
 
 class MaskedAutoencoder(nn.Module):
@@ -283,9 +272,6 @@ def init_weights(module: nn.Module) -> None:
         nn.init.zeros_(module.bias)
 
 
-# -- Segmentation ------------------------------------------------------------------------------------------------------
-
-
 class MAESegmenter(MaskedAutoencoder):
     """The same network with masking off: the decoder's last layer predicts num_classes per pixel (the paper, section 2.1).
 
@@ -363,9 +349,6 @@ class ResNet50Segmenter(nn.Module):
             copy.eval()(image)
         first = 2 * self.backbone.conv1.weight.numel() * (img_size // 2) ** 2
         return 3 * counter.get_total_flops() - first if training else counter.get_total_flops()
-
-
-# -- Building ----------------------------------------------------------------------------------------------------------
 
 
 def build_mae(name: str = "mae_base", **overrides) -> MaskedAutoencoder:

@@ -10,8 +10,6 @@ and --micro_batch_size do not change the result. The paper's validation loss is 
 Writes into --output_dir: config.json, log.jsonl, model.pt, metrics.json, reconstruction.png.
 """
 
-from __future__ import annotations
-
 import argparse
 from pathlib import Path
 

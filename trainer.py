@@ -5,8 +5,6 @@ for the device. At synchronisation points (log lines, validation, every few seco
 a due checkpoint and the first non-finite step, so no process ever acts alone.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import functools
@@ -273,9 +271,6 @@ class Trainer:
             self.meter[0] = sums[self.dist.rank] if len(sums) == self.dist.world_size else statistics.fmean(sums)
         if self.dist.is_main:
             print(f"resumed {self.run.dir} at step {self.step} of {self.total_steps}", flush=True)
-
-
-# -- What every training script does around its loop ------------------------------------------------------------------
 
 
 def build(make, dist: Distributed, args, init: str | None = None, **sizes) -> tuple[nn.Module, str | None]:

@@ -4,8 +4,6 @@ print(load_pretrained(build_segmenter("mae_base"), "mae_pretrain_vit_base.pth"))
 model, checkpoint = load_model("runs/study/seed0/finetune_animal/model.pt")
 """
 
-from __future__ import annotations
-
 import pickle
 import re
 from dataclasses import dataclass
