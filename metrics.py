@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import cache
 
 import numpy as np
 
@@ -26,7 +27,6 @@ def ratio(a, b) -> np.ndarray:
 
 def mean(values, axis: int | None = None) -> np.ndarray:
     """Average what is not nan; nan where nothing is left, without a warning."""
-    values = np.asarray(values, float)
     return ratio(np.nansum(values, axis), np.sum(~np.isnan(values), axis))
 
 
@@ -72,60 +72,39 @@ def boundary_iou(boundary) -> dict[str, dict[str, np.ndarray]]:
     return {level: {"pet": v[0], "pet_or_border": v[1]} for level, v in levels.items()}
 
 
-# -- Student's t --------------------------------------------------------------------------------------------------------
-
-
-def incomplete_beta(a: float, b: float, x: float) -> float:
-    """Regularised incomplete beta function I_x(a, b), by Lentz's continued fraction (DLMF 8.17.22)."""
-    if x <= 0 or x >= 1:
-        return float(x >= 1)
-    if x > (a + 1) / (a + b + 2):  # the fraction converges fast on the other side only
-        return 1 - incomplete_beta(b, a, 1 - x)
-    f, c, d = 1.0, 1.0, 0.0
-    for i in range(1000):
-        m = i // 2
-        if i % 2:
-            term = -(a + m) * (a + b + m) * x / ((a + 2 * m) * (a + 2 * m + 1))
-        else:
-            term = m * (b - m) * x / ((a + 2 * m - 1) * (a + 2 * m)) if i else 1.0
-        d, c = 1 / ((1 + term * d) or 1e-300), (1 + term / c) or 1e-300
-        f *= c * d
-        if i and abs(c * d - 1) < 1e-15:
-            break
-    front = math.exp(math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b) + a * math.log(x) + b * math.log1p(-x))
-    return front * (f - 1) / a
+# -- Student's t: with t = sqrt(df) tan(angle) the density is cos(angle) ** (df - 1), up to a factor
+NODES, WEIGHTS = np.polynomial.legendre.leggauss(200)
 
 
 def t_cdf(t: float, df: float) -> float:
-    """Probability that Student's t with df > 0 degrees of freedom is at most t."""
-    if math.isinf(t) or math.isnan(t):
+    """Probability that Student's t with df >= 1 degrees of freedom is at most t, to 1e-14."""
+    if not math.isfinite(t):
         return math.nan if math.isnan(t) else float(t > 0)
-    if t * t < df:  # near the middle the other form would cancel
-        return 0.5 + math.copysign(0.5 * incomplete_beta(0.5, df / 2, t * t / (df + t * t)), t)
-    tail = 0.5 * incomplete_beta(df / 2, 0.5, df / (df + t * t))
-    return 1 - tail if t > 0 else tail
+    half = min(math.atan(abs(t) / math.sqrt(df)), 40 / math.sqrt(df)) / 2  # beyond 40 deviations there is nothing
+    factor = math.exp(math.lgamma((df + 1) / 2) - math.lgamma(df / 2)) / math.sqrt(math.pi)
+    area = factor * half * float(WEIGHTS @ np.cos(half * (NODES + 1)) ** (df - 1))
+    return 0.5 + math.copysign(min(0.5, area), t)
 
 
+@cache
 def t_quantile(p: float, df: float) -> float:
     """Invert t_cdf for p in (0, 1), by bisection."""
     if not 0 < p < 1:
         raise ValueError(f"a quantile needs a probability in (0, 1), got {p}")
-    low, high = -1.0, 0.0
-    while t_cdf(low, df) > min(p, 1 - p):
-        low *= 2
+    low, high = -math.pi / 2, 0.0
     for _ in range(80):
         middle = (low + high) / 2
-        low, high = (middle, high) if t_cdf(middle, df) < min(p, 1 - p) else (low, middle)
-    return math.copysign(low, p - 0.5) if p != 0.5 else 0.0
+        below = t_cdf(math.sqrt(df) * math.tan(middle), df) < min(p, 1 - p)
+        low, high = (middle, high) if below else (low, middle)
+    return math.copysign(math.sqrt(df) * math.tan(low), p - 0.5)
 
 
 def t_interval(values, level: float = 0.95) -> tuple[float, float, float]:
     """Mean and confidence interval of a normal mean from values [n] -> (mean, low, high); n = 1: nan limits."""
-    x = np.asarray(values, float)
-    center, half = float(x.mean()), math.nan
+    x, half = np.asarray(values, float), math.nan
     if len(x) > 1:
         half = t_quantile(0.5 + level / 2, len(x) - 1) * float(x.std(ddof=1)) / math.sqrt(len(x))
-    return center, center - half, center + half
+    return float(x.mean()), float(x.mean()) - half, float(x.mean()) + half
 
 
 def t_statistic(differences, expected: float = 0.0) -> float:
@@ -139,28 +118,25 @@ def t_statistic(differences, expected: float = 0.0) -> float:
 
 def paired_t_test(differences) -> float:
     """Two-sided p-value of "the mean of differences [n] is 0"; nan for n < 2."""
-    return 2 * t_cdf(-abs(t_statistic(differences)), len(differences) - 1)
+    return 2 * t_cdf(-abs(t_statistic(differences)), max(len(differences) - 1, 1))
 
 
 def tost(differences, margin: float) -> float:
     """P-value of equivalence: small when the mean of differences [n] lies within (-margin, margin); nan for n < 2."""
-    df = len(differences) - 1
-    return max(t_cdf(-t_statistic(differences, -margin), df), t_cdf(t_statistic(differences, margin), df))
+    sides = -t_statistic(differences, -margin), t_statistic(differences, margin)
+    return max(t_cdf(t, max(len(differences) - 1, 1)) for t in sides)
 
 
 def holm(p_values) -> np.ndarray:
     """Correct p-values [m] for m tests, step down (Holm 1979); nan stays nan and does not count as a test."""
     p = np.asarray(p_values, float)
-    order = [i for i in np.argsort(p) if not np.isnan(p[i])]
-    out, worst = np.full(p.shape, np.nan), 0.0
-    for rank, i in enumerate(order):
-        worst = out[i] = min(1.0, max(worst, (len(order) - rank) * p[i]))
+    order, out = np.argsort(p), np.empty(p.shape)  # nan comes last
+    left = np.sum(~np.isnan(p)) - np.arange(len(p))
+    out[order] = np.minimum(1, np.maximum.accumulate(left * p[order]))
     return out
 
 
-# -- Bootstrap over images ----------------------------------------------------------------------------------------------
-
-
+# -- Bootstrap over images
 def bootstrap(records, statistic: Callable, resamples: int = 10_000, level: float = 0.95, seed: int = 0):
     """Interval of a statistic of summed records over n images -> (value, low, high).
 
@@ -170,15 +146,14 @@ def bootstrap(records, statistic: Callable, resamples: int = 10_000, level: floa
     """
     x = np.asarray(records, float)
     n, value, rng, draws = len(x), statistic(x.sum(0)), np.random.default_rng(seed), []
-    flat, chunk = x.reshape(n, -1), max(1, 2_000_000 // n)
+    chunk = max(1, 2_000_000 // n)
     for start in range(0, resamples, chunk):  # a bounded piece of the [resamples, n] weights at a time
         rows = min(chunk, resamples - start)
         picks = rng.integers(0, n, (rows, n)) + n * np.arange(rows)[:, None]
         weights = np.bincount(picks.ravel(), minlength=rows * n).reshape(rows, n)
-        draws.append(statistic((weights @ flat).reshape(rows, *x.shape[1:])))
+        draws.append(statistic((weights @ x.reshape(n, -1)).reshape(rows, *x.shape[1:])))
     tails = np.nanquantile(np.concatenate(draws), [0.5 - level / 2, 0.5 + level / 2], axis=0)
-    low, high = value + (tails - value) * math.sqrt(n / max(n - 1, 1))
-    return value, low, high
+    return value, *(value + (tails - value) * math.sqrt(n / max(n - 1, 1)))
 
 
 def paired_bootstrap(records_a, records_b, statistic: Callable, resamples: int = 10_000, level=0.95, seed: int = 0):
