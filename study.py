@@ -12,7 +12,6 @@ import json
 import math
 import zipfile
 from collections import Counter
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,33 +30,22 @@ ARMS = {  # with the paper's Table 2: loss, IoU, accuracy in percent
     ("finetune", "all"): ("Finetuned-All", None),
 }
 RESNET, SUPERVISED, ANIMAL, HALF, NON_ANIMAL, MIXED, PETS, ALL = ARMS
-PLANNED = [
-    (ANIMAL, NON_ANIMAL),
-    (ANIMAL, MIXED),
-    (ANIMAL, HALF),
-    (ANIMAL, SUPERVISED),
-    (NON_ANIMAL, SUPERVISED),
-    (ANIMAL, RESNET),
-]
-PRETRAINED = {"animal": "animals", "non_animal": "non-animals", "mixed": "mixed", "pets": "Pets", "all": "all of COCO"}
+PLANNED = [(ANIMAL, NON_ANIMAL), (ANIMAL, MIXED), (ANIMAL, HALF), (ANIMAL, SUPERVISED), (NON_ANIMAL, SUPERVISED),
+           (ANIMAL, RESNET)]  # fmt: skip
+PRETRAINED = {"animal": "animals", "non_animal": "non-animals", "mixed": "mixed", "pets": "Pets", "all": "all of COCO",
+              "mae": "no pre-training"}  # fmt: skip
 MARGIN = 0.5  # IoU points within which two arms count as equivalent
-NAMES = ["loss", "iou", "iou_background", "iou_border", "miou", "iou_border_as_pet", "iou_border_ignored", "accuracy"]
-NAMES += ["boundary_pet", "boundary_pet_or_border"]
+NAMES = ["loss", "iou", "iou_background", "iou_border", "miou", "iou_border_as_pet", "iou_border_ignored", "accuracy",
+         "boundary_pet", "boundary_pet_or_border"]  # fmt: skip
 DRAWN = {"seed", "split_seed", "train", "init"}  # what a seed changes
-DEFINING = {
-    "split",
-    "num_images",
-    "animal_fraction",
-    "animal_images",
-    "train_fraction",
-    "equal_updates",
-    "n_train",
-    "updates",
-}
+DEFINING = {"split", "num_images", "animal_fraction", "animal_images", "train_fraction", "equal_updates", "n_train",
+            "updates"}  # fmt: skip
 RECIPE = {"model", "blr", "layer_decay", "drop_path", "weights", "head", "freeze"}  # what belongs to a kind of network
 
 
 class StudyError(ValueError):
+    """A folder that is no study, or whose study.tsv cannot be read."""
+
     exit_code = 2
 
 
@@ -72,66 +60,55 @@ class Estimate(NamedTuple):
         return Estimate(*(float(factor * v) for v in self))
 
 
-@dataclass
-class Run:
-    """One line of study.tsv with what its folder holds; `problem` says why it cannot be used."""
-
-    seed: int
-    stage: str
-    arm: str
-    name: str
-    problem: str | None = None
-    config: dict = field(default_factory=dict)
-    metrics: dict = field(default_factory=dict)
-    log: list = field(default_factory=list)
-    test: dict = field(default_factory=dict)
-    settings: dict = field(default_factory=dict)
-
-    @property
-    def key(self) -> tuple[str, str]:
-        return self.stage, self.arm
-
-    def iou(self, name: str = "iou") -> float:
-        return float(scores(self.test["counts"].sum(0))[name])
-
-
-# -- Reading ------------------------------------------------------------------------------------------------------------
-
-
 def load_npz(path: Path) -> dict:
     with np.load(path, allow_pickle=False) as arrays:
         return dict(arrays)
 
 
-def load_run(study: Path, seed: int, stage: str, arm: str, name: str) -> Run:
-    """Read a run's folder; whatever is wrong with it becomes its `problem`."""
-    run, path = Run(seed, stage, arm, name), study / name
-    try:
+class Run:
+    """One line of study.tsv with what its folder holds; `problem` says why it cannot be used, whatever is wrong."""
+
+    def __init__(self, study: Path, seed: str, stage: str, arm: str, name: str):
+        self.seed, self.stage, self.arm, self.name, self.key = int(seed), stage, arm, name, (stage, arm)
+        self.config, self.settings, self.log, self.metrics, self.test = {}, {}, [], {}, {}
+        try:
+            self.problem = self._read(study / name)
+        except (ValueError, TypeError, AttributeError, OSError, LookupError, zipfile.BadZipFile) as error:
+            self.problem = f"unreadable: {type(error).__name__}: {error}".splitlines()[0]
+        self.test = {} if self.problem else self.test
+
+    def _read(self, path: Path) -> str | None:
         if not (path / "config.json").exists():
-            raise LookupError("missing: not started (no config.json)")
-        c = run.config = json.loads((path / "config.json").read_text())
-        run.settings = {k: v for k, v in c["experiment"].items() if k not in DRAWN}
-        run.settings |= {k: c[k] for k in ("n_train", "updates")}
+            return "missing: not started (no config.json)"
+        c = json.loads((path / "config.json").read_text())
+        settings = {k: v for k, v in c["experiment"].items() if k not in DRAWN}
+        settings |= {k: c[k] for k in ("n_train", "updates")}
         _ = c["n_unique"], c["args"].keys()  # the least that the tables need
+        self.config, self.settings = c, settings
         if (path / "log.jsonl").exists():
             lines = (path / "log.jsonl").read_bytes().split(b"\n")[:-1]  # a line being written has no end yet
-            run.log = [json.loads(line) for line in lines if line]
+            self.log = [json.loads(line) for line in lines if line]
         if not (path / "metrics.json").exists():
-            step = max((line.get("step", 0) for line in run.log), default=0)
-            raise LookupError(f"unfinished: no metrics.json (logged up to update {step:,} of {c['updates']:,})")
-        run.metrics = json.loads((path / "metrics.json").read_text())
-        if stage != "pretrain":
-            if not (path / "test.npz").exists():
-                raise LookupError(f"not tested: no test.npz (python evaluate.py test {path})")
-            run.test = load_npz(path / "test.npz")
-            _ = records_of(run), records_of(run, native=True), run.metrics["best"]["iou"], run.test["ids"][0]
-    except (ValueError, TypeError, OSError, LookupError, zipfile.BadZipFile) as error:
-        plain = type(error) is LookupError
-        run.problem, run.test = (
-            str(error) if plain else f"unreadable: {type(error).__name__}: {error}".splitlines()[0],
-            {},
-        )
-    return run
+            step = max((line.get("step", 0) for line in self.log), default=0)
+            return f"unfinished: no metrics.json (logged up to update {step:,} of {c['updates']:,})"
+        self.metrics = json.loads((path / "metrics.json").read_text())
+        if self.stage == "pretrain":
+            return None
+        if not (path / "test.npz").exists():
+            return f"not tested: no test.npz (python evaluate.py test {path})"
+        self.test = load_npz(path / "test.npz")
+        _ = self.records(), self.records(native=True), self.metrics["best"]["iou"], self.test["ids"][0]
+        return None
+
+    def records(self, native: bool = False) -> np.ndarray:
+        """One row of sums per test image [n, 15]: 9 counts, loss, pixels, boundary intersections and unions."""
+        end, sums = "_native" * native, np.stack([self.test["loss_sum"], self.test["pixels"]], 1)
+        counts, edges = (self.test[k + end].reshape(len(sums), -1) for k in ("counts", "boundary"))
+        return np.concatenate([counts, sums, edges], axis=1).astype(float)
+
+    def iou(self, name: str = "iou") -> float:
+        """Score the test images together."""
+        return float(scores(self.test["counts"].sum(0))[name])
 
 
 def differing(a: dict, b: dict, ignore: set = frozenset()) -> list[str]:
@@ -148,20 +125,16 @@ class Study:
         if not table.is_file():
             raise StudyError(f"{path} is no study: it has no study.tsv; give the folder that run_all.sh wrote")
         try:
-            rows = [line.split("\t") for line in table.read_text().splitlines() if line]
-            self.runs = [load_run(path, int(seed), stage, arm, name) for seed, stage, arm, name in rows]
-        except ValueError:
+            self.runs = [Run(path, *line.split("\t")) for line in table.read_text().splitlines() if line]
+        except (ValueError, TypeError):
             raise StudyError(f"{table} is damaged: its lines must be seed, stage, arm and folder, with tabs") from None
         if not self.runs:
             raise StudyError(f"{table} lists no runs; start the study with run_all.sh")
         self.path, self.find = path, {(r.seed, *r.key): r for r in self.runs}
         self._check_siblings()
         self.notes = [f"`{r.name}` is {r.problem}" for r in self.runs if r.problem]
-        self.groups = {
-            k: self._group([r for r in self.runs if r.key == k]) for k in dict.fromkeys(r.key for r in self.runs)
-        }
-        for stage in ("pretrain", "finetune"):
-            self._compare_arms(stage)
+        self.groups = {key: self._group(key) for key in dict.fromkeys(r.key for r in self.runs)}
+        self._compare_arms()
         self.reference = load_npz(path / "reference.npz") if (path / "reference.npz").exists() else {}
         if not self.reference:
             self.notes.append("`reference.npz` is missing, so trivial predictors are not shown")
@@ -184,34 +157,26 @@ class Study:
                 if not run.problem and len(starts) > 1:
                     run.problem = f"not comparable: it started from other weights than `{first.name}`"
 
-    def _group(self, runs: list[Run]) -> list[list[Run]]:
-        """Usable runs in groups of equal settings, the largest first."""
+    def _group(self, key: tuple) -> list[list[Run]]:
+        """Usable runs of an arm in groups of equal settings, the largest first."""
         groups: list[list[Run]] = []
-        for run in (r for r in runs if not r.problem):
+        for run in (r for r in self.runs if r.key == key and not r.problem):
             home = next((g for g in groups if not differing(run.settings, g[0].settings)), None)
             groups.append([run]) if home is None else home.append(run)
         groups.sort(key=len, reverse=True)
         for run in (r for g in groups[1:] for r in g):
-            first, changes = groups[0][0], differing(run.settings, groups[0][0].settings)
-            self.notes.append(
-                f"`{run.name}` has other settings than `{first.name}` ({'; '.join(changes)}): not averaged"
-            )
+            first, changes = groups[0][0], "; ".join(differing(run.settings, groups[0][0].settings))
+            self.notes.append(f"`{run.name}` has other settings than `{first.name}` ({changes}): not averaged")
         return groups
 
-    def _compare_arms(self, stage: str) -> None:
+    def _compare_arms(self) -> None:
         """Name arms whose settings differ from those of the animal arm beyond what defines the arm."""
-        first = self.main((stage, "animal"))
-        for key in self.groups if first else ():
-            if key[0] == stage or (stage, key[0]) == ("finetune", "baseline"):
-                changes = [
-                    c
-                    for r in self.main(key)[:1]
-                    for c in differing(r.settings, first[0].settings, self.free(key, first[0].key))
-                ]
-                if changes:
-                    self.notes.append(
-                        f"all of `{'_'.join(key)}` has other settings than `{stage}_animal` ({'; '.join(changes)})"
-                    )
+        for key, run in ((k, g[0][0]) for k, g in self.groups.items() if g):
+            stage = "pretrain" if key[0] == "pretrain" else "finetune"
+            free = self.free(key, (stage, "animal")) | ({"epochs"} if key == RESNET else set())  # with its own schedule
+            for first in self.main((stage, "animal"))[:1]:
+                if changes := "; ".join(differing(run.settings, first.settings, free)):
+                    self.notes.append(f"all of `{'_'.join(key)}` has other settings than `{stage}_animal` ({changes})")
 
     def free(self, a: tuple, b: tuple) -> set:
         """Settings that may differ between two arms."""
@@ -228,37 +193,27 @@ class Study:
         """The runs of an arm that count: the largest group of equal settings."""
         return (self.groups.get(key) or [[]])[0]
 
+    def arrays(self, keys: list[tuple], name: str) -> list[tuple[tuple, dict]]:
+        """Load a file of each arm's first run, where it exists -> [(arm, arrays)]."""
+        paths = [(key, self.path / run.name / name) for key in keys for run in self.main(key)[:1]]
+        return [(key, load_npz(path)) for key, path in paths if path.exists()]
+
     def left_out(self, key: tuple) -> str:
         bad = [r for r in self.runs if r.key == key and r not in self.main(key)]
         return "; ".join(f"without seed {r.seed} ({r.problem or 'other settings'})" for r in bad)
 
 
-# -- Scores with intervals ----------------------------------------------------------------------------------------------
-
-
-def records_of(run: Run, native: bool = False) -> np.ndarray:
-    """One row of sums per test image [n, 15]: 9 counts, loss, pixels, boundary intersections and unions."""
-    counts, boundary = (
-        run.test[k + "_native" * native].reshape(len(run.test["ids"]), -1) for k in ("counts", "boundary")
-    )
-    return np.concatenate([counts, np.stack([run.test["loss_sum"], run.test["pixels"]], 1), boundary], axis=1).astype(
-        float
-    )
-
-
 def all_scores(sums: np.ndarray) -> np.ndarray:
-    """Sums [..., 15] -> the scores of NAMES [..., 10]."""
-    s = scores(sums[..., :9].reshape(*sums.shape[:-1], 3, 3)) | {"loss": ratio(sums[..., 9], sums[..., 10])}
-    s |= {
-        "boundary_pet": ratio(sums[..., 11], sums[..., 12]),
-        "boundary_pet_or_border": ratio(sums[..., 13], sums[..., 14]),
-    }
+    """Score sums of records [..., 15] -> the scores of NAMES [..., 10]."""
+    loss, pet, pet_or_border = (ratio(sums[..., k], sums[..., k + 1]) for k in (9, 11, 13))
+    s = scores(sums[..., :9].reshape(*sums.shape[:-1], 3, 3))
+    s |= {"loss": loss, "boundary_pet": pet, "boundary_pet_or_border": pet_or_border}
     return np.stack([s[k] for k in NAMES], axis=-1)
 
 
 def estimates(runs: list[Run], native=False, per_image=False, resamples=10_000) -> dict[str, Estimate]:
     """Mean of each score over seeds with its t-interval; of a single run the value with the bootstrap over test images."""
-    tables, statistic = [records_of(r, native) for r in runs], all_scores
+    tables, statistic = [r.records(native) for r in runs], all_scores
     if per_image:
         values = [all_scores(t) for t in tables]
         tables = [np.stack([np.nan_to_num(v), ~np.isnan(v)], axis=-1) for v in values]
@@ -272,22 +227,9 @@ def estimates(runs: list[Run], native=False, per_image=False, resamples=10_000) 
 def compare(study: Study, a: tuple, b: tuple) -> dict:
     """Paired differences a - b of the test IoU in points, seed by seed, and why they may not be tested."""
     pairs = [(x, y) for x in study.main(a) for y in study.main(b) if x.seed == y.seed]
-    values, reasons = (
-        [100 * (x.iou() - y.iou()) for x, y in pairs],
-        [["no seed has both runs"], ["one seed"], []][min(len(pairs), 2)],
-    )
+    values = [100 * (x.iou() - y.iou()) for x, y in pairs]
     images = [paired_bootstrap(x.test["counts"], y.test["counts"], lambda c: scores(c)["iou"]) for x, y in pairs]
-    row = {
-        "label": f"{label_of(a)} − {label_of(b)}",
-        "pair": (a, b),
-        "seeds": [x.seed for x, _ in pairs],
-        "values": values,
-    }
-    row |= {
-        "images": [Estimate(*i).times(100) for i in images],
-        "mean": Estimate(*t_interval(values)) if pairs else None,
-    }
-    row["miou"] = 100 * float(np.mean([x.iou("miou") - y.iou("miou") for x, y in pairs])) if pairs else None
+    reasons = [["no seed has both runs"], ["one seed"], []][min(len(pairs), 2)]
     for pair in pairs:
         before = [study.pretraining(r) for r in pair if r.stage == "finetune"]
         if any(p is None or not p.config for p in before):
@@ -301,12 +243,15 @@ def compare(study: Study, a: tuple, b: tuple) -> dict:
                 if len({r.config[key] for r in runs}) > 1 and (key != "n_unique" or same_size):
                     reasons.append(f"{what} {noun} {' / '.join(f'{r.config[key]:,}' for r in runs)}")
         reasons += differing(pair[0].settings, pair[1].settings, study.free(a, b))
-    row["reason"] = "; ".join(dict.fromkeys(reasons))
     tested = pairs and not reasons
-    return row | {
-        "p": paired_t_test(values) if tested else math.nan,
+    return {
+        "label": f"{label_of(a)} − {label_of(b)}", "pair": (a, b), "seeds": [x.seed for x, _ in pairs],
+        "values": values, "images": [Estimate(*i).times(100) for i in images],
+        "mean": Estimate(*t_interval(values)) if pairs else None,
+        "miou": 100 * float(np.mean([x.iou("miou") - y.iou("miou") for x, y in pairs])) if pairs else None,
+        "reason": "; ".join(dict.fromkeys(reasons)), "p": paired_t_test(values) if tested else math.nan,
         "tost": tost(values, MARGIN) if tested else math.nan,
-    }
+    }  # fmt: skip
 
 
 def planned(study: Study) -> list[dict]:
@@ -316,15 +261,13 @@ def planned(study: Study) -> list[dict]:
 
 
 def label_of(key: tuple) -> str:
-    stage, arm = key
-    if stage == "pretrain":
-        return f"pre-training ({pretrained(arm)})"
-    return ARMS[key][0] if key in ARMS else f"{pretrained(arm)}"
+    """Name an arm as the paper does."""
+    name = pretrained(key[1])
+    return f"pre-training ({name})" if key[0] == "pretrain" else ARMS.get(key, (name,))[0]
 
 
 def pretrained(arm: str) -> str:
     """Name pre-training images: those of a dose, or of an arm with part of the labels."""
     name, _, labels = arm.partition("_labels_")
-    name = "no pre-training" if name == "mae" else PRETRAINED.get(name, name)
-    name = f"{100 * float(name[5:]):g} % animals" if name.startswith("dose_") else name
+    name = f"{100 * float(name[5:]):g} % animals" if name.startswith("dose_") else PRETRAINED.get(name, name)
     return f"{name}, {100 * float(labels):g} % of labels" if labels else name

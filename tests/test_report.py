@@ -234,9 +234,29 @@ def test_runs_of_other_test_images_or_weights_are_left_out(two_seeds):
     assert "`seed0/finetune_half` is not comparable: it started from other weights than `seed0/finetune_animal`" in text
 
 
-def test_an_arm_with_other_settings_than_the_animal_arm_is_named(finished):
-    _, text = finished
-    assert "all of `baseline_resnet50` has other settings than `finetune_animal` (epochs 3 instead of 10)" in text
+def test_an_arm_with_other_settings_than_the_animal_arm_is_named(two_seeds):
+    for seed in (0, 1):
+        edit(two_seeds / f"seed{seed}/finetune_mixed/config.json", lambda c: c["experiment"].update(epochs=7))
+    text = report(two_seeds)
+    assert "## Runs that are missing or differ" in text
+    assert "all of `finetune_mixed` has other settings than `finetune_animal` (epochs 7 instead of 3)" in text
+
+
+def test_epochs_of_the_resnet_baseline_alone_are_a_remark_and_no_alarm(finished, two_seeds):
+    study, text = finished
+    assert "Runs that are missing or differ" not in text and "but for the epochs of ResNet-50." in text
+    section = text.split("## What each arm was trained on")[1].split("## ")[0]
+    assert "ResNet-50 was trained for 3 epochs, the MAE arms for 10" in section
+    assert [arm(table(study, "arms"), k)["epochs"] for k in ("ResNet-50", "Finetuned-Animals")] == [3, 10]
+    assert "ResNet-50 was trained for" not in report(two_seeds)  # as long as the others
+
+    def longer(config):
+        config["experiment"].update(epochs=5)
+        config["args"].update(epochs=5)
+
+    edit(two_seeds / "seed1/baseline_resnet50/config.json", longer)  # but its seeds must agree
+    words = "`seed1/baseline_resnet50` has other settings than `seed0/baseline_resnet50` (epochs 5 instead of 3)"
+    assert words in report(two_seeds)
 
 
 def test_the_dose_curve_takes_the_studys_own_arms_only_where_they_are_equal(finished, tmp_path):
