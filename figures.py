@@ -57,20 +57,21 @@ def image_grid(path, rows: list[tuple[str, np.ndarray]], block: int = 0, legend:
     save(fig, path)
 
 
-def curve_panels(path, panels: dict[str, float | None], curves: dict[str, dict]) -> None:
-    """Draw one panel per name (with a line at a loss, or None) with the curves of all arms against the epoch.
+def curve_panels(path, panels: dict[str, tuple], arms: dict[str, tuple[str, list]]) -> None:
+    """Draw one panel per title with the curves of all arms against the epoch; seeds thin, their mean thick.
 
-    curves: arm -> {"label", "runs": [{panel: (epochs [n], values [n])} per seed]}. Seeds thin, their mean thick.
+    panels: title -> (event, field, height of a line or None); arms: arm -> (label, the log of each seed's run).
     """
     fig, axes = plt.subplots(1, len(panels), figsize=(4.3 * len(panels), 3.4), squeeze=False)
-    for axis, (name, zero) in zip(axes[0], panels.items(), strict=True):
-        for arm, curve in curves.items():
-            (colour, line, _), runs = style(arm), [r[name] for r in curve["runs"] if r[name].size]
+    for axis, (name, (event, key, zero)) in zip(axes[0], panels.items(), strict=True):
+        for arm, (label, logs) in arms.items():
+            points = [[(x["epoch"], x[key]) for x in log if x["event"] == event and key in x] for log in logs]
+            (colour, line, _), runs = style(arm), [np.array(p).T for p in points if p]
             for x, y in runs if len(runs) > 1 else ():
                 axis.plot(x, y, line, color=colour, lw=0.8, alpha=0.45)
             if runs:
                 x, y = np.mean([r for r in runs if np.array_equal(r[0], runs[0][0])], axis=0)
-                axis.plot(x, y, line, marker="." * (len(x) < 12), color=colour, lw=1.8, label=curve["label"])
+                axis.plot(x, y, line, marker="." * (len(x) < 12), color=colour, lw=1.8, label=label)
         if zero is not None:
             place = {"transform": axis.get_yaxis_transform(), "ha": "right", "va": "bottom", "fontsize": 9}
             axis.axhline(zero, color="#555555", ls="--", lw=1.2)
@@ -79,7 +80,7 @@ def curve_panels(path, panels: dict[str, float | None], curves: dict[str, dict])
         axis.xaxis.set_major_locator(plt.MaxNLocator(6, integer=True))
     named = {k: v for axis in axes[0] for v, k in zip(*axis.get_legend_handles_labels(), strict=True)}
     fig.tight_layout()
-    fig.legend(named.values(), named, loc="upper center", bbox_to_anchor=(0.5, 0.02), ncols=min(5, len(named)))
+    fig.legend(named.values(), named, loc="upper center", bbox_to_anchor=(0.5, 0.02), ncols=min(5, len(named) or 1))
     save(fig, path)
 
 

@@ -17,14 +17,15 @@ import re
 import sys
 from pathlib import Path
 
-import numpy as np
-
 import figures
-from metrics import CLASSES, ratio, scores, t_interval
+from metrics import CLASSES, scores, t_interval
 from study import ARMS, MARGIN, PRETRAINED, Estimate, Study, StudyError, estimates, label_of, planned, pretrained
 
 RESNET, SUPERVISED, ANIMAL, HALF, NON_ANIMAL, MIXED, PETS, ALL = ARMS
-TRIVIAL = {"all_animal": "all animal", "all_background": "all background", "mean_mask": "mean training mask"}
+REFERENCES = {
+    "stride32": "best score a stride-32 output could reach", "all_animal": "trivial: all animal",
+    "all_background": "trivial: all background", "mean_mask": "trivial: mean training mask",
+}  # fmt: skip
 PAPER = {  # model, input size, epochs and images of the paper's protocol
     ("pretrain", "animal"): ("mae_base", 224, 150, 25_739), ("pretrain", "mixed"): ("mae_base", 224, 150, 25_918),
     ANIMAL: ("mae_base", 224, 100, 5_144), RESNET: ("resnet50", 224, 100, None),
@@ -32,7 +33,6 @@ PAPER = {  # model, input size, epochs and images of the paper's protocol
 FLAGS = ("epochs", "batch_size", "blr", "weight_decay", "warmup_epochs", "min_lr", "layer_decay", "drop_path", "crop_scale",
          "flips", "clip_grad", "mask_ratio", "norm_pix_loss", "cache_size", "img_size", "model")  # fmt: skip
 FIGURES = ("forest", "curves", "distribution", "pretraining", "reconstruction", "masks", "dose", "labels", "scatter")
-LOSSES = ("loss_animal", "loss_non_animal")
 PARAGRAPHS = [p.split(": ", 1) for p in Path(__file__).with_suffix(".txt").read_text().split("\n\n")[1:]]
 TEXTS = {name: " ".join(words.split()) for name, words in PARAGRAPHS}
 TABLES = {k.removeprefix("table "): v for k, v in TEXTS.items() if k.startswith("table ")}
@@ -133,7 +133,13 @@ class Report:
         return found
 
     def table2(self) -> list[dict]:
-        rows = []
+        """Score all arms, the limit of a stride-32 output below ResNet-50, and predictors that look at no image."""
+        rows, references = [], []
+        for name, label in REFERENCES.items():
+            for counts in [v for k, v in self.study.reference.items() if k == f"counts_{name}"]:
+                s = {k: float(v) for k, v in scores(counts.sum(0)).items()}
+                row = {"arm": label, "iou": s["iou"], "accuracy": 100 * s["accuracy"], "miou": s["miou"]}
+                references.append(row | {"reference": name})
         for key, (label, paper) in ARMS.items():
             groups = self.study.groups.get(key)
             for i, runs in enumerate(groups or [[]] if paper or groups is not None else []):
@@ -146,14 +152,8 @@ class Report:
                     row |= zip(("paper_loss", "paper_iou", "paper_accuracy"), paper, strict=True)
                 row["note"] = "not part of this study" if groups is None else "" if i else self.study.left_out(key)
                 rows.append(row)
-            rows += self.reference("best score a stride-32 output could reach", "stride32") if key == RESNET else []
-        return rows + [row for name, label in TRIVIAL.items() for row in self.reference(f"trivial: {label}", name)]
-
-    def reference(self, label: str, name: str) -> list[dict]:
-        counts = [self.study.reference[k] for k in [f"counts_{name}"] if k in self.study.reference]
-        found = [{k: float(v) for k, v in scores(c.sum(0)).items()} for c in counts]
-        return [{"arm": label, "iou": s["iou"], "accuracy": 100 * s["accuracy"], "miou": s["miou"], "reference": name}
-                for s in found]  # fmt: skip
+            rows += [r for r in references if key == RESNET and r["reference"] == "stride32"]
+        return rows + [r for r in references if r["reference"] != "stride32"]
 
     def headline(self, table: list[dict]) -> str:
         """Say in a sentence what was found, no more strongly than the seeds allow."""
@@ -161,22 +161,15 @@ class Report:
         if not arms:
             return "No arm has been trained and tested yet."
         low, high = (f"{r['iou'].value:.3f} ({r['arm']})" for r in (arms[0], arms[-1]))
-        trivial = [r["iou"] for r in table if r.get("reference") in TRIVIAL]
+        trivial = [r["iou"] for r in table if r["arm"].startswith("trivial")]
         best = f"; the best trivial predictor has {max(trivial):.3f}" if trivial else ""
         text = f"On {self.data}, test IoU runs from {low} to {high}{best}."
         for row in (r for r in self.rows if r["pair"] == (ANIMAL, NON_ANIMAL) and r["values"]):
-            mean, n = row["mean"], len(row["values"])
-            text += f" Pre-training on animals instead of non-animals changes it by {mean.value:+.1f} points"
-            if n == 1:
-                return text + ": one seed, which cannot show whether another would repeat it."
-            text += f" (95 % interval {mean.low:+.1f} to {mean.high:+.1f}, {n} seeds)"
-            if row["holm"] < 0.05:
-                return text + f", a difference beyond the seeds' noise (Holm-corrected p = {row['holm']:.3f})."
-            if row["tost"] < 0.05:
-                return text + f": equivalent within ±{MARGIN} points (TOST p = {row['tost']:.3f})."
-            if mean.low <= 0 <= mean.high:
-                return text + ": these seeds neither show a difference nor rule one out."
-            text += f"; not tested: {row['reason']}." if row["reason"] else ", not significant after correction."
+            m, n = row["mean"], len(row["values"])
+            verdicts = {"one": n == 1, "differs": row["holm"] < 0.05, "equal": row["tost"] < 0.05,
+                        "open": m.low <= 0 <= m.high, "untested": row["reason"], "unsure": True}  # fmt: skip
+            verdict = TEXTS["verdict " + next(k for k, holds in verdicts.items() if holds)]
+            text += f" {TEXTS['verdict']} {verdict}".format(m=m, n=n, margin=MARGIN, **row)
         return text
 
     def differences(self) -> None:
@@ -232,30 +225,25 @@ class Report:
         self.add(TEXTS["validation"])
         self.table("validation", kept)
 
-    def curves(self, name: str, keys: list[tuple], fields: dict[str, tuple], zero: dict | None = None) -> None:
-        """Draw logged curves of arms: fields panel -> (event, field), zero: field -> the loss of predicting zero."""
-        curves = {}
-        for key in keys:
-            logs = [[(event, r.log, field) for event, field in fields.values()] for r in self.main(key)]
-            runs = [[np.array([(x["epoch"], x[f]) for x in log if x["event"] == e and f in x], float).reshape(-1, 2).T
-                     for e, log, f in parts] for parts in logs]  # fmt: skip
-            if any(points.size for run in runs for points in run):
-                runs = [dict(zip(fields, run, strict=True)) for run in runs]
-                curves[key[1]] = {"label": label_of(key) if key in ARMS else pretrained(key[1]), "runs": runs}
-        if curves:
-            panels = {panel: (zero or {}).get(field) for panel, (_, field) in fields.items()}
-            self.figure(name, figures.curve_panels, panels, curves)
+    def curves(self, name: str, keys: list[tuple], panels: dict[str, tuple]) -> None:
+        """Draw logged curves of arms; panels: title -> (event, field, loss of predicting zero or None)."""
+        arms = {k: [r.log for r in self.main(k) if r.log] for k in keys}
+        arms = {k[1]: (label_of(k) if k in ARMS else pretrained(k[1]), logs) for k, logs in arms.items() if logs}
+        if arms:
+            self.figure(name, figures.curve_panels, panels, arms)
 
     def learning(self) -> None:
         self.add("## Learning curves and examples")
-        fields = {"training cross-entropy": ("train", "loss"), "validation cross-entropy": ("val", "loss")}
-        fields["validation IoU"] = ("val", "iou")
-        self.curves("curves", [ANIMAL, HALF, SUPERVISED, RESNET], fields)
-        self.curves("distribution", [ANIMAL, NON_ANIMAL, MIXED, PETS, ALL], fields)
-        keys, kinds = [("pretrain", a) for a in PRETRAINED], ("animal", "non_animal")
-        fields = {f"loss on {k.replace('_', '-')} images": ("val", f"loss_{k}") for k in kinds}
-        zeros = [r.metrics.get("predict_zero", {}) for k in keys for r in self.main(k)]
-        self.curves("pretraining", keys, fields, {f"loss_{k}": zeros[0].get(k) for k in kinds} if zeros else None)
+        panels = {
+            f"{k} cross-entropy": (event, "loss", None) for k, event in (("training", "train"), ("validation", "val"))
+        }
+        panels["validation IoU"] = ("val", "iou", None)
+        self.curves("curves", [ANIMAL, HALF, SUPERVISED, RESNET], panels)
+        self.curves("distribution", [ANIMAL, NON_ANIMAL, MIXED, PETS, ALL], panels)
+        keys = [("pretrain", a) for a in PRETRAINED]
+        zero = next((r.metrics.get("predict_zero", {}) for k in keys for r in self.main(k)), {})
+        losses = {"loss on animal images": "animal", "loss on non-animal images": "non_animal"}
+        self.curves("pretraining", keys, {k: ("val", f"loss_{v}", zero.get(v)) for k, v in losses.items()})
 
     def examples(self) -> None:
         parts = ("masked", "reconstruction", "original")
@@ -305,15 +293,11 @@ class Report:
         for run in (r for k in arms for r in self.main(k)):
             parent = self.study.pretraining(run)
             if parent and not parent.problem:
-                losses = {k: parent.metrics["last"][k] for k in LOSSES} | {"iou": run.iou()}
+                losses = {k: parent.metrics["last"][k] for k in ("loss_animal", "loss_non_animal")} | {"iou": run.iou()}
                 points.append({"arm": run.arm, "label": pretrained(run.arm), "seed": run.seed, **losses})
         if len(points) > 2:
-            x = np.array([[p[k] for k in (*LOSSES, "iou")] for p in points])
-            x -= x.mean(0)
-            r = ratio(x[:, :2].T @ x[:, 2], np.sqrt((x[:, :2] ** 2).sum(0) * (x[:, 2] ** 2).sum()))
-            text = TEXTS["correlation" if len(points) > 5 else "too_few"].format(*r, n=len(points))
             self.add("## Pre-training loss and what comes of it")
-            self.figure("scatter", figures.scatter, points, correlation=text)
+            self.figure("scatter", figures.scatter, points)
             self.table("pretraining", points)
 
     def appendix(self) -> None:
