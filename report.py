@@ -30,8 +30,8 @@ PAPER = {  # model, input size, epochs and images of the paper's protocol
     ("pretrain", "animal"): ("mae_base", 224, 150, 25_739), ("pretrain", "mixed"): ("mae_base", 224, 150, 25_918),
     ANIMAL: ("mae_base", 224, 100, 5_144), RESNET: ("resnet50", 224, 100, None),
 }  # fmt: skip
-FLAGS = ("epochs", "batch_size", "blr", "weight_decay", "warmup_epochs", "min_lr", "layer_decay", "drop_path", "crop_scale",
-         "flips", "clip_grad", "mask_ratio", "norm_pix_loss", "cache_size", "img_size", "model")  # fmt: skip
+FLAGS = ("epochs", "batch_size", "blr", "weight_decay", "warmup_epochs", "min_lr", "layer_decay", "drop_path",
+         "crop_scale", "flips", "clip_grad", "mask_ratio", "norm_pix_loss", "cache_size", "img_size", "model")  # fmt: skip
 FIGURES = ("forest", "curves", "distribution", "pretraining", "reconstruction", "masks", "dose", "labels", "scatter")
 PARAGRAPHS = [p.split(": ", 1) for p in Path(__file__).with_suffix(".txt").read_text().split("\n\n")[1:]]
 TEXTS = {name: " ".join(words.split()) for name, words in PARAGRAPHS}
@@ -44,11 +44,10 @@ def show(value, digits: int = 3, brief: bool = False) -> str:
         middle, low, high = (f"{v:.{digits}f}" for v in value)
         ends = f" ±{(value.high - value.low) / 2:.{digits}f}" if brief else f" [{low}, {high}]"
         return middle if math.isnan(value.low) else middle + ends
-    if value is None or value == "" or value != value:
+    if value in (None, "") or value != value:
         return "–"
-    if isinstance(value, float):
-        return f"{value:.{digits}f}"
-    return f"{value:,}" if type(value) is int else str(value).replace("|", "/")
+    number = f".{digits}f" if isinstance(value, float) else ","
+    return format(value, number) if isinstance(value, (int, float)) else str(value).replace("|", "/")
 
 
 def markdown(rows: list[dict], columns: str, brief: bool = False) -> str:
@@ -116,8 +115,8 @@ class Report:
         self.add(f"## Runs that are missing or differ\n\n{listed}" if notes else fine)
         self.add("## Results beside the paper's Table 2", TEXTS["table2"])
         self.table("table2", table)
-        for section in (self.differences, self.arms, self.all_metrics, self.learning, self.examples, self.doses, self.labels,
-                        self.pretraining_loss, self.appendix):  # fmt: skip
+        for section in (self.differences, self.arms, self.all_metrics, self.learning, self.examples, self.doses,
+                        self.labels, self.pretraining_loss, self.appendix):  # fmt: skip
             section()
         (self.out / "report.md").write_text("\n".join(self.parts))
 
@@ -183,8 +182,8 @@ class Report:
             bars = [r | {"seeds": r["images"], "mean": r["mean"] if len(r["values"]) > 1 else None} for r in rows]
             self.figure("forest", figures.forest, bars, MARGIN)
             self.add(TEXTS["image_bootstrap"])
-            images = [(r["label"], *pair) for r in rows for pair in zip(r["seeds"], r["images"], strict=True)]
-            self.table("image_bootstrap", [{"label": k, "seed": seed, "difference": v} for k, seed, v in images])
+            pairs = [(r["label"], *pair) for r in rows for pair in zip(r["seeds"], r["images"], strict=True)]
+            self.table("image_bootstrap", [dict(zip(("label", "seed", "difference"), p, strict=True)) for p in pairs])
 
     def resnet_epochs(self) -> str:
         """Say that the ResNet baseline trained for more or fewer epochs than the MAE arms; "" where it did not."""
@@ -207,16 +206,18 @@ class Report:
             self.add(TEXTS["half"].format(a=self.main(HALF)[0].config, b=self.main(ANIMAL)[0].config))
 
     def all_metrics(self) -> None:
-        arms, rows, kept = [(label_of(k), self.main(k)) for k in ARMS if self.main(k)], [], []
-        if not arms:
+        rows, kept = [], []
+        if not (arms := [(label_of(k), self.main(k)) for k in ARMS if self.main(k)]):
             return
         self.add("## All metrics", TEXTS["metrics"])
-        for level in ("dataset", "mean over images"):
-            for size in ("input size", "native size"):
-                how = {"native": size == "native size", "per_image": level != "dataset", "resamples": 2000}
-                part = [{"arm": k, "seeds": len(v), **estimates(v, **how)} for k, v in arms]
-                self.add(f"**{level}, {size}**", markdown(part, TABLES["metrics"], brief=True))
-                rows += [row | {"level": level, "resolution": size} for row in part]
+        for per_image, native in ((False, False), (False, True), (True, False), (True, True)):
+            where = {
+                "level": ("dataset", "mean over images")[per_image],
+                "resolution": ("input size", "native size")[native],
+            }
+            part = [{"arm": k, "seeds": len(v), **estimates(v, native, per_image, 2000), **where} for k, v in arms]
+            self.add(f"**{', '.join(where.values())}**", markdown(part, TABLES["metrics"], brief=True))
+            rows += part
         write_table(self.out, "metrics", rows)
         for label, runs in arms:
             best, last = (Estimate(*t_interval([r.metrics[when]["iou"] for r in runs])) for when in ("best", "last"))
@@ -234,9 +235,7 @@ class Report:
 
     def learning(self) -> None:
         self.add("## Learning curves and examples")
-        panels = {
-            f"{k} cross-entropy": (event, "loss", None) for k, event in (("training", "train"), ("validation", "val"))
-        }
+        panels = {"training cross-entropy": ("train", "loss", None), "validation cross-entropy": ("val", "loss", None)}
         panels["validation IoU"] = ("val", "iou", None)
         self.curves("curves", [ANIMAL, HALF, SUPERVISED, RESNET], panels)
         self.curves("distribution", [ANIMAL, NON_ANIMAL, MIXED, PETS, ALL], panels)
@@ -263,15 +262,9 @@ class Report:
         for share, runs in ((share, self.main(key)) for share, key in full.items() if keys):
             if runs and self.study.matches(runs[0], self.main(keys[0])[0]):
                 found.setdefault(share, runs)
-        points = []
-        for share, runs in sorted(found.items()):
-            point = {
-                "arm": pretrained(runs[0].arm.split("_labels_")[0]),
-                "share": round(100 * share, 6),
-                "seeds": len(runs),
-            }
-            points.append(point | {"iou": estimates(runs)["iou"], "values": [r.iou() for r in runs]})
-        return points
+        rows = [(pretrained(runs[0].arm.split("_labels_")[0]), share, runs) for share, runs in sorted(found.items())]
+        return [{"arm": arm, "share": round(100 * share, 6), "seeds": len(runs), "iou": estimates(runs)["iou"],
+                 "values": [r.iou() for r in runs]} for arm, share, runs in rows]  # fmt: skip
 
     def doses(self) -> None:
         if points := self.sweep("finetune", "dose_", {0.0: NON_ANIMAL, 0.5: MIXED, 1.0: ANIMAL}):
@@ -304,13 +297,9 @@ class Report:
         rows = []
         for r in self.study.runs:
             m, c, hardware = r.metrics, r.config, r.config.get("hardware", {})
-            row = {
-                "run": r.name,
-                "state": r.problem or "finished",
-                "stage": r.stage,
-                "minutes": m.get("seconds", 0) / 60,
-            }
-            row |= {k: m.get(k) for k in ("img_s", "mem_gb")} | {"mfu": 100 * m["mfu"] if m.get("mfu") else None}
+            row = {"run": r.name, "state": r.problem or "finished", "stage": r.stage, "img_s": m.get("img_s")}
+            row |= {"minutes": m.get("seconds", 0) / 60, "mem_gb": m.get("mem_gb")}
+            row["mfu"] = 100 * m["mfu"] if m.get("mfu") else None
             row["hardware"] = f"{hardware.get('world_size')} × {hardware.get('device')}, {c.get('precision')}"
             row |= {"versions": ", ".join(f"{k} {v}" for k, v in c.get("versions", {}).items()), "git": c.get("git")}
             rows.append(row | {"manifest": c.get("manifest", {}).get("train", {}).get("sha256", "")[:12]})
@@ -320,9 +309,9 @@ class Report:
         self.table("stages", rows)
         keys = [k for k in (("pretrain", "animal"), ANIMAL, SUPERVISED, RESNET) if self.main(k)]
         args = {"_".join(k): self.main(k)[0].config["args"] for k in keys}
+        rows = [{"setting": f} | {k: "–" if a.get(f) is None else str(a[f]) for k, a in args.items()} for f in FLAGS]
         self.add("## Appendix: settings", TEXTS["settings"])
-        flags = [{k: "–" if a.get(flag) is None else str(a[flag]) for k, a in args.items()} for flag in FLAGS]
-        self.table("settings", [{"setting": flag} | row for flag, row in zip(FLAGS, flags, strict=True)])
+        self.table("settings", rows)
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -348,4 +337,4 @@ if __name__ == "__main__":
         main(get_args_parser().parse_args())
     except StudyError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+        sys.exit(2)

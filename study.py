@@ -46,8 +46,6 @@ RECIPE = {"model", "blr", "layer_decay", "drop_path", "weights", "head", "freeze
 class StudyError(ValueError):
     """A folder that is no study, or whose study.tsv cannot be read."""
 
-    exit_code = 2
-
 
 class Estimate(NamedTuple):
     """A value with its 95 % interval (nan limits: none)."""
@@ -81,10 +79,9 @@ class Run:
         if not (path / "config.json").exists():
             return "missing: not started (no config.json)"
         c = json.loads((path / "config.json").read_text())
-        settings = {k: v for k, v in c["experiment"].items() if k not in DRAWN}
-        settings |= {k: c[k] for k in ("n_train", "updates")}
+        settings = c["experiment"] | {k: c[k] for k in ("n_train", "updates")}
         _ = c["n_unique"], c["args"].keys()  # the least that the tables need
-        self.config, self.settings = c, settings
+        self.config, self.settings = c, {k: v for k, v in settings.items() if k not in DRAWN}
         if (path / "log.jsonl").exists():
             lines = (path / "log.jsonl").read_bytes().split(b"\n")[:-1]  # a line being written has no end yet
             self.log = [json.loads(line) for line in lines if line]
