@@ -90,6 +90,7 @@ class Run:
             return f"unfinished: no metrics.json (logged up to update {step:,} of {c['updates']:,})"
         self.metrics = json.loads((path / "metrics.json").read_text())
         if self.stage == "pretrain":
+            _ = [self.metrics["last"][k] for k in ("loss_animal", "loss_non_animal")]
             return None
         if not (path / "test.npz").exists():
             return f"not tested: no test.npz (python evaluate.py test {path})"

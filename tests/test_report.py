@@ -193,6 +193,13 @@ def test_a_missing_or_damaged_record_is_named(two_seeds, name, content, words):
     assert arm(table(two_seeds, "table2"), "Finetuned-Animals")["seeds"] == 1
 
 
+def test_a_record_without_what_the_tables_need_is_named(two_seeds):
+    (two_seeds / "seed0/finetune_animal/config.json").write_text("{}")
+    (two_seeds / "seed1/pretrain_mixed/metrics.json").write_text("{}")
+    text = report(two_seeds)
+    assert "`seed0/finetune_animal` is unreadable" in text and "`seed1/pretrain_mixed` is unreadable" in text
+
+
 def test_a_study_with_nothing_finished_still_has_a_report(two_seeds):
     for path in two_seeds.glob("seed*/*/metrics.json"):
         path.unlink()
