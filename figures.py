@@ -3,8 +3,6 @@
 Colours are Okabe and Ito's (2008), told apart by colour-blind readers; an arm has one colour and one line style everywhere.
 """
 
-from __future__ import annotations
-
 import matplotlib
 
 matplotlib.use("Agg")

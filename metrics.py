@@ -7,8 +7,6 @@
 Classes in order: 0 pet, 1 background, 2 border. Intervals over seeds are Student's t; over images, the bootstrap.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from functools import cache

@@ -7,8 +7,6 @@ Needs study.tsv and the run folders without their checkpoints; neither images no
 or deviating run is named in the report and left out of averages. Ends with exit code 2 for a folder that is no study.
 """
 
-from __future__ import annotations
-
 import argparse
 import csv
 import json

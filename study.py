@@ -6,8 +6,6 @@
 Runs of one arm are averaged over seeds only where all settings agree; every other run is named in study.notes.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import zipfile
@@ -54,7 +52,7 @@ class Estimate(NamedTuple):
     low: float = math.nan
     high: float = math.nan
 
-    def times(self, factor: float) -> Estimate:
+    def times(self, factor: float) -> "Estimate":
         return Estimate(*(float(factor * v) for v in self))
 
 
