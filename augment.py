@@ -1,24 +1,21 @@
 """Augmentation on the device for a whole batch at once, and reproducible batches from a store of decoded images.
 
-    batches = TrainBatches(store, None, img_size=224, batch_size=256, seed=0, draws={"noise": (196,)})
-    for micro_batches in batches.run(0, 1000): ...
-
 Copy it together with data.py. What a batch holds is a pure function of (seed, epoch, position in the global batch),
 whatever the number of processes.
 """
 
-from __future__ import annotations
-
 import functools
 import hashlib
+import itertools
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import numpy as np
 import torch
 
-from data import DataError, ImageStore, seeded_rng
+from data import DataError, ImageStore, require, seeded_rng
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet, in [0, 1] units
 PREFETCH = 2  # batches prepared ahead of the one in use
@@ -50,18 +47,17 @@ def random_boxes(rng: np.random.Generator, sizes: np.ndarray, scale=(0.2, 1.0), 
     tries = np.rint(np.sqrt(np.stack([area / aspect, area * aspect], -1)))  # [B, 10, 2]
     fits = ((tries > 0) & (tries <= sizes[:, None])).all(-1)
     chosen = np.take_along_axis(tries, fits.argmax(1)[:, None, None], 1)[:, 0]
-    (h, w), none = sizes.T, ~fits.any(1)  # where none fits: the largest central box whose ratio is allowed
+    (h, w), none = sizes.T, ~fits.any(1)[:, None]  # where none fits: the largest central box whose ratio is allowed
     largest = np.stack([np.minimum(h, np.rint(w / ratio[0])), np.minimum(w, np.rint(h * ratio[1]))], -1)
-    box = np.where(none[:, None], largest, chosen)
-    corner = np.where(none[:, None], (sizes - box) // 2, np.floor(where * (sizes - box + 1)))
+    box = np.where(none, largest, chosen)
+    corner = np.where(none, (sizes - box) // 2, np.floor(where * (sizes - box + 1)))
     return np.concatenate([corner, box], 1).astype(np.float32)
 
 
 def _centres(start: torch.Tensor, length: torch.Tensor, flip: torch.Tensor, out: int) -> torch.Tensor:
     """Place the centres of `out` output pixels on the input axis -> [B, out]; a flip reverses their order."""
     i = torch.arange(out, device=start.device)
-    i = torch.where(flip[:, None], out - 1 - i, i)
-    return start[:, None] + (i + 0.5) * (length / out)[:, None]
+    return start[:, None] + (torch.where(flip[:, None], out - 1 - i, i) + 0.5) * (length / out)[:, None]
 
 
 def resize_weights(start: torch.Tensor, length: torch.Tensor, flip: torch.Tensor, size: int, out: int) -> torch.Tensor:
@@ -80,8 +76,7 @@ def resize_weights(start: torch.Tensor, length: torch.Tensor, flip: torch.Tensor
     weight = torch.where((x < 2) & ((cell + 0.5 - middle).abs() <= half), weight, 0)
     # The margins take the taps that fall outside, so that no two of them share a place.
     dense = torch.zeros(*centre.shape[:2], size + 2 * taps, device=start.device)
-    dense.scatter_(2, cell.long() + taps, weight / weight.sum(-1, keepdim=True))
-    return dense[..., taps : taps + size]
+    return dense.scatter_(2, cell.long() + taps, weight / weight.sum(-1, keepdim=True))[..., taps : taps + size]
 
 
 @torch.no_grad()
@@ -112,44 +107,38 @@ def crop_resize_nearest(masks: torch.Tensor, boxes: torch.Tensor, flips: torch.T
     return masks[torch.arange(len(masks), device=masks.device)[:, None, None], y[:, :, None], x[:, None, :]].long()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Batches
+def _batches(prepare: Callable, items: Iterable, stores: dict, img_size: int, micro: int, device: torch.device
+             ) -> Iterator[list[dict[str, torch.Tensor]]]:  # fmt: skip
+    """Yield the micro-batches, augmented on the device, of prepare(item) -> (store entries [B], arrays [B, ...] by name).
 
+    The host's part runs in a thread, PREFETCH items ahead; its errors surface here, and closing stops it.
+    """
+    gpu = device.type == "cuda"  # then what the thread makes is page-locked; such memory belongs to its current GPU
 
-def _prefetched(prepare: Callable, items: Iterable, device: torch.device) -> Iterator[dict[str, torch.Tensor]]:
-    """Run prepare(item) in a background thread, PREFETCH items ahead; errors surface here, closing stops the thread."""
-    gpu = device.type == "cuda"  # then results are page-locked; such memory belongs to the thread's current GPU
-    pool = ThreadPoolExecutor(1, initializer=functools.partial(torch.cuda.set_device, device) if gpu else None)
+    def load(item) -> dict[str, torch.Tensor]:
+        index, made = prepare(item)
+        made = {k: torch.from_numpy(np.ascontiguousarray(v)) for k, v in made.items()}
+        for k, store in stores.items():  # where the store is on the device, row numbers are all the host contributes
+            made[k] = store.gather(index, gpu) if store.tensor is None else torch.from_numpy(store.rows[index])
+        return {k: v.pin_memory() if gpu else v for k, v in made.items()}
 
-    def work(item) -> dict[str, torch.Tensor]:
-        return {k: v.pin_memory() if gpu and not v.is_pinned() else v for k, v in prepare(item).items()}
+    def augment(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        batch = {k: v.to(device, non_blocking=True) for k, v in batch.items()}
+        boxes, flips = batch.pop("boxes"), batch.pop("flips")
+        for k, store in stores.items():
+            pixels = batch[k] if store.tensor is None else store.tensor.index_select(0, batch[k])
+            cut = crop_resize if k == "images" else crop_resize_nearest
+            batch[k] = cut(pixels, boxes * store.size, flips, img_size)
+        return batch | {"images": normalise(batch["images"])}
 
-    try:
-        ready: deque = deque()
-        for item in items:
-            ready.append(pool.submit(work, item))
-            if len(ready) > PREFETCH:
-                yield ready.popleft().result()
-        while ready:
-            yield ready.popleft().result()
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _on_host(store: ImageStore, index: np.ndarray, device: torch.device) -> torch.Tensor:
-    """Make what the host contributes: pixels, or row numbers where the store is on the device."""
-    if store.tensor is not None:
-        return torch.from_numpy(store.rows[index])
-    return store.gather(index, device.type == "cuda")
-
-
-def _on_device(store: ImageStore, part: torch.Tensor) -> torch.Tensor:
-    return part if store.tensor is None else store.tensor.index_select(0, part)
-
-
-@functools.lru_cache(maxsize=2)
-def _order(seed: int, epoch: int, count: int) -> np.ndarray:
-    return seeded_rng(seed, 0, epoch).permutation(count)
+    items = iter(items)
+    with ThreadPoolExecutor(1, initializer=functools.partial(torch.cuda.set_device, device) if gpu else None) as pool:
+        ahead = deque(pool.submit(load, item) for item in itertools.islice(items, PREFETCH))
+        while ahead:
+            batch = ahead.popleft().result()
+            ahead.extend(pool.submit(load, item) for item in itertools.islice(items, 1))
+            starts = range(0, len(batch["boxes"]), micro)
+            yield [augment({k: v[i : i + micro] for k, v in batch.items()}) for i in starts]
 
 
 class TrainBatches:
@@ -164,8 +153,8 @@ class TrainBatches:
                  seed: int, scale=(0.2, 1.0), vertical_flip: bool = False, flip: bool = True, crop: bool = True,
                  draws: dict | None = None, rank: int = 0, world_size: int = 1, micro_batch_size: int | None = None,
                  device="cpu"):  # fmt: skip
-        if masks is not None and masks.images != images.images:
-            raise DataError("images and masks must be stores of the same list")
+        self.stores = {"images": images} if masks is None else {"images": images, "masks": masks}
+        require(masks is None or masks.images == images.images, "images and masks must be stores of the same list")
         share = batch_size // world_size
         self.micro = min(micro_batch_size or share, share)
         unit = world_size * (self.micro if 0 < self.micro < share else 1)
@@ -175,42 +164,32 @@ class TrainBatches:
             wrong = f"larger than the split's {len(images)} images" if batch_size > len(images) else "not divisible"
             raise DataError(f"--batch_size {batch_size} is {wrong} (must be divisible by {parts}); "
                 f"the nearest valid size is {nearest or 'none: too few images'}")  # fmt: skip
-        self.images, self.seed, self.batch_size, self.share = images, seed, batch_size, share
-        self.stores = {"images": images} if masks is None else {"images": images, "masks": masks}
-        self.img_size, self.scale, self.crop, self.draws = img_size, scale, crop, draws or {}
-        self.device = torch.empty(0, device=device).device  # with its number: "cuda" is the current GPU
-        self.flips, self.mine = np.array([flip, flip and vertical_flip]), slice(rank * share, (rank + 1) * share)
+        self.seed, self.batch_size, self.img_size, self.draws = seed, batch_size, img_size, draws or {}
+        self.scale, self.flips = scale if crop else None, np.array([flip, flip and vertical_flip])
+        self.mine = slice(rank * share, (rank + 1) * share)
         self.micro_batches, self.steps_per_epoch = share // self.micro, len(images) // batch_size
+        self.device = torch.empty(0, device=device).device  # with its number: "cuda" is the current GPU
+        self.order = functools.lru_cache(2)(lambda epoch: seeded_rng(seed, 0, epoch).permutation(len(images)))
         seeded_rng(seed)  # refuses a bad seed now, not in the thread
 
-    def _prepare(self, step: int) -> dict[str, torch.Tensor]:
-        """Draw for the whole global batch and keep this rank's part: all that is left to the host."""
+    def _prepare(self, step: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """Draw for the whole global batch and keep this rank's part."""
         epoch, number = divmod(step, self.steps_per_epoch)
-        index = _order(self.seed, epoch, len(self.images))[number * self.batch_size :][: self.batch_size]
-        sizes = self.images.sizes[self.images.rows[index]]
+        index = self.order(epoch)[number * self.batch_size :][: self.batch_size]
+        sizes = self.stores["images"].sizes[self.stores["images"].rows[index]]
         rng = seeded_rng(self.seed, 1, epoch, number)
-        boxes = random_boxes(rng, sizes, self.scale) if self.crop else np.hstack([0 * sizes, sizes])
-        made = {"boxes": boxes / np.hstack([sizes, sizes]),  # as shares of the image, for any cache size
-                "flips": (rng.random((len(index), 2)) < 0.5) & self.flips}  # fmt: skip
+        boxes = random_boxes(rng, sizes, self.scale) if self.scale else np.hstack([0 * sizes, sizes])
+        made = {"boxes": boxes / np.hstack([sizes, sizes])}  # as shares of the image, for any cache size
+        made["flips"] = (rng.random((len(index), 2)) < 0.5) & self.flips
         for name, shape in self.draws.items():
-            key = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4])
+            key = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big")
             made[name] = seeded_rng(self.seed, 2, epoch, number, key).random((len(index), *shape), np.float32)
-        tensors = {k: torch.from_numpy(np.ascontiguousarray(v[self.mine])) for k, v in made.items()}
-        return tensors | {k: _on_host(store, index[self.mine], self.device) for k, store in self.stores.items()}
-
-    def _augment(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        batch = {k: v.to(self.device, non_blocking=True) for k, v in batch.items()}
-        boxes, flips = batch.pop("boxes"), batch.pop("flips")
-        for name, store in self.stores.items():
-            cut = crop_resize if name == "images" else crop_resize_nearest
-            batch[name] = cut(_on_device(store, batch[name]), boxes * store.size, flips, self.img_size)
-        return batch | {"images": normalise(batch["images"])}
+        return index[self.mine], {k: v[self.mine] for k, v in made.items()}
 
     def run(self, first_step: int, last_step: int) -> Iterator[list[dict[str, torch.Tensor]]]:
         """Yield, for each global step, this rank's micro-batches: normalised images [b, 3, H, W], masks [b, H, W], draws."""
-        for batch in _prefetched(self._prepare, range(first_step, last_step), self.device):
-            starts = range(0, self.share, self.micro)
-            yield [self._augment({k: v[i : i + self.micro] for k, v in batch.items()}) for i in starts]
+        steps = range(first_step, last_step)
+        return _batches(self._prepare, steps, self.stores, self.img_size, self.micro, self.device)
 
 
 class EvalBatches:
@@ -218,27 +197,22 @@ class EvalBatches:
 
     def __init__(self, images: ImageStore | torch.Tensor, *, img_size: int, batch_size: int, rank: int = 0,
                  world_size: int = 1, device="cpu"):  # fmt: skip
-        self.images, self.img_size, self.device = images, img_size, torch.empty(0, device=device).device
-        self.parts = [p for p in torch.arange(len(images))[rank::world_size].split(batch_size) if len(p)]
+        if isinstance(images, torch.Tensor):  # plain ones [N, 3, H, W] serve like a store that is on the device
+            size = torch.tensor([*images.shape[2:]] * 2, device=device)
+            images = SimpleNamespace(tensor=images.to(device), rows=np.arange(len(images)), size=size)
+        mine = np.arange(len(images.rows))[rank::world_size]
+        self.images, self.img_size, self.batch_size = images, img_size, batch_size
+        self.parts = [mine[i : i + batch_size] for i in range(0, len(mine), batch_size)]
+        self.device = torch.empty(0, device=device).device
 
     def __len__(self) -> int:
         return len(self.parts)
 
-    def _prepare(self, index: torch.Tensor) -> dict[str, torch.Tensor]:
-        if isinstance(self.images, torch.Tensor):
-            return {"images": self.images[index]}
-        return {"images": _on_host(self.images, index.numpy(), self.device)}
-
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        batches = _prefetched(self._prepare, self.parts, self.device)
-        for index, batch in zip(self.parts, batches, strict=True):
-            images = batch["images"].to(self.device, non_blocking=True)
-            if isinstance(self.images, ImageStore):
-                images = _on_device(self.images, images)
-            if images.shape[2:] != (self.img_size, self.img_size):
-                boxes = torch.zeros(len(index), 4, device=self.device)  # filled there: a copy would make the GPU wait
-                boxes[:, 2].fill_(images.shape[2])
-                boxes[:, 3].fill_(images.shape[3])
-                flips = torch.zeros(len(index), 2, dtype=torch.bool, device=self.device)
-                images = crop_resize(images, boxes, flips, self.img_size)
-            yield index, normalise(images.float())
+        def whole(index: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+            boxes = np.tile(np.float32([0, 0, 1, 1]), (len(index), 1))
+            return index, {"boxes": boxes, "flips": np.zeros((len(index), 2), bool)}
+
+        run = _batches(whole, self.parts, {"images": self.images}, self.img_size, self.batch_size, self.device)
+        for index, (batch,) in zip(self.parts, run, strict=True):
+            yield torch.from_numpy(index), batch["images"]

@@ -1,12 +1,8 @@
 """Images as training wants them: any file read as RGB, decoded once into a cache that all runs share.
 
-Copy this one file to use it; it needs torch, numpy and pillow:
-
-    build_cache("data", paths)                                                    # decode once, append-only, kill-safe
-    store = ImageStore("data", paths, kind="image")                               # memory-mapped, or whole on the GPU
+Copy this one file to use it (torch, numpy, pillow): build_cache("data", paths) decodes once, append-only and kill-safe;
+ImageStore("data", paths) then holds the pixels, memory-mapped or whole on the GPU.
 """
-
-from __future__ import annotations
 
 import contextlib
 import fcntl
@@ -18,7 +14,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -26,6 +22,7 @@ from PIL import Image
 
 MAX_PIXELS = 89_478_485  # above this Pillow warns of a decompression bomb; photographs stay far below
 CHUNK = 128  # rows decoded, written and flushed together while the cache is built
+_ORIENTATION = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}  # EXIF tag -> Image.Transpose that undoes it
 
 
 class DataError(ValueError):
@@ -36,6 +33,12 @@ class DataError(ValueError):
         self.exit_code = exit_code
 
 
+def require(condition, message: str) -> None:
+    """Raise DataError with the message unless the condition holds."""
+    if not condition:
+        raise DataError(message)
+
+
 def show_path(path) -> str:
     """Give a path in a form that stays on one line."""
     return str(path) if str(path).isprintable() else repr(str(path))
@@ -43,8 +46,7 @@ def show_path(path) -> str:
 
 def seeded_rng(*key: int) -> np.random.Generator:
     """Make a generator that is a pure function of non-negative integers."""
-    if min(key) < 0:
-        raise DataError(f"seeds must be 0 or more, got {min(key)}")
+    require(min(key) >= 0, f"seeds must be 0 or more, got {min(key)}")
     return np.random.Generator(np.random.Philox(np.random.SeedSequence(key)))
 
 
@@ -57,20 +59,9 @@ def locked(path: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
     except OSError as error:
-        reason = f"{show_path(error.filename or path)}: {error.strerror or error}"
-        raise DataError(f"cannot write {reason}; what was complete is kept: free some space or choose another "
-                        "--cache_dir, then repeat the command", 1) from None  # fmt: skip
-
-
-def trimap_path(image: str) -> str:
-    """Give the relative path of an image's trimap."""
-    return f"oxford-iiit-pet/annotations/trimaps/{PurePosixPath(image).stem}.png"
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Reading images
-
-_ORIENTATION = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}  # EXIF tag -> Image.Transpose that undoes it
+        reason = f"{show_path(error.filename or path)}: {error.strerror or error}; what was complete is kept"
+        advice = "free some space or choose another --cache_dir, then repeat the command"
+        raise DataError(f"cannot write {reason}: {advice}", 1) from None
 
 
 @contextlib.contextmanager
@@ -84,25 +75,24 @@ def _opened(path) -> Iterator[Image.Image]:
     except DataError:
         raise
     except Exception as error:  # decoders raise anything from OSError to struct.error on damaged files
-        known = {"DecompressionBombError": f"more than {MAX_PIXELS:,} pixels, refused",
-                 "UnidentifiedImageError": "not an image"}  # fmt: skip
         empty = os.path.isfile(path) and not os.path.getsize(path)
-        reason = "the file is empty" if empty else known.get(type(error).__name__)
-        reason = reason or getattr(error, "strerror", None) or str(error) or repr(error)
+        known = {"DecompressionBombError": f"more than {MAX_PIXELS:,} pixels, refused",
+                 "UnidentifiedImageError": "the file is empty" if empty else "not an image"}  # fmt: skip
+        reason = known.get(type(error).__name__) or getattr(error, "strerror", None) or str(error) or repr(error)
         raise DataError(f"{show_path(path)}: cannot be read: {' '.join(reason.split())}") from None
 
 
-def _orientation(image: Image.Image) -> Image.Transpose | None:
-    try:
-        return Image.Transpose(_ORIENTATION[image.getexif()[0x0112]])
-    except Exception:  # no EXIF, or a damaged one: the pixels are still good
-        return None
+def _turned(image: Image.Image, tagged: Image.Image) -> Image.Image:
+    """Turn an image as the EXIF of `tagged` says; where that is missing or damaged, the pixels are still good."""
+    with contextlib.suppress(Exception):
+        return image.transpose(_ORIENTATION[tagged.getexif()[0x0112]])
+    return image
 
 
 def read_image(path) -> Image.Image:
     """Read any image as RGB: EXIF orientation applied, transparency on white, 16 bit scaled, first frame, bombs refused."""
-    with _opened(path) as image:
-        orientation = _orientation(image)
+    with _opened(path) as source:
+        image = source
         if image.mode[0] in "IF":  # 16 and 32 bit grey, which Pillow would clip to white
             grey = np.asarray(image, dtype=np.float32)
             grey = grey * (255 / 65535 if image.mode.startswith("I;16") or grey.max(initial=0) > 255 else 1)
@@ -110,23 +100,26 @@ def read_image(path) -> Image.Image:
         if image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        image = image.convert("RGB")
-        return image if orientation is None else image.transpose(orientation)
+        return _turned(image.convert("RGB"), source)
 
 
 def read_trimap(path, image_path) -> np.ndarray:
     """Read a trimap -> uint8 [H, W]: 0 pet, 1 background, 2 border; turned as the EXIF tag of its image says."""
     name = show_path(path)
-    with _opened(image_path) as image:
-        orientation, (w, h) = _orientation(image), image.size
-    with _opened(path) as trimap:
-        if trimap.size != (w, h):
-            raise DataError(f"{name}: {trimap.width} x {trimap.height}, but its image is {w} x {h}")
-        values = np.asarray(trimap if orientation is None else trimap.transpose(orientation))
-    if values.ndim != 2 or values.dtype == bool or values.min() < 1 or values.max() > 3:
-        found = f"values {values.min()} to {values.max()}" if values.ndim == 2 else f"{values.ndim} dimensions"
-        raise DataError(f"{name}: a trimap holds 1 (pet), 2 (background), 3 (border), found {found}")
+    with _opened(image_path) as image, _opened(path) as trimap:
+        (w, h), (width, height) = trimap.size, image.size
+        require(trimap.size == image.size, f"{name}: {w} x {h}, but its image is {width} x {height}")
+        trimap.load()
+        values = np.asarray(_turned(trimap, image))
+    found = f"values {values.min()} to {values.max()}" if values.ndim == 2 else f"{values.ndim} dimensions"
+    good = values.ndim == 2 and values.dtype != bool and values.min() >= 1 and values.max() <= 3
+    require(good, f"{name}: a trimap holds 1 (pet), 2 (background), 3 (border), found {found}")
     return (values - 1).astype(np.uint8)
+
+
+def trimap_path(image: str) -> str:
+    """Give the relative path of an image's trimap."""
+    return f"oxford-iiit-pet/annotations/trimaps/{Path(image).stem}.png"
 
 
 def load_truth(data_root, images: Sequence[str], size: int | tuple[int, int]) -> torch.Tensor:
@@ -141,20 +134,15 @@ def load_truth(data_root, images: Sequence[str], size: int | tuple[int, int]) ->
         return torch.stack(list(pool.map(read, images)))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The decoded cache
-
-
 class _CacheFiles:
     """One cache on disk: rows in .u8 and, a line for each row, [key, width, height, bytes, mtime_ns, error] in .jsonl."""
 
     def __init__(self, data_root, kind: str, cache_dir, size: int):
-        if kind not in ("image", "trimap") or size < 1:
-            raise DataError(f"no cache of kind {kind!r} and size {size}; kinds are image and trimap, sizes 1 or more")
+        good = kind in ("image", "trimap") and size >= 1
+        require(good, f"no cache of kind {kind!r} and size {size}; kinds are image and trimap, sizes 1 or more")
         root = hashlib.sha256(os.path.abspath(data_root).encode(errors="surrogateescape")).hexdigest()[:12]
-        base = f"{kind}s_{size}_{root}"
         self.root, self.kind, self.size = Path(data_root), kind, size
-        self.rows, self.index = Path(cache_dir, f"{base}.u8"), Path(cache_dir, f"{base}.jsonl")
+        self.rows, self.index = (Path(cache_dir, f"{kind}s_{size}_{root}.{end}") for end in ("u8", "jsonl"))
         self.shape = (3 if kind == "image" else 1, size, size)
         self.row_bytes = int(np.prod(self.shape))
 
@@ -171,22 +159,20 @@ class _CacheFiles:
     def read_index(self) -> tuple[list[list], int]:
         """Read the index up to the first torn line or missing row -> (entries, their length in bytes)."""
         entries, end = [], 0
-        if self.rows.exists() and self.index.exists():
-            lines = self.index.read_bytes().splitlines(keepends=True)[: self.rows.stat().st_size // self.row_bytes]
-            with contextlib.suppress(ValueError):
-                for line in lines:
-                    entries.append(json.loads(line[: line.index(b"\n")]))
-                    end += len(line)
+        with contextlib.suppress(ValueError, FileNotFoundError):
+            lines = self.index.read_bytes().splitlines(keepends=True)
+            for line in lines[: self.rows.stat().st_size // self.row_bytes]:
+                entries.append(json.loads(line[: line.index(b"\n")]))
+                end += len(line)
         return entries, end
 
     def decode(self, key: str) -> tuple[np.ndarray, list]:
         """Decode one source -> (row [C, S, S], index entry); an unreadable one gives a row of zeros and the reason."""
         stamp = self.stamp(key)  # before reading: a file replaced meanwhile will be noticed
         try:
-            if self.kind == "image":
-                image, how = read_image(self.source(key)), Image.Resampling.BICUBIC
-            else:
-                image, how = Image.fromarray(read_trimap(self.source(key), self.root / key)), Image.Resampling.NEAREST
+            photo, source = self.kind == "image", self.source(key)
+            image = read_image(source) if photo else Image.fromarray(read_trimap(source, self.root / key))
+            how = Image.Resampling.BICUBIC if photo else Image.Resampling.NEAREST
             row = np.asarray(image.resize((self.size, self.size), how)).reshape(self.size, self.size, -1)
             return np.ascontiguousarray(row.transpose(2, 0, 1)), [key, *image.size, *stamp, None]
         except DataError as error:
@@ -209,8 +195,9 @@ def build_cache(data_root, images: Sequence[str], *, kind: str = "image", cache_
         todo = [k for k in keys if k not in latest or latest[k][5] or latest[k][3:5] != files.stamp(k)]
         needed = files.row_bytes * sum(k not in latest or not latest[k][5] for k in todo)
         if needed > (free := shutil.disk_usage(cache_dir).free):
-            raise DataError(f"the {kind}s to decode need {needed / 1e9:,.1f} GB, {free / 1e9:,.1f} GB are free in "
-                f"{show_path(cache_dir)}; free some, choose another --cache_dir or a smaller --cache_size", 1)  # fmt: skip
+            found = f"need {needed / 1e9:,.1f} GB, {free / 1e9:,.1f} GB are free in {show_path(cache_dir)}"
+            advice = "free some, choose another --cache_dir or a smaller --cache_size"
+            raise DataError(f"the {kind}s to decode {found}; {advice}", 1)
         if todo:
             with open(files.rows, "ab") as rows, open(files.index, "ab") as index:
                 rows.truncate(len(entries) * files.row_bytes)
@@ -225,29 +212,25 @@ def build_cache(data_root, images: Sequence[str], *, kind: str = "image", cache_
 
 def _append(files: _CacheFiles, todo: list[str], latest: dict, rows, index, workers, progress) -> None:
     """Decode in threads (Pillow works without the GIL); rows reach the disk before their index lines."""
-    chunks = [todo[i : i + CHUNK] for i in range(0, len(todo), CHUNK)]
-    failed = []
-    pool = ThreadPoolExecutor(workers or len(os.sched_getaffinity(0)))
-    try:
-        with progress(f"decoding {files.kind}s", len(todo)) if progress else contextlib.nullcontext() as bar:
-            ahead = pool.map(files.decode, chunks[0])
-            for following in [*chunks[1:], []]:
-                decoded, ahead = ahead, pool.map(files.decode, following)  # starts now, while `decoded` is written
-                lines = []
-                for row, entry in decoded:
-                    if bar is not None:
-                        bar.update(1)
-                    if not entry[5] or latest.get(entry[0]) != entry:
-                        latest[entry[0]] = entry
-                        lines.append(json.dumps(entry) + "\n")
-                        rows.write(row)
-                        failed += [entry[5]] if entry[5] else []
-                for file, content in ((rows, b""), (index, "".join(lines).encode())):
-                    file.write(content)
-                    file.flush()
-                    os.fsync(file.fileno())
-    finally:
-        pool.shutdown(cancel_futures=True)
+    chunks, failed = [todo[i : i + CHUNK] for i in range(0, len(todo), CHUNK)], []
+    watch = progress(f"decoding {files.kind}s", len(todo)) if progress else contextlib.nullcontext()
+    with ThreadPoolExecutor(workers or len(os.sched_getaffinity(0))) as pool, watch as bar:
+        ahead = pool.map(files.decode, chunks[0])
+        for following in [*chunks[1:], []]:
+            decoded, ahead = ahead, pool.map(files.decode, following)  # starts now, while `decoded` is written
+            lines = b""
+            for row, entry in decoded:
+                if bar is not None:
+                    bar.update(1)
+                if not entry[5] or latest.get(entry[0]) != entry:
+                    latest[entry[0]] = entry
+                    lines += json.dumps(entry).encode() + b"\n"
+                    rows.write(row)
+                    failed += [entry[5]] if entry[5] else []
+            for file, content in ((rows, b""), (index, lines)):
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
     for reason in failed:  # by the process that decoded them; all others find them in the index
         print(f"left out: {reason}", file=sys.stderr)
 
@@ -265,11 +248,10 @@ class ImageStore:
         entries, _ = files.read_index()
         latest = {entry[0]: row for row, entry in enumerate(entries)}
         keys = list(dict.fromkeys(images))
-        stale = [k for k in keys if k not in latest or entries[latest[k]][3:5] != files.stamp(k)]
-        if stale:
-            root, first = shlex.quote(str(data_root)), show_path(stale[0])
-            raise DataError(f"{len(stale):,} of {len(keys):,} {kind}s are not in the cache or changed since, first {first}; "
-                            f"run `python prepare.py cache --data_root {root}`")  # fmt: skip
+        if stale := [k for k in keys if k not in latest or entries[latest[k]][3:5] != files.stamp(k)]:
+            found = f"{len(stale):,} of {len(keys):,} {kind}s are not in the cache or changed since"
+            command = f"python prepare.py cache --data_root {shlex.quote(str(data_root))}"
+            raise DataError(f"{found}, first {show_path(stale[0])}; run `{command}`")
         good = [k for k in keys if not entries[latest[k]][5]]
         number = {k: i for i, k in enumerate(good)}
         self.dropped = [k for k in keys if k not in number]

@@ -1,15 +1,11 @@
 """Which images: the COCO splits of pre-training and the Pets splits of fine-tuning, from the publishers' own annotations.
 
     split = select_split("data", "mixed", animal_fraction=0.3, split_seed=0)      # paths below "data", and a manifest
-    train = pets_split("data", "train", train_fraction=0.5)
 
 Copy it together with data.py; pycocotools is imported only where an annotation file is read for the first time.
 """
 
-from __future__ import annotations
-
 import contextlib
-import functools
 import hashlib
 import io
 import itertools
@@ -17,93 +13,75 @@ import json
 import os
 import shlex
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from data import DataError, locked, seeded_rng, show_path
+from data import locked, require, seeded_rng, show_path
 
 SPLITS = ("animal", "non_animal", "mixed", "all", "pets")
 ANIMAL_IMAGES = ("per_category", "unique", "single")
-
-
-def _open_source(data_root, path: str) -> Path:
-    """Check that a file of the data sets exists, and return its path."""
-    full, root = Path(data_root, path), shlex.quote(str(data_root))
-    if not full.is_file():
-        raise DataError(f"{show_path(full)} not found; get the data with `python prepare.py download --data_root {root}` "
-                        f"or draw a small set with `python prepare.py demo --data_root {root}`")  # fmt: skip
-    return full
-
-
 KEYS = {"images": ("id", "file_name"), "annotations": ("id", "image_id", "category_id"),
         "categories": ("id", "name", "supercategory")}  # fmt: skip
 
 
-def _fault(dataset) -> str | None:
-    """Find the first thing wrong with a COCO instances file."""
+def _open_source(data_root, path: str) -> Path:
+    """Check that a file of the data sets exists, and return its path."""
+    full, root = Path(data_root, path), f"--data_root {shlex.quote(str(data_root))}"
+    ways = f"`python prepare.py download {root}` or draw a small set with `python prepare.py demo {root}`"
+    require(full.is_file(), f"{show_path(full)} not found; get the data with {ways}")
+    return full
+
+
+def _faults(dataset) -> Iterator[str]:
+    """Name what is wrong with a COCO instances file; only the first one is to be trusted."""
     for part, keys in KEYS.items():
         if not isinstance(dataset, dict) or not isinstance(dataset.get(part), list):
-            return f"no list {part!r}, so not a COCO instances file"
+            yield f"no list {part!r}, so not a COCO instances file"
         for number, entry in enumerate(dataset[part]):
-            for key in keys:
-                if not isinstance(entry, dict) or isinstance(entry.get(key, []), (list, dict)):
-                    return f"entry {number} of {part!r} lacks {key!r}, or it is malformed"
+            lost = [k for k in keys if not isinstance(entry, dict) or isinstance(entry.get(k, []), (list, dict))]
+            yield from (f"entry {number} of {part!r} lacks {key!r}, or it is malformed" for key in lost)
     for part, key in (("images", "id"), ("images", "file_name"), ("categories", "id")):
-        (value, count), *_ = Counter(str(entry[key]) for entry in dataset[part]).most_common(1) or [("", 0)]
-        if count > 1:
-            return f"{key} {value!r} occurs {count} times in {part!r}"
+        counts = Counter(str(entry[key]) for entry in dataset[part])
+        yield from (f"{key} {value!r} occurs {n} times in {part!r}" for value, n in counts.items() if n > 1)
     for part, key in (("images", "image_id"), ("categories", "category_id")):
         known = {entry["id"] for entry in dataset[part]}
-        for entry in dataset["annotations"]:
-            if entry[key] not in known:
-                return f"annotation {entry['id']} has unknown {key} {entry[key]}; it is not in {part!r}"
-    for entry in dataset["images"]:
-        inner = PurePosixPath(str(entry["file_name"]))
-        if inner.is_absolute() or ".." in inner.parts or not inner.name:
-            return f"file_name {str(inner)!r} leads out of the image folder"
-    return None
+        unknown = (a for a in dataset["annotations"] if a[key] not in known)
+        yield from (f"annotation {a['id']} has unknown {key} {a[key]}; it is not in {part!r}" for a in unknown)
+    for path in (PurePosixPath(str(entry["file_name"])) for entry in dataset["images"]):
+        if path.is_absolute() or ".." in path.parts or not path.name:
+            yield f"file_name {str(path)!r} leads out of the image folder"
 
 
-def _digest_annotations(path: Path) -> dict:
-    """Read a COCO instances file through pycocotools -> its categories, animals and images [id, name, categories]."""
-    from pycocotools.coco import COCO
+def _read_labels(path: Path, cache_dir) -> dict:
+    """Read a COCO instances file through pycocotools -> its categories, animals and images [id, name, categories].
 
-    wanted, coco = {*KEYS, *itertools.chain(*KEYS.values())}, COCO()
-    try:
-        with open(path, encoding="utf-8") as f:  # the hook drops polygons as they are read: a third of the memory
-            coco.dataset = json.load(f, object_hook=lambda entry: {k: v for k, v in entry.items() if k in wanted})
-        fault = _fault(coco.dataset)
-    except (ValueError, RecursionError) as error:
-        fault = f"not a JSON file ({error})"
-    if fault:
-        raise DataError(f"{show_path(path)}: {fault}; fetch it again")
-    with contextlib.redirect_stdout(io.StringIO()):
-        coco.createIndex()
-    labels: dict[int, list] = {image: [] for image in sorted(coco.imgs)}
-    for category in sorted(coco.cats):
-        for image in coco.getImgIds(catIds=[category]):
-            labels[image].append(category)
-    images = [[image, coco.imgs[image]["file_name"], found] for image, found in labels.items()]
-    names = [[c, coco.cats[c]["name"]] for c in sorted(coco.cats)]
-    return {"categories": names, "animals": sorted(coco.getCatIds(supNms=["animal"])), "images": images}
-
-
-@functools.lru_cache(maxsize=4)
-def _load_digest(path: str, size: int, mtime: int, cache_dir: str) -> dict:
-    """Load the digest of an annotation file, made once: the file itself (450 MB) takes a quarter of a minute."""
-    key = hashlib.sha256(f"1 {path} {size} {mtime}".encode(errors="surrogateescape")).hexdigest()[:16]
-    digest = Path(cache_dir, f"annotations_{key}.json")
-    with locked(digest.with_suffix(".lock")):
+    This is kept in a small file: the annotations themselves (450 MB) take a quarter of a minute to read.
+    """
+    stat = path.stat()
+    key = f"1 {os.path.abspath(path)} {stat.st_size} {stat.st_mtime_ns}".encode(errors="surrogateescape")
+    kept = Path(os.path.abspath(cache_dir), f"annotations_{hashlib.sha256(key).hexdigest()[:16]}.json")
+    with locked(kept.with_suffix(".lock")):
         with contextlib.suppress(ValueError, FileNotFoundError):  # a torn one is made again
-            return json.loads(digest.read_text())
-        content = _digest_annotations(Path(path))
-        digest.write_text(json.dumps(content))
+            return json.loads(kept.read_text())
+        from pycocotools.coco import COCO
+
+        wanted, coco = {*KEYS, *itertools.chain(*KEYS.values())}, COCO()
+        try:
+            with open(path, encoding="utf-8") as f:  # the hook drops polygons as they are read: a third of the memory
+                coco.dataset = json.load(f, object_hook=lambda entry: {k: v for k, v in entry.items() if k in wanted})
+            fault = next(_faults(coco.dataset), None)
+        except (ValueError, RecursionError) as error:
+            fault = f"not a JSON file ({error})"
+        require(not fault, f"{show_path(path)}: {fault}; fetch it again")
+        with contextlib.redirect_stdout(io.StringIO()):
+            coco.createIndex()
+        labels = {image: sorted({a["category_id"] for a in coco.imgToAnns[image]}) for image in sorted(coco.imgs)}
+        content = {"categories": [[c, coco.cats[c]["name"]] for c in sorted(coco.cats)],
+                   "animals": sorted(coco.getCatIds(supNms=["animal"])),
+                   "images": [[image, coco.imgs[image]["file_name"], found] for image, found in labels.items()]}  # fmt: skip
+        kept.write_text(json.dumps(content))
     return content
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Splits
 
 
 @dataclass(frozen=True)
@@ -117,28 +95,36 @@ class Split:
     unique = property(lambda self: self.manifest["unique"])
 
 
+def _make_split(images: list[str], definition: dict, **facts) -> Split:
+    if not facts:  # pets; list.txt: "All images with 1st letter as capital are cat images"
+        ids = [PurePosixPath(image).stem for image in images]
+        cats = sum(i[:1].isupper() for i in ids)
+        facts = {"ids": ids, "animal_images": len(ids), "categories": {"cat": cats, "dog": len(ids) - cats}}
+    name, text = definition["split"], json.dumps([definition, images], sort_keys=True, separators=(",", ":"))
+    manifest = {"name": name, "definition": definition, "entries": len(images), "unique": len(set(images)), **facts}
+    return Split(name, tuple(images), manifest | {"sha256": hashlib.sha256(text.encode()).hexdigest()})
+
+
 class _Coco:
     """One COCO annotation file: animal and other images as positions, and what a manifest needs to know of them."""
 
     def __init__(self, data_root, part: str, categories: Sequence[str] | None, cache_dir):
         path = _open_source(data_root, f"coco/annotations/instances_{part}.json")
-        stat = path.stat()
-        digest = _load_digest(os.path.abspath(path), stat.st_size, stat.st_mtime_ns, os.path.abspath(cache_dir))
-        self.names = dict(digest["categories"])
-        if unknown := sorted(set(categories or ()) - set(self.names.values())):
-            raise DataError(f"unknown category {unknown[0]!r}; valid: {', '.join(self.names.values())}")
-        self.animals = [c for c, name in self.names.items() if name in categories] if categories else digest["animals"]
-        if not self.animals:
-            raise DataError(f"{show_path(path)}: no category of super-category 'animal'; name some with --categories")
-        self.ids = [image for image, _, _ in digest["images"]]
-        self.paths = [f"coco/{part}/{name}" for _, name, _ in digest["images"]]
-        self.labels = [frozenset(found) for _, _, found in digest["images"]]
+        found = _read_labels(path, cache_dir)
+        self.names = dict(found["categories"])
+        for name in categories or ():
+            require(name in self.names.values(), f"unknown category {name!r}; valid: {', '.join(self.names.values())}")
+        self.animals = [c for c, name in self.names.items() if name in categories] if categories else found["animals"]
+        advice = "no category of super-category 'animal'; name some with --categories"
+        require(self.animals, f"{show_path(path)}: {advice}")
+        self.ids = [image for image, _, _ in found["images"]]
+        self.paths = [f"coco/{part}/{name}" for _, name, _ in found["images"]]
+        self.labels = [frozenset(labels) for _, _, labels in found["images"]]
         self.hits = [len(found.intersection(self.animals)) for found in self.labels]
         self.others = [i for i, hits in enumerate(self.hits) if not hits]
 
     def animal_list(self, rule: str) -> list[int]:
-        if rule not in ANIMAL_IMAGES:
-            raise DataError(f"--animal_images must be one of {', '.join(ANIMAL_IMAGES)}, got {rule!r}")
+        require(rule in ANIMAL_IMAGES, f"--animal_images must be one of {', '.join(ANIMAL_IMAGES)}, got {rule!r}")
         if rule == "per_category":
             return [i for c in self.animals for i, found in enumerate(self.labels) if c in found]
         return [i for i, hits in enumerate(self.hits) if (hits == 1 if rule == "single" else hits)]
@@ -148,23 +134,17 @@ class _Coco:
         counts = Counter(self.names[c] for i in unique for c in self.labels[i])
         people = sum("person" in {self.names[c] for c in self.labels[i]} for i in unique)
         categories = [self.names[c] for c in self.animals]
-        return _make_split(name, [self.paths[i] for i in entries], {"split": name, "categories": categories, **definition},
-            ids=[self.ids[i] for i in entries], animal_images=sum(self.hits[i] > 0 for i in unique),
-            categories={c: counts[c] for c in categories}, without_annotation=sum(not self.labels[i] for i in unique),
+        definition = {"split": name, "categories": categories, **definition}
+        return _make_split([self.paths[i] for i in entries], definition, ids=[self.ids[i] for i in entries],
+            animal_images=sum(self.hits[i] > 0 for i in unique), categories={c: counts[c] for c in categories},
+            without_annotation=sum(not self.labels[i] for i in unique),
             person_share=round(people / max(1, len(unique)), 6))  # fmt: skip
-
-
-def _make_split(name: str, images: list[str], definition: dict, **facts) -> Split:
-    text = json.dumps([definition, images], sort_keys=True, separators=(",", ":"))
-    manifest = {"name": name, "definition": definition, "entries": len(images), "unique": len(set(images)), **facts}
-    return Split(name, tuple(images), manifest | {"sha256": hashlib.sha256(text.encode()).hexdigest()})
 
 
 def _first(pool: Sequence, count: int, what: str, *key: int) -> list:
     """Take a prefix of the pool's fixed permutation: smaller counts are contained in larger ones."""
-    if count > len(pool):
-        raise DataError(f"{count:,} {what} asked for, {len(pool):,} exist; "
-                        f"use --num_images so that at most {len(pool):,} are needed")  # fmt: skip
+    advice = f"use --num_images so that at most {len(pool):,} are needed"
+    require(count <= len(pool), f"{count:,} {what} asked for, {len(pool):,} exist; {advice}")
     return [pool[i] for i in seeded_rng(*key).permutation(len(pool))[:count]]
 
 
@@ -179,18 +159,15 @@ def select_split(data_root, split: str, *, animal_fraction: float | None = None,
     """
     implied = {"animal": 1.0, "mixed": 0.5, "non_animal": 0.0}.get(split)
     fraction = implied if animal_fraction is None else animal_fraction
-    if split not in SPLITS:
-        raise DataError(f"--split must be one of {', '.join(SPLITS)}, got {split!r}")
-    if split != "mixed" and fraction != implied:
-        raise DataError(f"--animal_fraction {animal_fraction} contradicts --split {split}; use --split mixed")
-    if fraction is not None and not 0 <= fraction <= 1:
-        raise DataError(f"--animal_fraction must lie in [0, 1], got {animal_fraction}")
-    if num_images is not None and num_images < 1:
-        raise DataError(f"--num_images must be at least 1, got {num_images}")
+    require(split in SPLITS, f"--split must be one of {', '.join(SPLITS)}, got {split!r}")
+    contradiction = f"--animal_fraction {animal_fraction} contradicts --split {split}; use --split mixed"
+    require(split == "mixed" or fraction == implied, contradiction)
+    require(fraction is None or 0 <= fraction <= 1, f"--animal_fraction must lie in [0, 1], got {animal_fraction}")
+    require(num_images is None or num_images >= 1, f"--num_images must be at least 1, got {num_images}")
     if split == "pets":
         pool = pets_split(data_root, "train").images
         images = _first(pool, num_images or len(pool), "Pets training images", split_seed, 2)
-        return _pets_split("pets", images, {"split": "pets", "num_images": len(images), "split_seed": split_seed})
+        return _make_split(images, {"split": "pets", "num_images": len(images), "split_seed": split_seed})
     coco = _Coco(data_root, "train2017", categories, cache_dir)
     animals = coco.animal_list(animal_images)
     count = num_images or len(coco.ids if split == "all" else animals)
@@ -203,10 +180,9 @@ def select_split(data_root, split: str, *, animal_fraction: float | None = None,
     return coco.split(split, entries, definition | {"animal_fraction": fraction})
 
 
-def reference_size(data_root, *, animal_images: str = "per_category", categories: Sequence[str] | None = None,
-                   cache_dir="cache", **_) -> int:  # fmt: skip
+def reference_size(data_root, **options) -> int:
     """Count the animal list's entries: the epoch that all arms are matched to (takes select_split's keywords)."""
-    return len(_Coco(data_root, "train2017", categories, cache_dir).animal_list(animal_images))
+    return len(select_split(data_root, "animal", **options | {"num_images": None}).images)
 
 
 def mae_validation(data_root, *, categories: Sequence[str] | None = None, cache_dir="cache") -> dict[str, Split]:
@@ -214,17 +190,9 @@ def mae_validation(data_root, *, categories: Sequence[str] | None = None, cache_
     coco = _Coco(data_root, "val2017", categories, cache_dir)
     pools = {"animal": coco.animal_list("unique"), "non_animal": coco.others}
     count = min(map(len, pools.values()))
-    if not count:
-        raise DataError(f"{show_path(data_root)}: val2017 needs images with and without the chosen categories")
+    require(count, f"{show_path(data_root)}: val2017 needs images with and without the chosen categories")
     return {name: coco.split(name, sorted(_first(pool, count, name, 2017, k)), {"part": "val2017", "num_images": count})
             for k, (name, pool) in enumerate(pools.items())}  # fmt: skip
-
-
-def _pets_split(name: str, images: Sequence[str], definition: dict) -> Split:
-    ids = [PurePosixPath(image).stem for image in images]
-    cats = sum(i[:1].isupper() for i in ids)  # list.txt: "All images with 1st letter as capital are cat images"
-    return _make_split(name, list(images), definition, ids=ids, animal_images=len(images),
-                       categories={"cat": cats, "dog": len(ids) - cats})  # fmt: skip
 
 
 def pets_split(data_root, part: str, *, train_fraction: float = 1.0, split_seed: int = 0) -> Split:
@@ -235,17 +203,15 @@ def pets_split(data_root, part: str, *, train_fraction: float = 1.0, split_seed:
     path = _open_source(data_root, "oxford-iiit-pet/annotations/list.txt")
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     names = sorted(line.rsplit(maxsplit=3)[0] for line in lines if line.strip() and not line.startswith("#"))
-    if len(names) < 3 or len(set(names)) < len(names):
-        raise DataError(f"{show_path(path)} must name at least 3 images, each once; fetch it again")
-    if not 0 < train_fraction <= 1:
-        raise DataError(f"--train_fraction must lie in (0, 1], got {train_fraction}")
+    good = 3 <= len(names) == len(set(names))
+    require(good, f"{show_path(path)} must name at least 3 images, each once; fetch it again")
+    require(0 < train_fraction <= 1, f"--train_fraction must lie in (0, 1], got {train_fraction}")
     names = _first(names, len(names), "images", 0, 701515)
     train, val = len(names) * 70 // 100, len(names) * 15 // 100
     parts = {"train": names[:train], "val": names[train : train + val], "test": names[train + val :]}
-    if part not in parts:
-        raise DataError(f"part must be train, val or test, got {part!r}")
+    require(part in parts, f"part must be train, val or test, got {part!r}")
     chosen, definition = parts[part], {"split": f"pets {part}"}
     if part == "train" and train_fraction < 1:
         chosen = _first(chosen, max(1, round(train_fraction * len(chosen))), "training images", split_seed, 4)
         definition |= {"train_fraction": train_fraction, "split_seed": split_seed}
-    return _pets_split(definition["split"], [f"oxford-iiit-pet/images/{name}.jpg" for name in chosen], definition)
+    return _make_split([f"oxford-iiit-pet/images/{name}.jpg" for name in chosen], definition)
