@@ -6,33 +6,32 @@ whatever the number of processes.
 
 import functools
 import hashlib
-import itertools
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from data import DataError, ImageStore, require, seeded_rng
+from data import ImageStore, require, seeded_rng
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet, in [0, 1] units
 PREFETCH = 2  # batches prepared ahead of the one in use
 
 
 @functools.lru_cache
-def _statistics(device: torch.device) -> torch.Tensor:
+def _statistics(device: torch.device) -> Tensor:
     return 255 * torch.tensor([MEAN, STD], device=device)[..., None, None]  # kept: a copy to a GPU waits for it
 
 
-def normalise(images: torch.Tensor) -> torch.Tensor:
+def normalise(images: Tensor) -> Tensor:
     """Map float [B, 3, H, W] in 0..255 to zero mean and unit variance over ImageNet."""
     mean, std = _statistics(images.device)
     return images.sub(mean).div_(std)
 
 
-def denormalise(images: torch.Tensor) -> torch.Tensor:
+def denormalise(images: Tensor) -> Tensor:
     """Undo normalise: float [..., 3, H, W] -> 0..255."""
     mean, std = _statistics(images.device)
     return images * std + mean
@@ -41,9 +40,9 @@ def denormalise(images: torch.Tensor) -> torch.Tensor:
 def random_boxes(rng: np.random.Generator, sizes: np.ndarray, scale=(0.2, 1.0), ratio=(3 / 4, 4 / 3)) -> np.ndarray:
     """Draw torchvision's RandomResizedCrop boxes for native sizes [B, 2] -> float32 [B, 4] top, left, height, width."""
     sizes = np.asarray(sizes, np.float64)
-    area, aspect, where = rng.random((len(sizes), 10)), rng.random((len(sizes), 10)), rng.random((len(sizes), 2))
+    area, aspect, where = (rng.random((len(sizes), k)) for k in (10, 10, 2))  # ten tries at once
     area = sizes.prod(1)[:, None] * (scale[0] + (scale[1] - scale[0]) * area)
-    aspect = np.exp(np.log(ratio[0]) + (np.log(ratio[1]) - np.log(ratio[0])) * aspect)  # ten tries at once
+    aspect = np.exp(np.log(ratio[0]) + (np.log(ratio[1]) - np.log(ratio[0])) * aspect)
     tries = np.rint(np.sqrt(np.stack([area / aspect, area * aspect], -1)))  # [B, 10, 2]
     fits = ((tries > 0) & (tries <= sizes[:, None])).all(-1)
     chosen = np.take_along_axis(tries, fits.argmax(1)[:, None, None], 1)[:, 0]
@@ -54,13 +53,13 @@ def random_boxes(rng: np.random.Generator, sizes: np.ndarray, scale=(0.2, 1.0), 
     return np.concatenate([corner, box], 1).astype(np.float32)
 
 
-def _centres(start: torch.Tensor, length: torch.Tensor, flip: torch.Tensor, out: int) -> torch.Tensor:
+def _centres(start: Tensor, length: Tensor, flip: Tensor, out: int) -> Tensor:
     """Place the centres of `out` output pixels on the input axis -> [B, out]; a flip reverses their order."""
     i = torch.arange(out, device=start.device)
     return start[:, None] + (torch.where(flip[:, None], out - 1 - i, i) + 0.5) * (length / out)[:, None]
 
 
-def resize_weights(start: torch.Tensor, length: torch.Tensor, flip: torch.Tensor, size: int, out: int) -> torch.Tensor:
+def resize_weights(start: Tensor, length: Tensor, flip: Tensor, size: int, out: int) -> Tensor:
     """Weights that cut [start, start + length) out of an axis of `size` cells and resize it -> float32 [B, out, size].
 
     Antialiased bicubic (a = -0.5), as in Pillow and torchvision: a cell takes part if its centre lies in the box, and
@@ -80,8 +79,7 @@ def resize_weights(start: torch.Tensor, length: torch.Tensor, flip: torch.Tensor
 
 
 @torch.no_grad()
-def crop_resize(images: torch.Tensor, boxes: torch.Tensor, flips: torch.Tensor, out: int | tuple[int, int],
-                clamp: bool = True) -> torch.Tensor:  # fmt: skip
+def crop_resize(images: Tensor, boxes: Tensor, flips: Tensor, out: int | tuple[int, int], clamp: bool = True) -> Tensor:
     """Crop, resize and flip with two matrix products per image -> float32 [B, 3, h, w] in 0..255.
 
     images [B, 3, S, S] uint8 or float; boxes [B, 4] (top, left, height, width) in pixels of `images`, within them;
@@ -97,8 +95,7 @@ def crop_resize(images: torch.Tensor, boxes: torch.Tensor, flips: torch.Tensor, 
     return result.clamp_(0, 255) if clamp else result
 
 
-def crop_resize_nearest(masks: torch.Tensor, boxes: torch.Tensor, flips: torch.Tensor, out: int | tuple[int, int]
-                        ) -> torch.Tensor:  # fmt: skip
+def crop_resize_nearest(masks: Tensor, boxes: Tensor, flips: Tensor, out: int | tuple[int, int]) -> Tensor:
     """Crop, resize and flip masks [B, (1,) S, S] with the same boxes, nearest pixel centre -> int64 [B, h, w]."""
     h, w = (out, out) if isinstance(out, int) else out
     masks = masks[:, 0] if masks.ndim == 4 else masks
@@ -107,23 +104,25 @@ def crop_resize_nearest(masks: torch.Tensor, boxes: torch.Tensor, flips: torch.T
     return masks[torch.arange(len(masks), device=masks.device)[:, None, None], y[:, :, None], x[:, None, :]].long()
 
 
-def _batches(prepare: Callable, items: Iterable, stores: dict, img_size: int, micro: int, device: torch.device
-             ) -> Iterator[list[dict[str, torch.Tensor]]]:  # fmt: skip
+def _batches(
+    prepare: Callable, items: Sequence, stores: dict, img_size: int, micro: int, device
+) -> Iterator[list[dict]]:
     """Yield the micro-batches, augmented on the device, of prepare(item) -> (store entries [B], arrays [B, ...] by name).
 
     The host's part runs in a thread, PREFETCH items ahead; its errors surface here, and closing stops it.
     """
+    device = torch.empty(0, device=device).device  # with its number: "cuda" is the current GPU
     gpu = device.type == "cuda"  # then what the thread makes is page-locked; such memory belongs to its current GPU
 
-    def load(item) -> dict[str, torch.Tensor]:
-        index, made = prepare(item)
-        made = {k: torch.from_numpy(np.ascontiguousarray(v)) for k, v in made.items()}
+    def load(item) -> dict[str, Tensor]:
+        index, arrays = prepare(item)
+        made = {k: torch.from_numpy(np.ascontiguousarray(v)) for k, v in arrays.items()}
         for k, store in stores.items():  # where the store is on the device, row numbers are all the host contributes
             made[k] = store.gather(index, gpu) if store.tensor is None else torch.from_numpy(store.rows[index])
         return {k: v.pin_memory() if gpu else v for k, v in made.items()}
 
-    def augment(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        batch = {k: v.to(device, non_blocking=True) for k, v in batch.items()}
+    def augment(batch: dict[str, Tensor], first: int) -> dict[str, Tensor]:
+        batch = {k: v[first : first + micro].to(device, non_blocking=True) for k, v in batch.items()}
         boxes, flips = batch.pop("boxes"), batch.pop("flips")
         for k, store in stores.items():
             pixels = batch[k] if store.tensor is None else store.tensor.index_select(0, batch[k])
@@ -131,14 +130,12 @@ def _batches(prepare: Callable, items: Iterable, stores: dict, img_size: int, mi
             batch[k] = cut(pixels, boxes * store.size, flips, img_size)
         return batch | {"images": normalise(batch["images"])}
 
-    items = iter(items)
     with ThreadPoolExecutor(1, initializer=functools.partial(torch.cuda.set_device, device) if gpu else None) as pool:
-        ahead = deque(pool.submit(load, item) for item in itertools.islice(items, PREFETCH))
-        while ahead:
-            batch = ahead.popleft().result()
-            ahead.extend(pool.submit(load, item) for item in itertools.islice(items, 1))
-            starts = range(0, len(batch["boxes"]), micro)
-            yield [augment({k: v[i : i + micro] for k, v in batch.items()}) for i in starts]
+        ahead = [pool.submit(load, item) for item in items[:PREFETCH]]
+        for i in range(len(items)):
+            ahead += [pool.submit(load, item) for item in items[i + PREFETCH : i + PREFETCH + 1]]
+            batch = ahead.pop(0).result()
+            yield [augment(batch, first) for first in range(0, len(batch["boxes"]), micro)]
 
 
 class TrainBatches:
@@ -153,30 +150,30 @@ class TrainBatches:
                  seed: int, scale=(0.2, 1.0), vertical_flip: bool = False, flip: bool = True, crop: bool = True,
                  draws: dict | None = None, rank: int = 0, world_size: int = 1, micro_batch_size: int | None = None,
                  device="cpu"):  # fmt: skip
-        self.stores = {"images": images} if masks is None else {"images": images, "masks": masks}
         require(masks is None or masks.images == images.images, "images and masks must be stores of the same list")
         share = batch_size // world_size
-        self.micro = min(micro_batch_size or share, share)
-        unit = world_size * (self.micro if 0 < self.micro < share else 1)
-        if batch_size < 1 or batch_size % unit or batch_size > len(images):
-            nearest = min(max(1, round(batch_size / unit)), len(images) // unit) * unit
-            parts = f"{world_size} process(es)" + (f" x micro-batch {self.micro}" if unit > world_size else "")
-            wrong = f"larger than the split's {len(images)} images" if batch_size > len(images) else "not divisible"
-            raise DataError(f"--batch_size {batch_size} is {wrong} (must be divisible by {parts}); "
-                f"the nearest valid size is {nearest or 'none: too few images'}")  # fmt: skip
-        self.seed, self.batch_size, self.img_size, self.draws = seed, batch_size, img_size, draws or {}
+        micro = min(micro_batch_size or share, share)
+        unit = world_size * (micro if 0 < micro < share else 1)
+        nearest = min(max(1, round(batch_size / unit)), len(images) // unit) * unit or "none: too few images"
+        parts = f"{world_size} process(es)" + (f" x micro-batch {micro}" if unit > world_size else "")
+        wrong = f"larger than the split's {len(images)} images" if batch_size > len(images) else "not divisible"
+        advice = f"(must be divisible by {parts}); the nearest valid size is {nearest}"
+        valid = 1 <= batch_size <= len(images) and batch_size % unit == 0
+        require(valid, f"--batch_size {batch_size} is {wrong} {advice}")
+        self.images, self.seed, self.batch_size, self.draws = images, seed, batch_size, draws or {}
         self.scale, self.flips = scale if crop else None, np.array([flip, flip and vertical_flip])
-        self.mine = slice(rank * share, (rank + 1) * share)
-        self.micro_batches, self.steps_per_epoch = share // self.micro, len(images) // batch_size
-        self.device = torch.empty(0, device=device).device  # with its number: "cuda" is the current GPU
+        self.mine, self.micro_batches = slice(rank * share, (rank + 1) * share), share // micro
+        self.steps_per_epoch = len(images) // batch_size
         self.order = functools.lru_cache(2)(lambda epoch: seeded_rng(seed, 0, epoch).permutation(len(images)))
-        seeded_rng(seed)  # refuses a bad seed now, not in the thread
+        self.order(0)  # refuses a bad seed now, not in the thread
+        stores = {"images": images} if masks is None else {"images": images, "masks": masks}
+        self.settings = stores, img_size, micro, device
 
     def _prepare(self, step: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """Draw for the whole global batch and keep this rank's part."""
         epoch, number = divmod(step, self.steps_per_epoch)
         index = self.order(epoch)[number * self.batch_size :][: self.batch_size]
-        sizes = self.stores["images"].sizes[self.stores["images"].rows[index]]
+        sizes = self.images.sizes[self.images.rows[index]]
         rng = seeded_rng(self.seed, 1, epoch, number)
         boxes = random_boxes(rng, sizes, self.scale) if self.scale else np.hstack([0 * sizes, sizes])
         made = {"boxes": boxes / np.hstack([sizes, sizes])}  # as shares of the image, for any cache size
@@ -186,33 +183,30 @@ class TrainBatches:
             made[name] = seeded_rng(self.seed, 2, epoch, number, key).random((len(index), *shape), np.float32)
         return index[self.mine], {k: v[self.mine] for k, v in made.items()}
 
-    def run(self, first_step: int, last_step: int) -> Iterator[list[dict[str, torch.Tensor]]]:
+    def run(self, first_step: int, last_step: int) -> Iterator[list[dict[str, Tensor]]]:
         """Yield, for each global step, this rank's micro-batches: normalised images [b, 3, H, W], masks [b, H, W], draws."""
-        steps = range(first_step, last_step)
-        return _batches(self._prepare, steps, self.stores, self.img_size, self.micro, self.device)
+        return _batches(self._prepare, range(first_step, last_step), *self.settings)
 
 
 class EvalBatches:
     """Every image of a rank's share once, whole, squashed to img_size: (index int64 [b] on the CPU, images [b, 3, H, W])."""
 
-    def __init__(self, images: ImageStore | torch.Tensor, *, img_size: int, batch_size: int, rank: int = 0,
+    def __init__(self, images: ImageStore | Tensor, *, img_size: int, batch_size: int, rank: int = 0,
                  world_size: int = 1, device="cpu"):  # fmt: skip
-        if isinstance(images, torch.Tensor):  # plain ones [N, 3, H, W] serve like a store that is on the device
+        if isinstance(images, Tensor):  # plain ones [N, 3, H, W] serve like a store that is on the device
             size = torch.tensor([*images.shape[2:]] * 2, device=device)
             images = SimpleNamespace(tensor=images.to(device), rows=np.arange(len(images)), size=size)
         mine = np.arange(len(images.rows))[rank::world_size]
-        self.images, self.img_size, self.batch_size = images, img_size, batch_size
         self.parts = [mine[i : i + batch_size] for i in range(0, len(mine), batch_size)]
-        self.device = torch.empty(0, device=device).device
+        self.settings = {"images": images}, img_size, batch_size, device
 
     def __len__(self) -> int:
         return len(self.parts)
 
-    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        def whole(index: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-            boxes = np.tile(np.float32([0, 0, 1, 1]), (len(index), 1))
-            return index, {"boxes": boxes, "flips": np.zeros((len(index), 2), bool)}
+    def _prepare(self, index: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        boxes = np.tile(np.float32([0, 0, 1, 1]), (len(index), 1))
+        return index, {"boxes": boxes, "flips": np.zeros((len(index), 2), bool)}
 
-        run = _batches(whole, self.parts, {"images": self.images}, self.img_size, self.batch_size, self.device)
-        for index, (batch,) in zip(self.parts, run, strict=True):
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for index, (batch,) in zip(self.parts, _batches(self._prepare, self.parts, *self.settings), strict=True):
             yield torch.from_numpy(index), batch["images"]

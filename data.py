@@ -33,10 +33,10 @@ class DataError(ValueError):
         self.exit_code = exit_code
 
 
-def require(condition, message: str) -> None:
+def require(condition, message: str, exit_code: int = 2) -> None:
     """Raise DataError with the message unless the condition holds."""
     if not condition:
-        raise DataError(message)
+        raise DataError(message, exit_code)
 
 
 def show_path(path) -> str:
@@ -194,10 +194,10 @@ def build_cache(data_root, images: Sequence[str], *, kind: str = "image", cache_
         # What failed is tried again, for the cause may be gone; it is written again only if it fares differently.
         todo = [k for k in keys if k not in latest or latest[k][5] or latest[k][3:5] != files.stamp(k)]
         needed = files.row_bytes * sum(k not in latest or not latest[k][5] for k in todo)
-        if needed > (free := shutil.disk_usage(cache_dir).free):
-            found = f"need {needed / 1e9:,.1f} GB, {free / 1e9:,.1f} GB are free in {show_path(cache_dir)}"
-            advice = "free some, choose another --cache_dir or a smaller --cache_size"
-            raise DataError(f"the {kind}s to decode {found}; {advice}", 1)
+        free = shutil.disk_usage(cache_dir).free
+        found = f"need {needed / 1e9:,.1f} GB, {free / 1e9:,.1f} GB are free in {show_path(cache_dir)}"
+        advice = "free some, choose another --cache_dir or a smaller --cache_size"
+        require(needed <= free, f"the {kind}s to decode {found}; {advice}", 1)
         if todo:
             with open(files.rows, "ab") as rows, open(files.index, "ab") as index:
                 rows.truncate(len(entries) * files.row_bytes)
