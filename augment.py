@@ -104,9 +104,7 @@ def crop_resize_nearest(masks: Tensor, boxes: Tensor, flips: Tensor, out: int | 
     return masks[torch.arange(len(masks), device=masks.device)[:, None, None], y[:, :, None], x[:, None, :]].long()
 
 
-def _batches(
-    prepare: Callable, items: Sequence, stores: dict, img_size: int, micro: int, device
-) -> Iterator[list[dict]]:
+def _batches(prepare: Callable, items: Sequence, stores: dict, img_size: int, micro: int, device) -> Iterator[list]:
     """Yield the micro-batches, augmented on the device, of prepare(item) -> (store entries [B], arrays [B, ...] by name).
 
     The host's part runs in a thread, PREFETCH items ahead; its errors surface here, and closing stops it.
