@@ -1,11 +1,14 @@
 """The decoded cache: kills, damage, changes, strange image files, a full disk."""
 
+import contextlib
 import errno
 import os
 import random
 import signal
+import struct
 import subprocess
 import sys
+import zlib
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -70,32 +73,35 @@ def test_a_second_build_decodes_nothing_and_a_larger_one_appends(photos, tmp_pat
 
 
 BUILD = """
-import sys, data
+import sys, time, data
 data.CHUNK = 8
 root, cache, count = sys.argv[1:]
 class Loud:
     def __init__(self, *_): pass
     def __enter__(self): return self
     def __exit__(self, *_): pass
-    def update(self, n): print("one", flush=True)
+    def update(self, n): print("one", flush=True), time.sleep(0.002)
 images = [f"{i}.jpg" for i in range(int(count))]
 data.build_cache(root, images, cache_dir=cache, cache_size=24, workers=2, progress=Loud)
 """
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_a_build_killed_and_repeated_equals_one_in_peace_byte_for_byte(photos, tmp_path, seed):
-    root, images = photos
+@pytest.mark.parametrize("seed, kills", [(0, 2), (1, 2), (2, 2), pytest.param(3, 10, marks=pytest.mark.slow)])
+def test_a_build_killed_and_repeated_equals_one_in_peace_byte_for_byte(photos, tmp_path, seed, kills):
+    (root, images), rng = photos, random.Random(seed)
     (root / "7.jpg").write_bytes(b"no image")  # a row of zeros survives it as well
     data.build_cache(root, images, cache_dir=tmp_path / "peace", cache_size=24)
     command = [sys.executable, "-c", BUILD, str(root), str(tmp_path / "killed"), "300"]
-    for lines in random.Random(seed).sample(range(1, 250), 2):  # each of them continues where the last one died
+    for lines in rng.sample(range(1, 400 // kills), kills):  # each of them continues where the last one died
         child = subprocess.Popen(command, stdout=subprocess.PIPE, cwd=Path(data.__file__).parent)
         for _ in range(lines):
             if not child.stdout.readline():
                 break
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            child.wait(rng.uniform(0, 0.01))  # somewhere in decoding, writing or flushing
         child.send_signal(signal.SIGKILL)
         child.communicate()
+        assert kills < 10 or child.returncode == -signal.SIGKILL
     data.build_cache(root, images, cache_dir=tmp_path / "killed", cache_size=24)
     assert content(tmp_path / "killed") == content(tmp_path / "peace")
 
@@ -296,6 +302,59 @@ def test_decompression_bombs_are_refused(tmp_path, side):
     Image.new("1", (side, side)).save(tmp_path / "bomb.png")
     with pytest.raises(data.DataError, match=r"bomb\.png: .*refused"):
         data.read_image(tmp_path / "bomb.png")
+
+
+def declare_png(width: int, height: int) -> bytes:
+    """A PNG of less than 100 bytes whose header claims any size."""
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    parts = [(b"IHDR", header), (b"IDAT", zlib.compress(bytes(100))), (b"IEND", b"")]
+    sums = [struct.pack(">I", zlib.crc32(name + content)) for name, content in parts]
+    chunks = [struct.pack(">I", len(c)) + name + c + end for (name, c), end in zip(parts, sums, strict=True)]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
+
+
+HUGE = {
+    "bomb.png": declare_png(100_000, 100_000),
+    "thin.png": declare_png(1, 2**31 - 1),
+    "absurd.png": declare_png(2**31 - 1, 2**31 - 1),
+    "screen.gif": struct.pack("<6sHH3x1s8xB", b"GIF89a", 65535, 65535, b",", 0) + b"\2\2L\1\0;",
+    "bitmap.bmp": struct.pack("<2sIHHI", b"BM", 54, 0, 0, 54)
+    + struct.pack("<IiiHHIIiiII", 40, 2**31 - 1, 2**31 - 1, 1, 24, 0, 0, 1, 1, 0, 0),
+}
+
+
+@pytest.mark.filterwarnings("error")  # and without a warning of Pillow's
+@pytest.mark.parametrize("name", HUGE)
+def test_a_small_file_that_declares_an_enormous_size_is_refused_by_name(tmp_path, name, capsys):
+    (tmp_path / name).write_bytes(HUGE[name])
+    assert len(HUGE[name]) < 100
+    with pytest.raises(data.DataError, match=rf"{name}: cannot be read: more than 89,478,485 pixels, refused"):
+        data.read_image(tmp_path / name)
+    draw_photo(tmp_path / "good.jpg", 0)
+    with pytest.raises(data.DataError, match=rf"1 of 2 images cannot be used .*{name}: .*refused"):
+        data.build_cache(tmp_path, ["good.jpg", name], cache_dir=tmp_path / "c", cache_size=8)
+    assert f"{name}: cannot be read: more than" in capsys.readouterr().err
+
+
+def test_a_trimap_of_absurd_size_is_refused_by_name(tmp_path):
+    key = "oxford-iiit-pet/images/a.jpg"
+    draw_photo(tmp_path / key, 0)
+    path = tmp_path / data.trimap_path(key)
+    path.parent.mkdir(parents=True)
+    path.write_bytes(declare_png(60_000, 60_000))
+    with pytest.raises(data.DataError, match=r"trimaps/a\.png: cannot be read: more than .* refused"):
+        data.read_trimap(path, tmp_path / key)
+
+
+@pytest.mark.parametrize("ending", ["jpg", "png", "tiff", "webp"])
+def test_exif_orientation_is_applied_once_in_every_format(tmp_path, ending):
+    photo = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8))
+    exif = photo.getexif()
+    exif[0x0112] = 6
+    photo.save(tmp_path / f"a.{ending}", exif=exif)
+    upright = ImageOps.exif_transpose(Image.open(tmp_path / f"a.{ending}")).convert("RGB")
+    seen = data.read_image(tmp_path / f"a.{ending}")
+    assert seen.size == (20, 30) and np.array_equal(np.asarray(seen), np.asarray(upright))
 
 
 @pytest.mark.skipif(not SAMPLE, reason="SAMPLE_ROOT names no data root with real photos")
