@@ -59,9 +59,9 @@ def locked(path: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
     except OSError as error:
-        reason = f"{show_path(error.filename or path)}: {error.strerror or error}; what was complete is kept"
+        found = f"{show_path(error.filename or path)}: {error.strerror or error}; what was complete is kept"
         advice = "free some space or choose another --cache_dir, then repeat the command"
-        raise DataError(f"cannot write {reason}: {advice}", 1) from None
+        raise DataError(f"cannot write {found}: {advice}", 1) from None
 
 
 @contextlib.contextmanager
@@ -125,13 +125,10 @@ def trimap_path(image: str) -> str:
 def load_truth(data_root, images: Sequence[str], size: int | tuple[int, int]) -> torch.Tensor:
     """Read original trimaps, each resized once to the nearest pixel -> uint8 [N, h, w], classes 0, 1, 2."""
     h, w = (size, size) if isinstance(size, int) else size
-
-    def read(image: str) -> torch.Tensor:
-        trimap = read_trimap(Path(data_root, trimap_path(image)), Path(data_root, image))
-        return torch.from_numpy(np.array(Image.fromarray(trimap).resize((w, h), Image.Resampling.NEAREST)))
-
+    paths = [(Path(data_root, trimap_path(image)), Path(data_root, image)) for image in images]
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        return torch.stack(list(pool.map(read, images)))
+        trimaps = pool.map(lambda pair: Image.fromarray(read_trimap(*pair)).resize((w, h), 0), paths)  # 0: nearest
+        return torch.from_numpy(np.stack([np.asarray(trimap) for trimap in trimaps]))
 
 
 class _CacheFiles:
@@ -195,30 +192,27 @@ def build_cache(data_root, images: Sequence[str], *, kind: str = "image", cache_
         todo = [k for k in keys if k not in latest or latest[k][5] or latest[k][3:5] != files.stamp(k)]
         needed = files.row_bytes * sum(k not in latest or not latest[k][5] for k in todo)
         free = shutil.disk_usage(cache_dir).free
-        found = f"need {needed / 1e9:,.1f} GB, {free / 1e9:,.1f} GB are free in {show_path(cache_dir)}"
-        advice = "free some, choose another --cache_dir or a smaller --cache_size"
-        require(needed <= free, f"the {kind}s to decode {found}; {advice}", 1)
+        found = f"the {kind}s need {needed / 1e9:,.1f} GB, {free / 1e9:,.1f} GB are free in {show_path(cache_dir)}"
+        require(needed <= free, f"{found}; free some, choose another --cache_dir or a smaller --cache_size", 1)
         if todo:
             with open(files.rows, "ab") as rows, open(files.index, "ab") as index:
-                rows.truncate(len(entries) * files.row_bytes)
+                rows.truncate(len(entries) * files.row_bytes)  # cuts off what a kill left half written
                 index.truncate(end)
                 _append(files, todo, latest, rows, index, workers, progress)
     failed = [latest[k] for k in keys if latest[k][5]]
     if len(failed) > (0.01 * len(keys) if kind == "image" else 0):
         limit = "at most 1 % may be left out" if kind == "image" else "every trimap is needed"
-        raise DataError(f"{len(failed):,} of {len(keys):,} {kind}s cannot be used ({limit}), first {failed[0][5]}; "
-                        f"see `python prepare.py verify --data_root {shlex.quote(str(data_root))}`")  # fmt: skip
+        found = f"{len(failed):,} of {len(keys):,} {kind}s cannot be used ({limit}), first {failed[0][5]}"
+        raise DataError(f"{found}; see `python prepare.py verify --data_root {shlex.quote(str(data_root))}`")
 
 
 def _append(files: _CacheFiles, todo: list[str], latest: dict, rows, index, workers, progress) -> None:
     """Decode in threads (Pillow works without the GIL); rows reach the disk before their index lines."""
-    chunks, failed = [todo[i : i + CHUNK] for i in range(0, len(todo), CHUNK)], []
+    failed, ahead = [], iter(())
     watch = progress(f"decoding {files.kind}s", len(todo)) if progress else contextlib.nullcontext()
     with ThreadPoolExecutor(workers or len(os.sched_getaffinity(0))) as pool, watch as bar:
-        ahead = pool.map(files.decode, chunks[0])
-        for following in [*chunks[1:], []]:
-            decoded, ahead = ahead, pool.map(files.decode, following)  # starts now, while `decoded` is written
-            lines = b""
+        for start in range(0, len(todo) + CHUNK, CHUNK):  # one chunk is decoded while the one before it is written
+            decoded, ahead, lines = ahead, pool.map(files.decode, todo[start : start + CHUNK]), b""
             for row, entry in decoded:
                 if bar is not None:
                     bar.update(1)
@@ -249,9 +243,9 @@ class ImageStore:
         latest = {entry[0]: row for row, entry in enumerate(entries)}
         keys = list(dict.fromkeys(images))
         if stale := [k for k in keys if k not in latest or entries[latest[k]][3:5] != files.stamp(k)]:
-            found = f"{len(stale):,} of {len(keys):,} {kind}s are not in the cache or changed since"
+            found = f"{len(stale):,} of {len(keys):,} {kind}s are not in the cache or changed since, first"
             command = f"python prepare.py cache --data_root {shlex.quote(str(data_root))}"
-            raise DataError(f"{found}, first {show_path(stale[0])}; run `{command}`")
+            raise DataError(f"{found} {show_path(stale[0])}; run `{command}`")
         good = [k for k in keys if not entries[latest[k]][5]]
         number = {k: i for i, k in enumerate(good)}
         self.dropped = [k for k in keys if k not in number]

@@ -27,9 +27,9 @@ KEYS = {"images": ("id", "file_name"), "annotations": ("id", "image_id", "catego
 
 def _open_source(data_root, path: str) -> Path:
     """Check that a file of the data sets exists, and return its path."""
-    full, root = Path(data_root, path), f"--data_root {shlex.quote(str(data_root))}"
-    ways = f"`python prepare.py download {root}` or draw a small set with `python prepare.py demo {root}`"
-    require(full.is_file(), f"{show_path(full)} not found; get the data with {ways}")
+    full, flag = Path(data_root, path), f"--data_root {shlex.quote(str(data_root))}"
+    ways = f"get the data with `python prepare.py download {flag}` or draw some with `python prepare.py demo {flag}`"
+    require(full.is_file(), f"{show_path(full)} not found; {ways}")
     return full
 
 
@@ -115,8 +115,7 @@ class _Coco:
         for name in categories or ():
             require(name in self.names.values(), f"unknown category {name!r}; valid: {', '.join(self.names.values())}")
         self.animals = [c for c, name in self.names.items() if name in categories] if categories else found["animals"]
-        advice = "no category of super-category 'animal'; name some with --categories"
-        require(self.animals, f"{show_path(path)}: {advice}")
+        require(self.animals, f"{show_path(path)}: no super-category 'animal'; name some with --categories")
         self.ids = [image for image, _, _ in found["images"]]
         self.paths = [f"coco/{part}/{name}" for _, name, _ in found["images"]]
         self.labels = [frozenset(labels) for _, _, labels in found["images"]]
@@ -130,21 +129,18 @@ class _Coco:
         return [i for i, hits in enumerate(self.hits) if (hits == 1 if rule == "single" else hits)]
 
     def split(self, name: str, entries: Sequence[int], definition: dict) -> Split:
-        unique = set(entries)
-        counts = Counter(self.names[c] for i in unique for c in self.labels[i])
-        people = sum("person" in {self.names[c] for c in self.labels[i]} for i in unique)
-        categories = [self.names[c] for c in self.animals]
+        unique, categories = set(entries), [self.names[c] for c in self.animals]
+        counts = Counter(self.names[c] for i in unique for c in self.labels[i])  # an image has each label once
         definition = {"split": name, "categories": categories, **definition}
         return _make_split([self.paths[i] for i in entries], definition, ids=[self.ids[i] for i in entries],
             animal_images=sum(self.hits[i] > 0 for i in unique), categories={c: counts[c] for c in categories},
             without_annotation=sum(not self.labels[i] for i in unique),
-            person_share=round(people / max(1, len(unique)), 6))  # fmt: skip
+            person_share=round(counts["person"] / max(1, len(unique)), 6))  # fmt: skip
 
 
 def _first(pool: Sequence, count: int, what: str, *key: int) -> list:
     """Take a prefix of the pool's fixed permutation: smaller counts are contained in larger ones."""
-    advice = f"use --num_images so that at most {len(pool):,} are needed"
-    require(count <= len(pool), f"{count:,} {what} asked for, {len(pool):,} exist; {advice}")
+    require(count <= len(pool), f"{count:,} {what} asked for, {len(pool):,} exist; choose a smaller --num_images")
     return [pool[i] for i in seeded_rng(*key).permutation(len(pool))[:count]]
 
 
@@ -160,8 +156,8 @@ def select_split(data_root, split: str, *, animal_fraction: float | None = None,
     implied = {"animal": 1.0, "mixed": 0.5, "non_animal": 0.0}.get(split)
     fraction = implied if animal_fraction is None else animal_fraction
     require(split in SPLITS, f"--split must be one of {', '.join(SPLITS)}, got {split!r}")
-    contradiction = f"--animal_fraction {animal_fraction} contradicts --split {split}; use --split mixed"
-    require(split == "mixed" or fraction == implied, contradiction)
+    advice = f"contradicts --split {split}; use --split mixed"
+    require(split == "mixed" or fraction == implied, f"--animal_fraction {fraction} {advice}")
     require(fraction is None or 0 <= fraction <= 1, f"--animal_fraction must lie in [0, 1], got {animal_fraction}")
     require(num_images is None or num_images >= 1, f"--num_images must be at least 1, got {num_images}")
     if split == "pets":
