@@ -1,8 +1,7 @@
 """Which images: the COCO splits of pre-training and the Pets splits of fine-tuning, from the publishers' own annotations.
 
-    split = select_split("data", "mixed", animal_fraction=0.3, split_seed=0)      # paths below "data", and a manifest
-
-Copy it together with data.py; pycocotools is imported only where an annotation file is read for the first time.
+select_split("data", "mixed", animal_fraction=0.3, split_seed=0) gives paths below "data", and a manifest. Copy this file
+together with data.py; pycocotools is imported only where an annotation file is read for the first time.
 """
 
 import contextlib
