@@ -315,9 +315,9 @@ def test_sixteen_photos_are_learnt_by_heart(monkeypatch, root, tmp_path_factory,
 @needs_photos
 @pytest.mark.slow
 def test_at_full_size_sixteen_real_photos_are_learnt_by_heart(monkeypatch, tmp_path_factory, tmp_path):
-    init = mae_checkpoint(tmp_path_factory, "mae_small", 224)
-    best = overfit(monkeypatch, os.environ["SAMPLE_ROOT"], tmp_path, "finetune", "--model", "mae_small", "--cache_size", 224,
-                   "--init", init, "--epochs", 20, "--blr", 1e-2, "--layer_decay", 1, "--drop_path", 0, "--warmup_epochs", 2,
+    init = mae_checkpoint(tmp_path_factory, "mae_tiny", 224)
+    best = overfit(monkeypatch, os.environ["SAMPLE_ROOT"], tmp_path, "finetune", "--model", "mae_tiny", "--cache_size", 224,
+                   "--init", init, "--epochs", 60, "--blr", 5e-2, "--layer_decay", 1, "--drop_path", 0, "--warmup_epochs", 2,
                    "--clip_grad", 1)  # fmt: skip
     print("accuracy", best["accuracy"])
     assert best["accuracy"] > 0.98
