@@ -8,25 +8,22 @@ One JSON line per measurement and a table at the end. Contestants of a task take
 a drifting machine favours none; times are medians over synchronised turns, ratios medians over pairs of the same turn.
 """
 
-from __future__ import annotations
-
 import argparse
-import functools
+import importlib
 import importlib.metadata
 import itertools
 import json
 import os
 import shlex
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+from statistics import median
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 import augment
 import data
@@ -34,22 +31,23 @@ import splits
 from engine import EngineError, Parser, Precision, hardware_name, launch, peak_flops, setup
 from models import MODELS, build_mae, build_segmenter
 
-TASKS = ("pretrain", "finetune", "resnet50", "data", "study", "scaling")
-# fmt: off
+TRAININGS = ("pretrain", "finetune", "resnet50")
+REAL, SYNTHETIC = "this project, real batches", "this project, synthetic"
+WHOLE = "3 x 150 + 6 x 100 epochs and evaluation"
 # The paper's study: images through training, and through evaluation (validation after each epoch, then the test set).
 STUDY = {"pretrain": 3 * 150 * 25_739, "finetune": 5 * 100 * 5_144, "resnet50": 100 * 5_144,
          "pretrain evaluation": 3 * 150 * 2 * 1_016, "finetune evaluation": 5 * (100 * 1_102 + 1_103),
-         "resnet50 evaluation": 100 * 1_102 + 1_103}
+         "resnet50 evaluation": 100 * 1_102 + 1_103}  # fmt: skip
 COLUMNS = ("task", "variant", "model", "batch_size", "world_size", "precision", "step_ms", "img_s", "tflops", "mfu",
-           "mem_gb", "ratio", "note")
-REAL, SYNTHETIC = "this project, real batches", "this project, synthetic"
-WHOLE = "3 x 150 + 6 x 100 epochs and evaluation"
+           "mem_gb", "ratio", "note")  # fmt: skip
+WANTED = (*itertools.product(TRAININGS, (SYNTHETIC, REAL)), ("scaling", SYNTHETIC),
+          ("data", "cache + augmentation on cuda:0"), ("study", WHOLE))  # fmt: skip
 
 
 def get_args_parser() -> argparse.ArgumentParser:
     parser = Parser("bench.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    add = parser.add_argument
-    add("--tasks", nargs="+", choices=TASKS, default=TASKS, help="what to measure; study uses the rates of the trainings")
+    add, tasks = parser.add_argument, (*TRAININGS, "data", "study", "scaling")
+    add("--tasks", nargs="+", choices=tasks, default=tasks, help="what to measure; study: from the trainings' rates")
     add("--quick", action="store_true", help="mae_small, few images and turns: a check that takes two minutes")
     add("--synthetic", action="store_true", help="no real batches: needs no photos")
     add("--peers", action="store_true", help="also transformers, timm and PIL + torchvision (requirements-dev.txt)")
@@ -63,9 +61,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--data_root", help="photos to read (default: drawn ones in a temporary folder)")
     add("--profile", metavar="DIR", help="write a chrome trace of each training, print its most expensive kernels")
     add("--output", default="bench.jsonl", help="file that the JSON lines are appended to")
-    add("--report", metavar="FILE", help="measure nothing; write BENCHMARKS.md (or --output X.md) from these JSON lines")
+    add("--report", metavar="FILE", help="only write BENCHMARKS.md (or --output X.md) from these JSON lines")
     return parser
-# fmt: on
 
 
 class Bench:
@@ -74,23 +71,23 @@ class Bench:
     def __init__(self, args):
         self.args, self.dist, self.rows, self.cores = args, setup(args.device), [], len(os.sched_getaffinity(0))
         self.device, self.on_gpu = self.dist.device, self.dist.device.type == "cuda"
-        self.precision = Precision(args.precision, self.device)
-        self.model = args.model or ("mae_small" if args.quick else "mae_base")
-        self.patches = (args.img_size // MODELS[self.model].get("patch_size", 16)) ** 2
-        self.depth = MODELS[self.model].get("depth", 12)
-        self.repeats, self.steps = args.repeats or (2 if args.quick else 7), 10 if self.on_gpu else 1
-        self.compile = self.on_gpu if args.compile is None else args.compile
+        self.precision, names = Precision(args.precision, self.device), ["torch", "torchvision"]
+        model, repeats = ("mae_small", 2) if args.quick else ("mae_base", 7)
+        args.model, args.repeats = args.model or model, args.repeats or repeats
+        args.compile = self.on_gpu if args.compile is None else args.compile
+        usual = (4, 4) if args.quick else (256, 64) if self.on_gpu else (16, 16)
+        self.count = {task: args.batch_size or usual[task != "pretrain"] for task in TRAININGS}
+        patches = (args.img_size // MODELS[args.model].get("patch_size", 16)) ** 2
+        self.draws = {"noise": (patches,), "drop_path": (MODELS[args.model]["depth"], 2)}
         if args.peers:  # other projects' networks and data path
             sys.path.append(str(Path(__file__).with_name("tests")))
-            self.peers = importlib.import_module("peers")
-        names = ("torch", "torchvision", *(("transformers", "timm") if args.peers else ()))
-        versions = {"python": sys.version.split()[0]} | {n: importlib.metadata.version(n) for n in names}
+            self.peers, names = importlib.import_module("peers"), [*names, "transformers", "timm"]
+        try:
+            versions = {"python": sys.version.split()[0], **{n: importlib.metadata.version(n) for n in names}}
+        except importlib.metadata.PackageNotFoundError as error:
+            raise EngineError(f"--peers: {error}; `pip install -r requirements-dev.txt`") from None
         self.machine = {"device": hardware_name(self.device), "cores": self.cores, "threads": torch.get_num_threads(),
                         "versions": versions, "command": shlex.join(["python", "bench.py", *sys.argv[1:]])}  # fmt: skip
-
-    def batch_size(self, task: str) -> int:
-        usual = (256 if task == "pretrain" else 64) if self.on_gpu else 16
-        return self.args.batch_size or (4 if self.args.quick else usual)
 
     def record(self, task: str, variant: str, **fields) -> None:
         row = {"task": task, "variant": variant, "precision": self.precision.name, **fields, "machine": self.machine}
@@ -99,88 +96,79 @@ class Bench:
             with open(self.args.output, "a") as f:
                 f.write(json.dumps(row) + "\n")
 
-    def time_steps(self, step, steps: int) -> tuple[float, float | None]:
-        """Run steps, synchronised -> (seconds per step, peak GB on a GPU: the step's own state and what it adds)."""
-        wait = torch.cuda.synchronize if self.on_gpu else lambda: None
-        for _ in range(getattr(step, "settle", 0)):  # empty a queue that filled while others were timed
-            step()
-        wait()
-        if self.on_gpu:
-            torch.cuda.reset_peak_memory_stats()
-            resting = torch.cuda.memory_allocated() - getattr(step, "state_bytes", 0)
-        start = time.perf_counter()
+    def seconds(self, step, steps: int, settle: int = 0, clock=time.perf_counter) -> float:
+        """Time a synchronised step; those of `settle` go first, untimed: they empty queues that filled meanwhile."""
+        if settle:
+            self.seconds(step, settle)
+        start = clock()
         for _ in range(steps):
             step()
-        wait()
-        seconds = (time.perf_counter() - start) / steps
-        return seconds, (torch.cuda.max_memory_allocated() - resting) / 1e9 if self.on_gpu else None
+        if self.on_gpu:
+            torch.cuda.synchronize()
+        return (clock() - start) / steps
 
-    def compare(self, task: str, contestants: dict, batch_size: int, flops=None, steps: int | None = None) -> None:
-        """Time contestants (name -> function of one step) in rotating turns; ratio: their time over the first one's."""
+    def compare(self, task: str, contestants: dict, count: int, flops=None, steps: int = 0, settle: int = 0) -> None:
+        """Time contestants (name -> function of a step of `count` images) in rotating turns; ratio: over the first one."""
         names, times, memory = list(contestants), {n: [] for n in contestants}, {}
-        steps, world, limit = steps or self.steps, self.dist.world_size, peak_flops(self.device, self.precision.name)
-        for step in contestants.values():
-            self.time_steps(step, 3 if self.on_gpu else 1)  # warm-up: compilation, allocators, optimizer state
-        for turn in range(self.repeats):
+        steps, settle, world = steps or (10 if self.on_gpu else 1), settle or 2 * self.on_gpu, self.dist.world_size
+        limit = peak_flops(self.device, self.precision.name)
+        for turn in range(self.args.repeats + 1):
             for name in names[turn % len(names) :] + names[: turn % len(names)]:
-                seconds, memory[name] = self.time_steps(contestants[name], steps)
-                times[name].append(seconds)
-        for name, seconds in times.items():
-            rate = batch_size * world / (median := statistics.median(seconds))
+                if self.on_gpu:  # memory: what this contestant keeps and what its steps add
+                    torch.cuda.reset_peak_memory_stats()
+                    others = torch.cuda.memory_allocated() - getattr(contestants[name], "state_bytes", 0)
+                times[name].append(self.seconds(contestants[name], steps, settle))
+                memory[name] = (torch.cuda.max_memory_allocated() - others) / 1e9 if self.on_gpu else None
+        for name, (_, *turns) in times.items():  # the first turn warmed up: compilation, allocators, optimizer state
+            rate = count * world / median(turns)
             done = (flops or {}).get(name, 0) * rate or None
-            ratio = statistics.median(b / a for a, b in zip(times[names[0]], seconds, strict=True))
-            model = "resnet50" if "resnet50" in task else None if task == "data" else self.model
-            self.record(task, name, model=model, img_size=self.args.img_size, batch_size=batch_size, world_size=world,
-                        step_ms=1e3 * median, spread_ms=[1e3 * min(seconds), 1e3 * max(seconds)], turns=len(seconds),
-                        steps=steps, img_s=rate, tflops=done and done / 1e12, mem_gb=memory[name], ratio=ratio,
-                        mfu=done / limit / world if done and limit else None, compiled=self.compile)  # fmt: skip
+            self.record(task, name, batch_size=count, world_size=world, steps=steps, turns=len(turns), img_s=rate,
+                        model="resnet50" if "resnet50" in task else None if task == "data" else self.args.model,
+                        img_size=self.args.img_size, step_ms=1e3 * median(turns), mem_gb=memory[name],
+                        spread_ms=[1e3 * min(turns), 1e3 * max(turns)], compiled=self.args.compile,
+                        tflops=done and done / 1e12, mfu=done / limit / world if done and limit else None,
+                        ratio=median(b / a for a, b in zip(times[names[0]][1:], turns, strict=True)))  # fmt: skip
 
     def open_data(self, folder: str) -> None:
         """Draw photos unless --data_root names some, and decode them into a temporary cache."""
         self.root, self.cache = self.args.data_root or f"{folder}/data", f"{folder}/cache"
         if not self.args.data_root:
-            prepare = [sys.executable, str(Path(__file__).with_name("prepare.py")), "demo", "--data_root", self.root]
-            sizes = ["--num_train", "64", "--num_val", "24", "--num_pets", "48"]
-            subprocess.run(prepare + sizes, check=True, stdout=subprocess.DEVNULL)
-        self.photos = splits.select_split(self.root, "all", cache_dir=self.cache).images[:4096]
+            draw = [str(Path(__file__).with_name("prepare.py")), "demo", "--data_root", self.root, "--num_train=64"]
+            run = [sys.executable, *draw, "--num_val=24", "--num_pets=48"]
+            subprocess.run(run, check=True, stdout=subprocess.DEVNULL)
         self.pets = splits.pets_split(self.root, "train").images
-        data.build_cache(self.root, (*self.photos, *self.pets), cache_dir=self.cache)
-        data.build_cache(self.root, self.pets, kind="trimap", cache_dir=self.cache)
+        self.photos = splits.select_split(self.root, "all", cache_dir=self.cache).images[:4096]
+        for images, kind in ((self.photos + self.pets, "image"), (self.pets, "trimap")):
+            data.build_cache(self.root, images, kind=kind, cache_dir=self.cache)
 
-    def batches(self, task: str, batch_size: int, device) -> augment.TrainBatches:
-        """Batches as the training scripts make them; a list shorter than four batches is repeated."""
-        listed, own = (self.photos if task == "pretrain" else self.pets), torch.device(device).type == "cuda"
-        images = list(itertools.islice(itertools.cycle(listed), max(len(listed), 4 * batch_size)))
-        stores = [data.ImageStore(self.root, images, kind=k, cache_dir=self.cache, device=device, on_device=own)
-                  for k in (["image"] if task == "pretrain" else ["image", "trimap"])]  # fmt: skip
-        draws = {"pretrain": {"noise": (self.patches,)}, "finetune": {"drop_path": (self.depth, 2)}}.get(task, {})
-        scale = (0.2 if task == "pretrain" else 0.5, 1.0)
-        return augment.TrainBatches(*stores, img_size=self.args.img_size, batch_size=batch_size, seed=0, scale=scale,
-                                 vertical_flip=task != "pretrain", draws=draws, device=device)  # fmt: skip
+    def batches(self, task: str, count: int, device: torch.device) -> augment.TrainBatches:
+        """Batches as the training scripts make them, held on a GPU; a list shorter than four batches is repeated."""
+        kinds, images = (["image"], self.photos) if task == "pretrain" else (["image", "trimap"], self.pets)
+        images = images * -(-4 * count // len(images))
+        options = {"cache_dir": self.cache, "device": device, "on_device": device.type == "cuda"}
+        stores = [data.ImageStore(self.root, images, kind=kind, **options) for kind in kinds]
+        options = {"img_size": self.args.img_size, "batch_size": count, "draws": self.draws, "device": device}
+        return augment.TrainBatches(*stores, seed=0, vertical_flip=task != "pretrain", **options)
 
     def build(self, task: str, **options):
         """Build a network -> (module, loss(network, batch), FLOP of a training step per image)."""
-        if task == "pretrain":
-            model = build_mae(self.model, img_size=self.args.img_size)
-            return model, lambda net, batch: net(batch["images"], 0.75, batch["noise"])[0], model.flops()
+        if task in ("pretrain", "scaling"):
+            model = build_mae(self.args.model, img_size=self.args.img_size)
+            return model, lambda network, b: network(b["images"], 0.75, b["noise"])[0], model.flops()
+        resnet = task == "resnet50"
+        options = {"img_size": self.args.img_size, "drop_path": 0.1, **options}
+        model = build_segmenter(task if resnet else self.args.model, **options)
+        flops = model.flops(self.args.img_size) if resnet else model.flops()
+        return model, lambda net, b: F.cross_entropy(net(b["images"], b["drop_path"]).float(), b["masks"]), flops
 
-        def loss(network, batch):
-            return F.cross_entropy(network(batch["images"], batch.get("drop_path")).float(), batch["masks"])
-
-        if task == "resnet50":
-            model = build_segmenter("resnet50")
-            return model, loss, model.flops(self.args.img_size)
-        model = build_segmenter(self.model, img_size=self.args.img_size, drop_path=0.1, **options)
-        return model, loss, model.flops()
-
-    def training_step(self, module: nn.Module, loss, batches):
+    def training_step(self, module: torch.nn.Module, loss, batches):
         """Make a function that does one whole update: forward under autocast, backward, fused AdamW."""
         layout = torch.channels_last if hasattr(module, "backbone") else torch.preserve_format
         network = module.to(self.device, memory_format=layout)
-        if self.compile:
+        if self.args.compile:
             network = torch.compile(network, dynamic=False)
         if self.dist.world_size > 1:
-            network = nn.parallel.DistributedDataParallel(network, gradient_as_bucket_view=True)
+            network = torch.nn.parallel.DistributedDataParallel(network, gradient_as_bucket_view=True)
         parameters = [p for p in module.parameters() if p.requires_grad]
         optimizer, scaler = torch.optim.AdamW(parameters, lr=1e-5, fused=True), self.precision.scaler
 
@@ -195,78 +183,65 @@ class Bench:
             optimizer.zero_grad(set_to_none=True)
 
         step.state_bytes = 3 * sum(p.numel() * p.element_size() for p in parameters)
-        step.settle = 2 * self.on_gpu
         return step
 
-    def train(self, task: str, batch_size: int, label: str = "") -> None:
-        """Measure one kind of training on synthetic and real batches, beside its peers; then its forward pass alone."""
-        shapes = {"images": (3, self.args.img_size, self.args.img_size), "noise": (self.patches,)}
-        fixed = {k: torch.rand(batch_size, *s, device=self.device) for k, s in shapes.items()}
-        fixed["masks"] = (fixed["images"][:, 0] * 3).long().clamp(max=2)
-        fixed["drop_path"] = torch.rand(batch_size, self.depth, 2, device=self.device)
+    def train(self, task: str, count: int) -> None:
+        """Measure a training on synthetic and real batches, beside peers, and its forward pass; scaling: synthetic only."""
+        shapes = {"images": (3, self.args.img_size, self.args.img_size), **self.draws}
+        fixed = {k: torch.rand(count, *shape, device=self.device) for k, shape in shapes.items()}
+        sources = {SYNTHETIC: itertools.repeat(fixed | {"masks": (fixed["images"][:, 0] * 3).long().clamp(max=2)})}
         plan = {SYNTHETIC: self.build(task)}
-        if not label and not self.args.synthetic:
+        if task != "scaling" and not self.args.synthetic:
             plan[REAL] = self.build(task)
-        if not label and self.args.peers:
+            sources[REAL] = (parts[0] for parts in self.batches(task, count, self.device).run(0, 10**9))
+        if self.args.peers:
             plan |= self.peers.peers_of(task, lambda **options: self.build(task, **options))
-        contestants, flops = {}, {}
-        for name, (module, loss, flops[name]) in plan.items():
-            source = itertools.repeat(fixed)
-            if name == REAL:
-                source = (parts[0] for parts in self.batches(task, batch_size, self.device).run(0, 10**9))
-            contestants[name] = self.training_step(module, loss, source)
-        if label:
-            return self.compare(label, contestants, batch_size, flops)
-        self.compare(task, contestants, batch_size, flops)
+        steps = {n: self.training_step(*p[:2], sources.get(n, sources[SYNTHETIC])) for n, p in plan.items()}
+        self.compare(task, steps, count, {name: flops for name, (*_, flops) in plan.items()})
+        if task == "scaling":
+            return
         if self.args.profile:
-            self.profile(task, contestants[REAL if REAL in contestants else SYNTHETIC])
+            self.profile(task, steps.get(REAL, steps[SYNTHETIC]))
         module, loss, _ = plan[SYNTHETIC]
 
-        @torch.no_grad()
         def evaluate():
-            with self.precision.autocast():
-                loss(module.eval(), fixed)
+            with torch.no_grad(), self.precision.autocast():
+                loss(module.eval(), next(sources[SYNTHETIC]))
 
-        self.compare(f"{task} evaluation", {SYNTHETIC: evaluate}, batch_size)
+        self.compare(f"{task} evaluation", {SYNTHETIC: evaluate}, count)
 
     def profile(self, task: str, step) -> None:
         """Write a chrome trace; print the ten most expensive kernels and the share of time the device waits."""
         with torch.profiler.profile() as trace:
-            seconds, _ = self.time_steps(step, 3)
+            seconds = 3 * self.seconds(step, 3)
         os.makedirs(self.args.profile, exist_ok=True)
         trace.export_chrome_trace(f"{self.args.profile}/{task}.json")
         events, column = trace.key_averages(), f"self_{'device' if self.on_gpu else 'cpu'}_time_total"
         print(events.table(sort_by=column, row_limit=10, max_name_column_width=50))
-        fetch = sum(e.cpu_time_total for e in events if e.key == "wait for data") / 3e6 / seconds
-        note = f"fetching a batch (augmentation included) takes {fetch:.1%} of a step"
-        if self.on_gpu:
-            idle = 1 - sum(e.self_device_time_total for e in events) / 3e6 / seconds
-            note += f", the device idles {max(0, idle):.1%}"
-        self.record(task, "profile", note=note)
+        fetch = sum(e.cpu_time_total for e in events if e.key == "wait for data") / 1e6 / seconds
+        idle = 1 - sum(e.self_device_time_total for e in events) / 1e6 / seconds
+        note = f", the device idles {max(0, idle):.1%}" if self.on_gpu else ""
+        self.record(task, "profile", note=f"fetching and augmenting a batch takes {fetch:.1%} of a step{note}")
 
-    def data_paths(self) -> None:
+    def data(self) -> None:
         """Measure the cache with augmentation, what it leaves to a GPU's host, and (peers) PIL in a DataLoader."""
-        count, paths, jobs = self.batch_size("pretrain"), {}, {}
+        count, paths, jobs, steps = self.count["pretrain"], {}, {}, itertools.count()
+        if self.args.synthetic:
+            return
         if self.args.peers:
             files = [f"{self.root}/{name}" for name in self.photos]
             paths, jobs = self.peers.pil_paths(files, self.args.img_size, count, self.cores)
-        own = f"cache + augmentation on {self.device}"
-        for device in dict.fromkeys(["cpu", str(self.device)]):
+        for device in dict.fromkeys([torch.device("cpu"), self.device]):
             batches = self.batches("pretrain", count, device)
-            paths[f"cache + augmentation on {device}"] = functools.partial(next, batches.run(0, 10**9))
-        for step in paths.values():
-            step.settle = 2 * self.cores + 2
-        self.compare("data", paths, count, steps=4 * self.cores)
-        steps = itertools.count()
+            paths[own := f"cache + augmentation on {device}"] = batches.run(0, 10**9).__next__
+        self.compare("data", paths, count, steps=4 * self.cores, settle=2 * self.cores + 2)
         jobs["this project: rows gathered, random draws"] = lambda: batches._prepare(next(steps))
         for name, job in jobs.items():
-            spent = [-time.process_time() + (job(), time.process_time())[1] for _ in range(self.repeats + 1)][1:]
-            cost = 1e3 * statistics.median(spent) / count
+            cost = median(self.seconds(job, 1, 1, time.process_time) for _ in range(self.args.repeats)) * 1e3 / count
             self.record("data", f"host, {name}", cpu_ms=cost, note=f"{cost:.3f} ms of CPU time per image")
-        rates = self.rates(SYNTHETIC) | {"own": self.rates(own)["data"]}
-        if "pretrain" in rates:
-            share = f"{rates['pretrain'] / rates['own']:.2%} of a synthetic training step"
-            self.record("data", "augmentation", note=share, model=self.model)
+        if "pretrain" in (rates := self.rates(SYNTHETIC)):
+            share = rates["pretrain"] / self.rates(own)["data"]
+            self.record("data", "augmentation", note=f"{share:.2%} of a synthetic training step", model=self.args.model)
 
     def rates(self, variant: str) -> dict[str, float]:
         return {row["task"]: row["img_s"] for row in self.rows if row["variant"] == variant}
@@ -277,32 +252,30 @@ class Bench:
         missing = ", ".join(sorted(STUDY.keys() - rates))
         hours = None if missing else sum(n / rates[k] for k, n in STUDY.items()) / 3600
         note = f"not measured: {missing}" if missing else f"{hours:,.2f} hours by the rates above"
-        self.record("study", WHOLE, model=self.model, hours=hours, note=note)
+        self.record("study", WHOLE, model=self.args.model, hours=hours, note=note)
 
     def scaling(self) -> None:
         """Measure the growth with the batch size, then with the number of processes, which torchrun starts."""
-        base, a = self.batch_size("pretrain"), self.args
+        count, same = self.count["pretrain"], {"tasks": "scaling", "device": self.device.type}
+        if self.dist.world_size > 1:
+            return self.train("scaling", count)
         for factor in (0.25, 0.5, 1, 2, 4) if self.on_gpu else (1, 2):
-            self.train("pretrain", max(1, int(base * factor)), "scaling")
-        most = torch.cuda.device_count() if self.on_gpu else self.cores
-        flags = {"tasks": "scaling", "model": self.model, "batch_size": base, "img_size": a.img_size, "output": a.output,
-                 "device": self.device.type, "precision": self.precision.name, "repeats": self.repeats}  # fmt: skip
-        for world in (n for n in (2, 4, 8) if n <= most):
-            run = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}", __file__]
-            run += [f"--{k}={v}" for k, v in flags.items()] + ["--compile" if self.compile else "--no-compile"]
-            subprocess.run(run, check=True)
-            self.rows.append(json.loads(Path(a.output).read_text().splitlines()[-1]))
+            self.train("scaling", max(1, int(count * factor)))
+        same |= {"precision": self.precision.name, "batch_size": count}
+        same |= {k: getattr(self.args, k) for k in ("model", "img_size", "output", "repeats")}
+        flags = [*(f"--{k}={v}" for k, v in same.items()), "--synthetic", *["--compile"] * self.args.compile]
+        for world in (n for n in (2, 4, 8) if n <= (torch.cuda.device_count() if self.on_gpu else self.cores)):
+            torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}"]
+            subprocess.run([*torchrun, __file__, *flags], check=True)
+            self.rows.append(json.loads(Path(self.args.output).read_text().splitlines()[-1]))
 
 
 def table(rows: list[dict]) -> str:
     """Format rows as a Markdown table; a figure that was not measured is a dash."""
-
-    def cell(value) -> str:
-        if isinstance(value, float):
-            return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
-        return "–" if value is None else str(value)
-
-    lines = [COLUMNS, ["---"] * len(COLUMNS), *([cell(row.get(c)) for c in COLUMNS] for row in rows)]
+    lines = [COLUMNS, ["---"] * len(COLUMNS)]
+    for values in ([row.get(column) for column in COLUMNS] for row in rows):
+        values = [f"{v:,.0f}" if isinstance(v, float) and v >= 100 else v for v in values]
+        lines.append(["–" if v is None else f"{v:.3g}" if isinstance(v, float) else str(v) for v in values])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
@@ -312,19 +285,19 @@ def write_report(source: str, target: str) -> None:
         rows = [json.loads(line) for line in Path(source).read_text().splitlines()]
     except (OSError, ValueError) as error:
         raise EngineError(f"--report {source} cannot be read as JSON lines: {error}") from None
-    parts = [f"# Benchmarks\n\nWritten by `python bench.py --report {source}`; every figure is measured, none estimated.",
-             "ratio: step time over that of the first line of its task, the median over pairs of turns."]  # fmt: skip
-    for machine, group in itertools.groupby(rows, key=lambda r: r["machine"]):
+    text = (
+        f"# Benchmarks\n\nWritten by `python bench.py --report {source}`; every figure is measured, none estimated.\n\n"
+    )
+    text += "ratio: step time over that of the first line of its task, the median over pairs of turns.\n"
+    for machine, group in itertools.groupby(rows, key=lambda row: row["machine"]):
         versions = ", ".join(f"{k} {v}" for k, v in machine["versions"].items())
-        parts.append(f"## {machine['device']}\n\n`{machine['command']}`\n\n{machine['threads']} threads; {versions}")
-        parts.append(table(list(group)))
-    wanted = [*itertools.product(("pretrain", "finetune", "resnet50"), (SYNTHETIC, REAL)), ("scaling", SYNTHETIC),
-              ("data", "cache + augmentation on cuda:0"), ("study", WHOLE)]  # fmt: skip
+        text += f"\n## {machine['device']}\n\n`{machine['command']}`\n\n{machine['threads']} threads; {versions}\n\n"
+        text += table(list(group)) + "\n"
     on_gpu = [row for row in rows if "NVIDIA" in row["machine"]["device"] and (row.get("img_s") or row.get("hours"))]
     done = {(row["task"], row["variant"]) for row in on_gpu}
-    missing = [f"- {task}: {variant}" for task, variant in wanted if (task, variant) not in done]
-    parts += ["## Not measured yet on an NVIDIA GPU", "\n".join(missing)] if missing else []
-    Path(target).write_text("\n\n".join(parts) + "\n")
+    missing = [f"- {task}: {variant}\n" for task, variant in WANTED if (task, variant) not in done]
+    text += "\n## Not measured yet on an NVIDIA GPU\n\n" * bool(missing) + "".join(missing)
+    Path(target).write_text(text)
 
 
 def main(args: argparse.Namespace) -> None:
@@ -334,17 +307,16 @@ def main(args: argparse.Namespace) -> None:
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise EngineError(f"--{name} must be at least 1, got {getattr(args, name)}")
     bench = Bench(args)
-    if bench.dist.world_size > 1:  # one of the processes that `scaling` started
-        return bench.train("pretrain", bench.batch_size("pretrain"), "scaling")
     with tempfile.TemporaryDirectory() as folder:
         if not args.synthetic:
             bench.open_data(folder)
         for task in args.tasks:
-            if task in STUDY:
-                bench.train(task, bench.batch_size(task))
-            elif task != "data" or not args.synthetic:
-                {"data": bench.data_paths, "study": bench.study, "scaling": bench.scaling}[task]()
-    print(table(bench.rows))
+            if task in TRAININGS:
+                bench.train(task, bench.count[task])
+            else:
+                getattr(bench, task)()
+    if bench.dist.world_size == 1:
+        print(table(bench.rows))
 
 
 if __name__ == "__main__":
