@@ -9,7 +9,6 @@ a drifting machine favours none; times are medians over synchronised turns, rati
 """
 
 import argparse
-import importlib
 import importlib.metadata
 import itertools
 import json
@@ -65,6 +64,10 @@ def get_args_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def pixel_loss(network, batch) -> torch.Tensor:
+    return F.cross_entropy(network(batch["images"], batch["drop_path"]).float(), batch["masks"])
+
+
 class Bench:
     """The settings, the data and the recorded measurements of one invocation."""
 
@@ -107,7 +110,7 @@ class Bench:
             torch.cuda.synchronize()
         return (clock() - start) / steps
 
-    def compare(self, task: str, contestants: dict, count: int, flops=None, steps: int = 0, settle: int = 0) -> None:
+    def compare(self, task: str, contestants: dict, count: int, steps: int = 0, settle: int = 0) -> None:
         """Time contestants (name -> function of a step of `count` images) in rotating turns; ratio: over the first one."""
         names, times, memory = list(contestants), {n: [] for n in contestants}, {}
         steps, settle, world = steps or (10 if self.on_gpu else 1), settle or 2 * self.on_gpu, self.dist.world_size
@@ -121,7 +124,7 @@ class Bench:
                 memory[name] = (torch.cuda.max_memory_allocated() - others) / 1e9 if self.on_gpu else None
         for name, (_, *turns) in times.items():  # the first turn warmed up: compilation, allocators, optimizer state
             rate = count * world / median(turns)
-            done = (flops or {}).get(name, 0) * rate or None
+            done = getattr(contestants[name], "flops", 0) * rate or None
             self.record(task, name, batch_size=count, world_size=world, steps=steps, turns=len(turns), img_s=rate,
                         model="resnet50" if "resnet50" in task else None if task == "data" else self.args.model,
                         img_size=self.args.img_size, step_ms=1e3 * median(turns), mem_gb=memory[name],
@@ -133,9 +136,9 @@ class Bench:
         """Draw photos unless --data_root names some, and decode them into a temporary cache."""
         self.root, self.cache = self.args.data_root or f"{folder}/data", f"{folder}/cache"
         if not self.args.data_root:
-            draw = [str(Path(__file__).with_name("prepare.py")), "demo", "--data_root", self.root, "--num_train=64"]
-            run = [sys.executable, *draw, "--num_val=24", "--num_pets=48"]
-            subprocess.run(run, check=True, stdout=subprocess.DEVNULL)
+            script, sizes = Path(__file__).with_name("prepare.py"), ["--num_train=64", "--num_val=24", "--num_pets=48"]
+            draw = [sys.executable, script, "demo", "--data_root", self.root, *sizes]
+            subprocess.run(draw, check=True, stdout=subprocess.DEVNULL)
         self.pets = splits.pets_split(self.root, "train").images
         self.photos = splits.select_split(self.root, "all", cache_dir=self.cache).images[:4096]
         for images, kind in ((self.photos + self.pets, "image"), (self.pets, "trimap")):
@@ -150,23 +153,11 @@ class Bench:
         options = {"img_size": self.args.img_size, "batch_size": count, "draws": self.draws, "device": device}
         return augment.TrainBatches(*stores, seed=0, vertical_flip=task != "pretrain", **options)
 
-    def build(self, task: str, **options):
-        """Build a network -> (module, loss(network, batch), FLOP of a training step per image)."""
-        if task in ("pretrain", "scaling"):
-            model = build_mae(self.args.model, img_size=self.args.img_size)
-            return model, lambda network, b: network(b["images"], 0.75, b["noise"])[0], model.flops()
-        resnet = task == "resnet50"
-        options = {"img_size": self.args.img_size, "drop_path": 0.1, **options}
-        model = build_segmenter(task if resnet else self.args.model, **options)
-        flops = model.flops(self.args.img_size) if resnet else model.flops()
-        return model, lambda net, b: F.cross_entropy(net(b["images"], b["drop_path"]).float(), b["masks"]), flops
-
-    def training_step(self, module: torch.nn.Module, loss, batches):
+    def training_step(self, module: torch.nn.Module, loss, flops: float, source):
         """Make a function that does one whole update: forward under autocast, backward, fused AdamW."""
         layout = torch.channels_last if hasattr(module, "backbone") else torch.preserve_format
-        network = module.to(self.device, memory_format=layout)
-        if self.args.compile:
-            network = torch.compile(network, dynamic=False)
+        network, compiled = module.to(self.device, memory_format=layout), self.args.compile
+        network = torch.compile(network, dynamic=False) if compiled else network
         if self.dist.world_size > 1:
             network = torch.nn.parallel.DistributedDataParallel(network, gradient_as_bucket_view=True)
         parameters = [p for p in module.parameters() if p.requires_grad]
@@ -174,7 +165,7 @@ class Bench:
 
         def step():
             with torch.profiler.record_function("wait for data"):
-                batch = next(batches)
+                batch = next(source)
             with self.precision.autocast():
                 value = loss(network, batch)
             scaler.scale(value).backward()
@@ -182,31 +173,37 @@ class Bench:
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
 
-        step.state_bytes = 3 * sum(p.numel() * p.element_size() for p in parameters)
+        step.flops, step.state_bytes = flops, 3 * sum(p.numel() * p.element_size() for p in parameters)
         return step
 
     def train(self, task: str, count: int) -> None:
         """Measure a training on synthetic and real batches, beside peers, and its forward pass; scaling: synthetic only."""
         shapes = {"images": (3, self.args.img_size, self.args.img_size), **self.draws}
-        fixed = {k: torch.rand(count, *shape, device=self.device) for k, shape in shapes.items()}
-        sources = {SYNTHETIC: itertools.repeat(fixed | {"masks": (fixed["images"][:, 0] * 3).long().clamp(max=2)})}
-        plan = {SYNTHETIC: self.build(task)}
+        batch = {name: torch.rand(count, *shape, device=self.device) for name, shape in shapes.items()}
+        batch["masks"], same = (batch["images"][:, 0] * 3).long().clamp(max=2), itertools.repeat(batch)
+        if task in ("pretrain", "scaling"):
+            module = build_mae(self.args.model, img_size=self.args.img_size)
+            flops, loss = module.flops(), lambda network, b: network(b["images"], 0.75, b["noise"])[0]
+        else:
+            resnet, size = task == "resnet50", self.args.img_size
+            module = build_segmenter(task if resnet else self.args.model, img_size=size, drop_path=0.1)
+            flops, loss = module.flops(size) if resnet else module.flops(), pixel_loss
+        steps = {SYNTHETIC: self.training_step(module, loss, flops, same)}
         if task != "scaling" and not self.args.synthetic:
-            plan[REAL] = self.build(task)
-            sources[REAL] = (parts[0] for parts in self.batches(task, count, self.device).run(0, 10**9))
+            source = (parts[0] for parts in self.batches(task, count, self.device).run(0, 10**9))
+            steps[REAL] = self.training_step(module, loss, flops, source)
         if self.args.peers:
-            plan |= self.peers.peers_of(task, lambda **options: self.build(task, **options))
-        steps = {n: self.training_step(*p[:2], sources.get(n, sources[SYNTHETIC])) for n, p in plan.items()}
-        self.compare(task, steps, count, {name: flops for name, (*_, flops) in plan.items()})
+            others = self.peers.peers_of(task, self.args.model, module, loss)
+            steps |= {name: self.training_step(*parts, same) for name, parts in others.items()}
+        self.compare(task, steps, count)
         if task == "scaling":
             return
         if self.args.profile:
             self.profile(task, steps.get(REAL, steps[SYNTHETIC]))
-        module, loss, _ = plan[SYNTHETIC]
 
         def evaluate():
             with torch.no_grad(), self.precision.autocast():
-                loss(module.eval(), next(sources[SYNTHETIC]))
+                loss(module.eval(), batch)
 
         self.compare(f"{task} evaluation", {SYNTHETIC: evaluate}, count)
 
@@ -226,8 +223,6 @@ class Bench:
     def data(self) -> None:
         """Measure the cache with augmentation, what it leaves to a GPU's host, and (peers) PIL in a DataLoader."""
         count, paths, jobs, steps = self.count["pretrain"], {}, {}, itertools.count()
-        if self.args.synthetic:
-            return
         if self.args.peers:
             files = [f"{self.root}/{name}" for name in self.photos]
             paths, jobs = self.peers.pil_paths(files, self.args.img_size, count, self.cores)
@@ -313,7 +308,7 @@ def main(args: argparse.Namespace) -> None:
         for task in args.tasks:
             if task in TRAININGS:
                 bench.train(task, bench.count[task])
-            else:
+            elif task != "data" or not args.synthetic:
                 getattr(bench, task)()
     if bench.dist.world_size == 1:
         print(table(bench.rows))

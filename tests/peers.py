@@ -8,7 +8,7 @@ from torch import nn
 
 import augment
 import data
-from models import MaskedAutoencoder, unpatchify
+from models import MaskedAutoencoder, build_segmenter, unpatchify
 
 
 def transformers_mae(model: MaskedAutoencoder, mask_ratio: float = 0.75) -> nn.Module:
@@ -63,29 +63,27 @@ class Photos(torch.utils.data.Dataset):
         return self.transform(data.read_image(self.paths[index]))
 
 
-def peers_of(task: str, build) -> dict:
+def peers_of(task: str, name: str, own: nn.Module, loss) -> dict:
     """Build other projects' networks for a task: name -> (module, loss(network, batch), FLOP of a training step per image).
 
-    build(**options) makes this project's network of that task in the same form. timm's encoder has no MAE decoder, so it is
-    compared with the linear head, the same network on both sides.
+    own, loss: this project's network of the size `name` and its loss. timm's encoder has no MAE decoder, so it is compared
+    with the linear head, the same network on both sides.
     """
     if task == "pretrain":
-        own, _, flops = build()
-        peer = transformers_mae(own), lambda net, batch: net(batch["images"], noise=batch["noise"]).loss, flops
+        peer = transformers_mae(own), lambda net, batch: net(batch["images"], noise=batch["noise"]).loss, own.flops()
         return {"transformers ViTMAE (SDPA), synthetic": peer}
     if task == "finetune":
-        own, loss, flops = build(head="linear")
-        peer = TimmSegmenter(own), loss, flops
-        return {"this project, linear head, synthetic": (own, loss, flops), "timm ViT, linear head, synthetic": peer}
+        linear = build_segmenter(name, img_size=own.img_size[0], head="linear", drop_path=0.1)
+        own, peer = ((module, loss, linear.flops()) for module in (linear, TimmSegmenter(linear)))
+        return {"this project, linear head, synthetic": own, "timm ViT, linear head, synthetic": peer}
     return {}
 
 
 def pil_paths(files: list[str], size: int, count: int, workers: int) -> tuple[dict, dict]:
     """Make the data path of most scripts: name -> function of one batch of count images, in workers and on one core."""
     photos = Photos((files * (4 * count // len(files) + 1))[: max(len(files), 4 * count)], size)
-    loader = torch.utils.data.DataLoader(
-        photos, count, True, num_workers=workers, drop_last=True, persistent_workers=True
-    )
+    options = {"num_workers": workers, "drop_last": True, "persistent_workers": True}
+    loader = torch.utils.data.DataLoader(photos, count, True, **options)
     batches = itertools.chain.from_iterable(itertools.repeat(loader))
     order = itertools.cycle(range(len(photos)))
     many = {f"PIL + torchvision, {workers} DataLoader workers": functools.partial(next, batches)}
