@@ -147,17 +147,17 @@ class Bench:
     def batches(self, task: str, count: int, device: torch.device) -> augment.TrainBatches:
         """Batches as the training scripts make them, held on a GPU; a list shorter than four batches is repeated."""
         kinds, images = (["image"], self.photos) if task == "pretrain" else (["image", "trimap"], self.pets)
-        images = images * -(-4 * count // len(images))
+        images, draw = images * -(-4 * count // len(images)), "noise" if task == "pretrain" else "drop_path"
         options = {"cache_dir": self.cache, "device": device, "on_device": device.type == "cuda"}
         stores = [data.ImageStore(self.root, images, kind=kind, **options) for kind in kinds]
-        options = {"img_size": self.args.img_size, "batch_size": count, "draws": self.draws, "device": device}
-        return augment.TrainBatches(*stores, seed=0, vertical_flip=task != "pretrain", **options)
+        options = {"img_size": self.args.img_size, "batch_size": count, "seed": 0, "device": device}
+        return augment.TrainBatches(*stores, draws={draw: self.draws[draw]}, vertical_flip=len(kinds) > 1, **options)
 
     def training_step(self, module: torch.nn.Module, loss, flops: float, source):
         """Make a function that does one whole update: forward under autocast, backward, fused AdamW."""
         layout = torch.channels_last if hasattr(module, "backbone") else torch.preserve_format
-        network, compiled = module.to(self.device, memory_format=layout), self.args.compile
-        network = torch.compile(network, dynamic=False) if compiled else network
+        network = module.to(self.device, memory_format=layout)
+        network = torch.compile(network, dynamic=False, disable=not self.args.compile)
         if self.dist.world_size > 1:
             network = torch.nn.parallel.DistributedDataParallel(network, gradient_as_bucket_view=True)
         parameters = [p for p in module.parameters() if p.requires_grad]
@@ -213,8 +213,8 @@ class Bench:
             seconds = 3 * self.seconds(step, 3)
         os.makedirs(self.args.profile, exist_ok=True)
         trace.export_chrome_trace(f"{self.args.profile}/{task}.json")
-        events, column = trace.key_averages(), f"self_{'device' if self.on_gpu else 'cpu'}_time_total"
-        print(events.table(sort_by=column, row_limit=10, max_name_column_width=50))
+        events, order = trace.key_averages(), "self_device_time_total" if self.on_gpu else "self_cpu_time_total"
+        print(events.table(sort_by=order, row_limit=10, max_name_column_width=50))
         fetch = sum(e.cpu_time_total for e in events if e.key == "wait for data") / 1e6 / seconds
         idle = 1 - sum(e.self_device_time_total for e in events) / 1e6 / seconds
         note = f", the device idles {max(0, idle):.1%}" if self.on_gpu else ""
@@ -251,14 +251,15 @@ class Bench:
 
     def scaling(self) -> None:
         """Measure the growth with the batch size, then with the number of processes, which torchrun starts."""
-        count, same = self.count["pretrain"], {"tasks": "scaling", "device": self.device.type}
+        count = self.count["pretrain"]
         if self.dist.world_size > 1:
             return self.train("scaling", count)
         for factor in (0.25, 0.5, 1, 2, 4) if self.on_gpu else (1, 2):
             self.train("scaling", max(1, int(count * factor)))
-        same |= {"precision": self.precision.name, "batch_size": count}
-        same |= {k: getattr(self.args, k) for k in ("model", "img_size", "output", "repeats")}
-        flags = [*(f"--{k}={v}" for k, v in same.items()), "--synthetic", *["--compile"] * self.args.compile]
+        same = {"model": self.args.model, "img_size": self.args.img_size, "output": self.args.output, "batch_size": count,
+                "device": self.device.type, "precision": self.precision.name, "repeats": self.args.repeats}  # fmt: skip
+        flags = [*(f"--{k}={v}" for k, v in same.items()), "--synthetic", "--tasks", "scaling"]
+        flags += ["--compile" if self.args.compile else "--no-compile"]
         for world in (n for n in (2, 4, 8) if n <= (torch.cuda.device_count() if self.on_gpu else self.cores)):
             torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}"]
             subprocess.run([*torchrun, __file__, *flags], check=True)
@@ -280,9 +281,7 @@ def write_report(source: str, target: str) -> None:
         rows = [json.loads(line) for line in Path(source).read_text().splitlines()]
     except (OSError, ValueError) as error:
         raise EngineError(f"--report {source} cannot be read as JSON lines: {error}") from None
-    text = (
-        f"# Benchmarks\n\nWritten by `python bench.py --report {source}`; every figure is measured, none estimated.\n\n"
-    )
+    text = f"# Benchmarks\n\nWritten by `python bench.py --report {source}`; all is measured, nothing estimated.\n\n"
     text += "ratio: step time over that of the first line of its task, the median over pairs of turns.\n"
     for machine, group in itertools.groupby(rows, key=lambda row: row["machine"]):
         versions = ", ".join(f"{k} {v}" for k, v in machine["versions"].items())

@@ -39,8 +39,7 @@ def confusion(truth: torch.Tensor, pred: torch.Tensor, classes: int = 3) -> torc
 def boundaries(truth: torch.Tensor, pred: torch.Tensor) -> torch.Tensor:
     """Count the boundaries' (intersection, union) of {pet} and of {pet or border}: classes [B, H, W] -> int64 [B, 2, 2].
 
-    A mask's boundary is a band: its pixels within 2 % of the image diagonal of its outline, and the image's edge counts as
-    outline (Cheng et al. 2021, Boundary IoU).
+    A boundary is a mask's pixels within 2 % of the diagonal of its outline or the image's edge (Cheng et al. 2021).
     """
     width = max(1, round(0.02 * (truth.shape[-2] ** 2 + truth.shape[-1] ** 2) ** 0.5))
 
@@ -62,10 +61,7 @@ def load_segmenter(path, device: torch.device) -> tuple[torch.nn.Module, int]:
 
 @torch.no_grad()
 def test_records(model, store: data.ImageStore, truth: torch.Tensor, args, device, precision) -> tuple[dict, dict]:
-    """Score a model on images and their truth [N, S, S], at input size S and at each file's own size.
-
-    Returns records of every image (test.npz) and panels of a few (panels.npz), as dictionaries of arrays.
-    """
+    """Score images, with truth [N, S, S], at size S and each file's own -> arrays of test.npz and of panels.npz."""
     ids, parts, panels = np.array([Path(x).stem for x in store.images]), defaultdict(list), {}
     # Shown in the report: spread over the alphabetical list, chosen before any score is known.
     panel = np.argsort(ids)[np.linspace(0, len(ids) - 1, min(6, len(ids))).round().astype(int)]
@@ -108,9 +104,10 @@ def main_test(args: argparse.Namespace) -> None:
             continue
         model, size = load_segmenter(weights, device)
         if size not in sets:
-            images, where = splits.pets_split(args.data_root, "test").images, {"cache_dir": args.cache_dir}
-            data.build_cache(args.data_root, images, progress=Progress, cache_size=size, **where)
-            store = data.ImageStore(args.data_root, images, device=device, cache_size=size, **where)
+            photos = args.data_root, splits.pets_split(args.data_root, "test").images
+            options = {"cache_dir": args.cache_dir, "cache_size": size}
+            data.build_cache(*photos, progress=Progress, **options)
+            store = data.ImageStore(*photos, device=device, **options)
             sets[size] = store, data.load_truth(args.data_root, store.images, size)
         records, panels = test_records(model, *sets[size], args, device, precision)
         for path, arrays in ((run / "panels.npz", panels), (record, records)):
@@ -142,8 +139,8 @@ def main_reference(args: argparse.Namespace) -> None:
     mean_mask = torch.stack([(masks == k).float().mean(0) for k in range(3)]).argmax(0).to(device)
     for batch in truth.split(64):
         batch = batch.to(device).long()
-        guesses = {"all_animal": torch.zeros_like(batch), "all_background": torch.ones_like(batch)}
-        guesses |= {"mean_mask": mean_mask.expand_as(batch), "stride32": stride32_predictions(batch)}
+        guesses = {"all_animal": torch.zeros_like(batch), "all_background": torch.ones_like(batch),
+                   "mean_mask": mean_mask.expand_as(batch), "stride32": stride32_predictions(batch)}  # fmt: skip
         for name, guess in guesses.items():
             counts[f"counts_{name}"].append(confusion(batch, guess).cpu())
     arrays = {"ids": np.array([Path(x).stem for x in test])} | {k: torch.cat(v).numpy() for k, v in counts.items()}
@@ -199,11 +196,11 @@ def get_args_parser() -> argparse.ArgumentParser:
     guess.add_argument("images", nargs="+", help="image files")
     guess.add_argument("--checkpoint", required=True, help="model.pt of a fine-tuned run or a baseline")
     guess.add_argument("--output_dir", default="predictions", help="folder to write to")
+    for command in (test, reference):
+        command.add_argument("--data_root", default="data", help="folder with oxford-iiit-pet/")
+        command.add_argument("--cache_dir", default="cache", help="folder of the decoded images")
     for command in (test, reference, guess):
         command.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-        if command is not guess:
-            command.add_argument("--data_root", default="data", help="folder with oxford-iiit-pet/")
-            command.add_argument("--cache_dir", default="cache", help="folder of the decoded images")
     return parser
 
 

@@ -177,6 +177,11 @@ def test_a_pretrained_run_is_not_a_segmenter(folder, flags, tmp_path, tmp_path_f
     assert "has no model.pt: it is not a finished run" in refusal("evaluate", "test", tmp_path / "empty", *flags)
 
 
+def test_sizes_below_one_are_refused(folder, flags):
+    assert refusal("evaluate", "test", folder, *flags, "--batch_size", 0) == "--batch_size must be at least 1, got 0"
+    assert refusal("evaluate", "reference", *flags, "--img_size", 0) == "--img_size must be at least 1, got 0"
+
+
 # -- reference points ---------------------------------------------------------------------------------------------------
 
 
