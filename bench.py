@@ -113,8 +113,8 @@ class Bench:
     def compare(self, task: str, contestants: dict, count: int, steps: int = 0, settle: int = 0) -> None:
         """Time contestants (name -> function of a step of `count` images) in rotating turns; ratio: over the first one."""
         names, times, memory = list(contestants), {n: [] for n in contestants}, {}
-        steps, settle, world = steps or (10 if self.on_gpu else 1), settle or 2 * self.on_gpu, self.dist.world_size
-        limit = peak_flops(self.device, self.precision.name)
+        steps, settle = steps or (10 if self.on_gpu else 1), settle or 2 * (self.on_gpu or self.args.compile)
+        limit, world = peak_flops(self.device, self.precision.name), self.dist.world_size
         for turn in range(self.args.repeats + 1):
             for name in names[turn % len(names) :] + names[: turn % len(names)]:
                 if self.on_gpu:  # memory: what this contestant keeps and what its steps add
