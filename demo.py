@@ -1,231 +1,146 @@
 """Draw a demo data set: animals and things on textured grounds that stand in for COCO 2017 and Oxford-IIIT Pet photos.
 
-`draw_coco` and `draw_pet` give one picture with its labels; every picture follows from (seed, stream, index). What is drawn
-stands in `demo_figures.txt` (copy it along); here is how: a figure is a list of parts (layer, outline [n, 2] with y down,
-colour [3]), rasterised supersampled by `render` and put on a ground by `paste`. Needs numpy and Pillow only;
-`prepare.py demo` writes the files.
+`draw_coco` and `draw_pet` give one picture with its labels, which follows from (seed, stream, index). What is drawn stands
+in `demo_figures.txt` (copy it along). Needs numpy and Pillow only; `prepare.py demo` writes the files.
 """
 
 import json
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFilter
+from PIL import Image, ImageColor, ImageDraw, ImageFilter
 
-SS = 2  # supersampling per axis
 SIZES = ((160, 214), (180, 220), (214, 160), (200, 200), (220, 172), (168, 168), (165, 220))  # height, width
-GROUNDS = (  # of a meadow, a room and a cloth: colours of the background, of the floor
-    ("6fa4d8486848 a8c4dc6c7a8c e0b8907a6a54 b8bcc0586454", "6a8c40 a89858 8c7454 c8b890 e0e0e0 587838"),
-    ("d8ccb4b8a488 b8c4ccd8e0e4 c8a0888a5848 8a947c6a7460 e8e0d4c8b8a4", "a878486a4428 c8b8a0a08c70 7c747c585058"),
-    ("a83c38d8b8a0 4c6890c8d4e0 8a6a48d8c4a0 d8d0c4a89c8c 5c5450908478 3c5c30a8b868", "808080"),
-)  # fmt: skip
-THING_COATS = "b83830e8dcc8 2c5c94e8e8e0 d8a030384048 4a7a50d8c8a0 8a6040c8a880 e8e4dc504840 58585cc0b8a8 8c4878e0c8d0"
-ROWS = (Path(__file__).parent / "demo_figures.txt").read_text().replace("\n ", " ").split("\n")
-ROWS = [row.partition("|")[::2] for row in ROWS if row and row[0] != "#"]
-ANIMALS, BREEDS, THINGS = (
-    {fields.split()[1]: fields.split()[2:] for fields, _ in ROWS if fields.split()[0] == kind}
-    for kind in ("animal", "breed", "thing")
-)
-FIGURES = {fields.split()[1]: figure for fields, figure in ROWS}
-CATEGORIES = [{"id": int(r[0]), "name": name, "supercategory": "animal"} for name, r in ANIMALS.items()]
-CATEGORIES += [{"id": int(r[0]), "name": n.replace("_", " "), "supercategory": r[1]} for n, r in THINGS.items()]
-
-
-def colours(text):
-    """Read "rrggbb…" as colours [n, 3] in 0..1."""
-    return np.array([int(text[i : i + 2], 16) for i in range(0, len(text), 2)], np.float32).reshape(-1, 3) / 255
-
-
-def vary(rng, text):
-    """Draw one word of `text` as colours [n, 3], a little lighter, darker or warmer each time."""
-    return np.clip(colours(rng.choice(text.split())) * rng.uniform(0.85, 1.12) + rng.normal(0, 0.012, 3), 0.04, 0.98)
-
-
-def outline(shape, v):
-    """Turn a shape letter and its numbers into points [n, 2]."""
-    if shape == "p":
-        return np.reshape(v, (-1, 2))
-    if shape == "e":
-        t, angle = np.arange(40) * np.pi / 20, v[4] if len(v) > 4 else 0.0
-        x, y, c, s = v[2] * np.cos(t), v[3] * np.sin(t), np.cos(angle), np.sin(angle)
-        return np.stack([v[0] + c * x - s * y, v[1] + s * x + c * y], 1)
-    p, t = np.reshape(v[:-2], (-1, 2)), np.linspace(0, 1, 14)[:, None]
-    middle = 2 * p[1] - (p[0] + p[2]) / 2 if len(p) == 3 else (p[0] + p[1]) / 2
-    line = (1 - t) ** 2 * p[0] + 2 * t * (1 - t) * middle + t**2 * p[-1]
-    step = np.gradient(line, axis=0)
-    normal = np.stack([-step[:, 1], step[:, 0]], 1) / np.linalg.norm(step, axis=1, keepdims=True).clip(1e-9)
-    half = (v[-2] + (v[-1] - v[-2]) * t) * np.sqrt(np.clip(1 - (2 * t - 1) ** 12, 0.02, 1)) * normal  # round ends
-    return np.concatenate([line + half, (line - half)[::-1]])
-
-
-def figure(text, palette, at=(0, 0)):
-    """Read a figure, moved by `at`: a list of (layer, points [n, 2], colour [3]); palette: letter -> colour."""
-    parts = []
-    for part in filter(None, (part.split() for part in text.split(";"))):
-        layer, shape, *numbers, name = part
-        rgb = palette[name[0]] * float(name[1:] or 1) if name[0] in palette else colours(name)[0]
-        points = outline(shape, np.array(numbers, float))
-        parts += [(layer[0], points * (side, 1) + at, rgb) for side in ((1, -1) if layer[1:] else (1,))]
-    return parts
-
-
-def quadruped(rng, name, palette):
-    """Build an animal seen from the side, facing right: a list of parts."""
-    body, leg, neck, angle, head, snout, width = (float(v) for v in ANIMALS[name][1:8])
-    (ear, tail, pattern), angle, floor = ANIMALS[name][8:11], angle + rng.uniform(-0.25, 0.15), body * 0.3 + leg
-    x, y = 0.38 + (neck + head * 0.6) * np.cos(angle), -body * 0.18 - (neck + head * 0.6) * np.sin(angle)  # the head
-    nose = np.array([x + head * 0.5 + snout, y + head * 0.35 + snout * 0.45])
-    sizes = dict(x=x, y=y, head=head, nx=nose[0], ny=nose[1], half=body / 2, chest=body * 0.53, jaw=head * 0.8)
-    sizes |= dict(throat=body * (0.36 if neck < 0.6 else 0.28), tip=head * 0.5, withers=-body * 0.3)
-    face, steps = {**palette, "A": palette["B" if pattern == "wool" else "A"]}, rng.uniform(-0.11, 0.11, 4)
-    thigh, foot = f"{width * 1.25} {width * 0.72}", zip((-0.3, 0.38, -0.38, 0.28), steps, (0.7, 0.7, 1, 1), strict=True)
-    legs = [
-        figure(f"c s {u} 0 {u + v * 0.3 - 0.02} {floor * 0.55} {u + v} {floor} {thigh} A{k}", face) for u, v, k in foot
-    ]
-    parts = legs[0] + legs[1] + figure(FIGURES[tail], palette, (-0.47, -body * 0.22))
-    parts += figure(FIGURES["trunk"].format(**sizes), palette) + legs[2] + legs[3]
-    parts += figure(FIGURES["mane" if tail == "hair" else "neck"].format(**sizes), palette)
-    parts += figure(FIGURES["head"].format(**sizes), face)
-    parts += figure(FIGURES[ear], face, (x - head * 0.35, y - head * 0.8))
-    parts += figure(FIGURES["eye"], face, (x + head * 0.35, y - head * 0.2))
-    return parts + ([] if ear == "huge" else figure(f"d e 0 0 {head * 0.24} {head * 0.2} 14100e", face, nose))
-
-
-def sitting(rng, cat, pattern, coat):
-    """Build a cat or dog from the front, sitting, its head turned a little: a list of parts."""
-    palette = {"A": coat[0], "B": coat[1], "I": vary(rng, "c8b040 78a850 5c9cc8")[0]}
-    palette["E"] = coat[1] if pattern == "mask" else coat[0] * 0.82
-    palette["M"] = coat[1] if pattern in ("mask", "patch") else coat[0] * 1.1
-    at, name = (rng.uniform(-0.12, 0.12), rng.uniform(-0.05, 0.1)), "cat" if cat else "dog"
-    head, face = figure(FIGURES[name + "_ears"], palette, at), figure("c e 0 0 .5 .44 A", palette, at)
-    parts = figure(FIGURES["pet_tail"] + ";" + FIGURES["pet_body"], palette) + (head + face if cat else face + head)
-    return parts + figure(FIGURES[name + "_face"], palette, at)
-
-
-@lru_cache(maxsize=1)
-def textures(n=512):
-    """Make noise tiles [n, n], mean 0 and deviation 1: "cloud" (many octaves), "fur" (streaks), "grain"."""
-    rng, bicubic = np.random.default_rng(99), Image.Resampling.BICUBIC
-
-    def layer(h, w):
-        return np.asarray(Image.fromarray(rng.normal(size=(h, w)).astype(np.float32)).resize((n, n), bicubic))
-
-    tiles = {"cloud": sum(layer(2**k, 2**k) * 0.55**k for k in range(3, 9)), "grain": layer(n, n)}
-    tiles["fur"] = layer(n // 2, n // 8) * 0.7 + layer(n // 8, n // 2) * 0.3 + layer(n // 16, n // 16) * 0.5
-    return {name: (tile - tile.mean()) / tile.std() for name, tile in tiles.items()}
+TABLES = {}  # kind -> name -> fields, the last one behind "|"
+for row in Path(__file__).with_name("demo_figures.txt").read_text().replace("\n ", " ").splitlines():
+    if row and row[0] != "#":
+        fields, _, last = row.partition("|")
+        TABLES.setdefault(fields.split()[0], {})[fields.split()[1]] = [*fields.split()[2:], last]
+OBJECTS, BREEDS, FIGURES, GROUNDS = (TABLES[kind] for kind in ("object", "breed", "figure", "ground"))
+THING_COATS = TABLES["coats"]["things"][:-1]
+COATS = THING_COATS + [fields[4] for fields in BREEDS.values()]
+CATEGORIES = [{"id": int(f[0]), "name": n.replace("_", " "), "supercategory": f[1]} for n, f in OBJECTS.items()]
+NOISE = {
+    "cloud": ((60, 60, 0.9), (24, 24, 0.7), (10, 10, 0.4), (4, 4, 0.2)),
+    "fur": ((2, 8, 1.2), (8, 2, 0.5), (16, 16, 1)),
+}
+PATTERNS = {  # of position and noise: how much of a coat's second colour shows, from 0 to 1
+    "stripe": lambda x, y, cloud: np.sin(x * 61 + cloud) * 4 + 0.5,
+    "patch": lambda x, y, cloud: (cloud - 0.3) * 9,
+    "spot": lambda x, y, cloud: np.abs(np.sin(x * 34 + cloud) * np.sin(y * 34 + cloud)) * 9 - 4,
+}
+SHADES = {"c": ((1, 0.74), (0.86, 0.93), (0.6, 1.1)), "d": ((1, 1),)}  # size and brightness of shapes in each other
 
 
 def noise(rng, name, h, w):
-    """Cut a random piece [h, w], turned and mirrored at random, out of a texture tile."""
-    tile = textures()[name].T if rng.random() < 0.5 else textures()[name]
-    y, x = rng.integers(0, tile.shape[0] - h), rng.integers(0, tile.shape[1] - w)
-    return tile[y : y + h, x : x + w][:: rng.choice([-1, 1]), :: rng.choice([-1, 1])]
+    """Draw smooth noise [h, w], mean 0 and deviation about 1: "cloud" (octaves) or "fur" (streaks)."""
+    cells = [Image.fromarray(np.float32(rng.normal(0, v, (h // dy + 2, w // dx + 2)))) for dy, dx, v in NOISE[name]]
+    return sum(np.asarray(cell.resize((w, h), Image.Resampling.BICUBIC)) for cell in cells)
 
 
 def blur(array, radius):
-    """Blur an array [H, W] in 0..1 by a Gaussian."""
-    return np.asarray(
-        Image.fromarray(np.uint8(array * 255)).filter(ImageFilter.GaussianBlur(float(radius)))
-    ) / np.float32(255)
+    """Blur an array [H, W] or [H, W, 3] in 0..1 by a Gaussian."""
+    return np.float32(Image.fromarray(np.uint8(array * 255)).filter(ImageFilter.GaussianBlur(float(radius)))) / 255
 
 
-def rgb_tuple(colour):
-    return tuple(int(c) for c in np.clip(colour, 0, 1) * 255)
+def vary(rng, coats):
+    """Draw one of `coats` (rrggbb…) as colours [n, 3] in 0..1, a little lighter, darker or warmer each time."""
+    colours = np.frombuffer(bytes.fromhex(rng.choice(coats)), np.uint8).reshape(-1, 3) / 255
+    return np.float32(np.clip(colours * rng.uniform(0.85, 1.12) + rng.normal(0, 0.012, 3), 0.04, 0.98))
 
 
-def markings(rng, pattern, h, w):
-    """Draw where the second colour goes: weights [h, w, 1] in 0..1."""
-    cloud, (y, x) = noise(rng, "cloud", h, w), np.mgrid[:h, :w] / max(h, w)
-    cell = np.abs(np.sin(x * 34 + cloud) * np.sin(y * 34 + cloud * 1.3))
-    weight = {"stripe": np.sin(x * 60 + cloud * 1.6) * 4, "patch": (cloud - 0.35) * 9, "net": (0.22 - cell) * 12,
-              "spot": (cell - 0.6) * 9}.get(pattern, np.full((h, w), -1.0))  # fmt: skip
-    return np.clip(weight + 0.5, 0, 1)[..., None]
-
-
-def render(rng, parts, height, coat, pattern="plain", fur=1.0):
-    """Rasterise a figure about `height` pixels high, mirrored and tilted at random: rgb [h, w, 3], alpha [h, w] in 0..1."""
-    angle, side, stretch = rng.normal(0, 0.05), rng.choice([-1, 1]), rng.uniform(0.9, 1.12)
-    turn = [[np.cos(angle) * side * stretch, np.sin(angle) * side * stretch], [-np.sin(angle), np.cos(angle)]]
-    outlines = [points @ turn for _, points, _ in parts]
-    low, high = np.min([p.min(0) for p in outlines], 0), np.max([p.max(0) for p in outlines], 0)
-    scale = height / (high - low)[1]
-    w, h = (min(int(x), 500) for x in np.ceil((high - low) * scale) + 6)
-    base, mask = Image.new("RGB", (w * SS, h * SS), rgb_tuple(coat[0] * 0.6)), Image.new("L", (w * SS, h * SS))
-    detail = Image.new("RGBA", base.size)
-    paint, cut, dot = ImageDraw.Draw(base), ImageDraw.Draw(mask), ImageDraw.Draw(detail)
-    for (layer, _, colour), points in zip(parts, outlines, strict=True):
-        p = ((points - low) * scale + 3) * SS
-        if layer == "c":  # tufts along the edge; dark below, lighter towards the light
-            p = (p[:, None] + (np.roll(p, -1, 0) - p)[:, None] * np.array([[0], [0.33], [0.67]])).reshape(-1, 2)
-            p, middle = p + rng.normal(0, fur * SS * (0.25 + height * 0.003), p.shape), p.mean(0)
-            for size, tone in ((1, 0.74), (0.86, 0.93), (0.6, 1.1)):
-                inner = middle + (p - middle) * size - (1 - size) * np.ptp(p, 0).min() * 0.2
-                paint.polygon(inner.ravel().tolist(), fill=rgb_tuple(colour * tone))
+def read_figure(rng, figure, coat, pattern, lively):
+    """Read a figure, if `lively` with legs and head moved: a list of (layer, outline [n, 2], colour [3] in 0..1)."""
+    ears, muzzle = coat[1] if pattern == "mask" else coat[0] * 0.82, coat[int(pattern in ("mask", "patch"))]
+    colours = {"A": coat[0], "B": coat[1], "E": ears, "M": muzzle, "I": vary(rng, ["c8b040", "78a850", "5c9cc8"])[0]}
+    parts, nod, t = [], lively * rng.uniform(-0.3, 0.2), np.linspace(0, 1, 60)
+    for layer, shape, *numbers, name in (part.split() for part in figure.split(";")):
+        v = np.array(numbers, float)
+        if shape == "p":
+            z = v.view(complex)
+        elif shape == "e":
+            z = v[0] + v[2] * np.cos(2 * np.pi * t) + 1j * (v[1] + v[3] * np.sin(2 * np.pi * t))
         else:
-            dot.polygon(p.ravel().tolist(), fill=(*rgb_tuple(colour), 255))
-        cut.polygon(p.ravel().tolist(), fill=255)
-    rgb = np.asarray(base.reduce(SS).filter(ImageFilter.GaussianBlur(float(0.3 + height * 0.008))), np.float32) / 255
-    alpha, over = np.asarray(mask.reduce(SS), np.float32) / 255, np.asarray(detail.reduce(SS), np.float32) / 255
-    if pattern not in ("plain", "wool", "mask"):
-        weight = markings(rng, pattern, h, w)
-        rgb = rgb * (1 - weight) + coat[1] * weight * rgb.mean(2, keepdims=True) / coat[0].mean()
-    d = 3 + int(height * 0.03)
-    soft = np.pad(blur(alpha, height * 0.06), d)
-    light = 0.5 * (soft[2 * d :, 2 * d :] - soft[: -2 * d, : -2 * d])  # bright where the body bends to the upper left
-    light += fur * (0.1 * noise(rng, "fur", h, w) + 0.05 * noise(rng, "grain", h, w))
-    return np.clip(rgb * (1 + light[..., None]) * (1 - over[..., 3:]) + over[..., :3], 0, 1), alpha
+            start, middle, end = v[:6].view(complex)
+            a, b = 2 * (start + end - 2 * middle), 4 * middle - 3 * start - end
+            line, step, ends = (a * t + b) * t + start, 2 * a * t + b, np.sqrt(np.clip(1 - (2 * t - 1) ** 12, 0.02, 1))
+            side = 1j * step / np.abs(step) * (v[6] + (v[7] - v[6]) * t) * ends
+            z = np.concatenate([line + side, (line - side)[::-1]])
+        stride, forth = lively * rng.uniform(-0.35, 0.35), np.maximum(z.real - 0.3, 0)
+        z = z + stride * np.clip(z.imag - 0.2, 0, 0.35) + 1j * nod * forth
+        plain = name[0] not in colours
+        colour = np.array(ImageColor.getrgb("#" + name)) / 255 if plain else colours[name[0]] * float(name[1:] or 1)
+        parts += [(layer[0], np.stack([x, z.imag], 1), colour) for x in (z.real, -z.real)[: len(layer)]]
+    return parts
 
 
-def paste(canvas, rgb, alpha, x, y, shadow=0.45):
-    """Put a figure's lower middle at (x, y) on canvas [H, W, 3], in place, with a soft shadow: its alpha [H, W]."""
-    (h, w), full = alpha.shape, np.zeros(canvas.shape[:2], np.float32)
-    top, left = int(y - h), int(x - w / 2)
-    rows, columns = slice(max(top, 0), max(top + h, 0)), slice(max(left, 0), max(left + w, 0))
-    part = full[rows, columns].shape
-    own = slice(max(-top, 0), max(-top, 0) + part[0]), slice(max(-left, 0), max(-left, 0) + part[1])
-    yy, xx = np.arange(full.shape[0])[:, None], np.arange(full.shape[1])[None, :]
-    dark = np.exp(-(((yy - y + 2) / (h * 0.06 + 2)) ** 2)) * np.exp(-(((xx - x - w * 0.04) / (w * 0.45)) ** 4))
-    canvas *= (1 - shadow * dark.astype(np.float32))[..., None]
-    full[rows, columns] = alpha[own]
-    canvas[rows, columns] += alpha[own][..., None] * (rgb[own] - canvas[rows, columns])
+def draw(rng, canvas, figure, coats, height, at, pattern="plain", fur=1.0, lively=False, shadow=0.45):
+    """Draw a figure about `height` pixels high, its foot at `at` (x, y), on canvas [H, W, 3]: its alpha [H, W]."""
+    coat, full = vary(rng, coats), np.zeros(canvas.shape[:2], np.float32)
+    turn = np.diag([rng.choice([-1, 1]) * rng.uniform(0.9, 1.12), 1]) + rng.normal(0, 0.05, (2, 2))
+    parts = [(layer, p @ turn, colour) for layer, p, colour in read_figure(rng, figure, coat, pattern, lively)]
+    (x0, y0), (x1, y1) = (edge(np.concatenate([p for _, p, _ in parts]), 0).tolist() for edge in (np.min, np.max))
+    scale, foot, margin = height / (y1 - y0), ((x0 + x1) / 2, y1), 5 + height * 0.15
+    width = (x1 - x0) * scale
+    left, top = int(max(at[0] - width / 2 - margin, 0)), int(max(at[1] - height - margin, 0))
+    box = slice(top, int(at[1] + margin)), slice(left, int(at[0] + width / 2 + margin))
+    canvas, (h, w) = canvas[box], full[box].shape  # only the figure's surroundings
+    images = [Image.new(mode, (2 * w, 2 * h), dark) for mode, dark in (("RGB", "#504844"), ("RGBA", 0), ("L", 0))]
+    body, detail, outline = map(ImageDraw.Draw, images)  # at twice the size, to be smooth
+    for layer, p, colour in parts:
+        p = ((p - foot) * scale + at - (left, top)) * 2
+        p += (layer == "c") * rng.normal(0, fur * (0.5 + height * 0.004), p.shape)  # tufts
+        outline.polygon(p.ravel().tolist(), fill=255)
+        for size, tone in SHADES[layer]:
+            inner = p.mean(0) + (p - p.mean(0)) * size - (1 - size) * np.ptp(p, 0).min() * 0.2
+            ink = tuple(np.uint8(np.clip(colour * tone, 0, 1) * 255).tolist())
+            (body if layer == "c" else detail).polygon(inner.ravel().tolist(), fill=ink)
+    body, detail, alpha = (np.float32(image.reduce(2)) / 255 for image in images)
+    body, y, x = blur(body, 0.3 + height * 0.008), np.float32(range(h))[:, None], np.float32(range(w))
+    if pattern in PATTERNS:
+        size, cloud = max(height, width), noise(rng, "cloud", h, w)
+        second = PATTERNS[pattern](x / size, y / size, cloud).clip(0, 1)[..., None]
+        body += second * (coat[1] / coat[0].mean() * body.mean(2, keepdims=True) - body)
+    light = (3 + height * 0.03) * np.add(*np.gradient(blur(alpha, height * 0.06)))  # from the upper left
+    body = (body * (1 + light + fur * 0.11 * noise(rng, "fur", h, w))[..., None]).clip(0, 1)
+    body += detail[..., 3:] * (detail[..., :3] - body)
+    far = ((y + top - at[1] + 2) / (height * 0.06 + 2)) ** 2 + ((x + left - at[0]) / (width * 0.45)) ** 4
+    canvas *= 1 - shadow * np.exp(-far)[..., None]
+    canvas += alpha[..., None] * (body - canvas)
+    full[box] = alpha
     return full
 
 
-def ground(rng, h, w):
-    """Draw a place [h, w, 3], meadow, room or cloth, and where its floor begins (share of the height)."""
-    kind, y, x = rng.choice(3, p=[0.4, 0.35, 0.25]), np.linspace(0, 1, h)[:, None, None], np.linspace(0, 1, w)[:, None]
-    (cloud, fur), horizon = (noise(rng, name, h, w)[..., None] for name in ("cloud", "fur")), rng.uniform(0.3, 0.58)
-    near, (far, floor) = np.clip((y - horizon) / (1 - horizon), 0, 1), (vary(rng, text) for text in GROUNDS[kind])
-    if kind == 0:
-        hills = horizon - 0.05 + 0.07 * np.sin(x * rng.uniform(2, 9) + rng.uniform(0, 6)) + 0.02 * cloud
-        back = np.where(y > hills, far[1] * (1 + 0.14 * cloud), far[0] + y * 0.4 + 0.06 * np.maximum(cloud, 0))
-        front = floor[0] * (0.75 + 0.35 * near + 0.12 * fur * (0.3 + near) + 0.08 * cloud)
-    elif kind == 1:
-        bands = np.sin((x if rng.random() < 0.6 else y) * rng.uniform(20, 70)) > rng.choice([-0.6, 0, 0.6, 2])
-        planks = np.sin((x - 0.5) / (0.3 + near) * rng.uniform(18, 34)) > rng.choice([0.93, 2, 0])
-        back = np.where(bands, far[1], far[0]) * (1 + 0.04 * cloud) * (0.85 + 0.25 * (horizon - y))
-        front = np.where(planks, floor[1], floor[0]) * (1 + 0.06 * fur) * (0.8 + 0.3 * near)
-    else:  # folds, with the weave of cloth or soft like leaves out of focus
-        fold = np.sin(x * rng.uniform(4, 24) + y * rng.uniform(4, 24) + cloud * rng.choice([0.4, 1.6]))
-        back = front = far[0] + (far[1] - far[0]) * (0.5 + 0.3 * fold) + 0.05 * (fur if rng.random() < 0.6 else cloud)
-    canvas = np.clip(np.where(y > horizon, front, back), 0, 1).astype(np.float32)
+def ground(rng):
+    """Draw a place [H, W, 3], meadow, room or cloth, and where its floor begins (share of the height)."""
+    (h, w), horizon, style = SIZES[rng.integers(len(SIZES))], rng.uniform(0.3, 0.58), rng.random()
+    y, x, a, b = np.float32(range(h))[:, None] / h, np.float32(range(w)) / w, rng.uniform(4, 24), rng.uniform(4, 24)
+    kind = rng.choice(list(GROUNDS), p=[0.4, 0.35, 0.25])
+    cloud, fur, near = noise(rng, "cloud", h, w), noise(rng, "fur", h, w), np.clip((y - horizon) / (1 - horizon), 0, 1)
+    far, floor = vary(rng, GROUNDS[kind][:-1]), vary(rng, GROUNDS[kind][-1].split())
+    mix = 0.5 + 0.3 * np.sin(x * a + y * b + cloud)  # folds of a cloth, hills or a papered wall
+    if kind == "meadow":
+        mix = np.float32(y > horizon - 0.05 + 0.07 * np.sin(x * b / 2 + a) + 0.02 * cloud)
+    elif kind == "room":
+        mix = np.float32(np.sin((x if style < 0.6 else y) * 3 * b) > a / 12 - 1 + 0 * cloud)
+    planks = np.sin((x - 0.5) / (0.3 + near) * (18 + a)) > (0.93 if style < 0.5 else 0)
+    back = (far[0] + (far[1] - far[0]) * mix[..., None]) * (1 + 0.06 * cloud)[..., None]
+    front = np.where(planks[..., None], floor[1], floor[0]) * (0.75 + 0.3 * near + 0.1 * fur * (0.4 + near))[..., None]
+    canvas = np.where((y < horizon)[..., None] | (kind == "cloth"), back, front)
     for _ in range(rng.integers(0, 4)):  # cushions and stones in fur's own colours: colour alone tells no animal
-        coat = vary(rng, " ".join([row[-1] for row in BREEDS.values()] + [THING_COATS]))
-        cushion = figure(FIGURES[rng.choice(["stone", "bag", "cushion"])], dict(zip("AB", coat, strict=True)))
-        drawn = render(rng, cushion, rng.uniform(0.15, 0.4) * h, coat, rng.choice(["plain", "stripe", "patch"]))
-        paste(canvas, *drawn, rng.uniform(0, w), h * rng.uniform(horizon + 0.1, 1), 0.3)
+        figure, pattern = FIGURES[rng.choice(["stone", "bag", "cushion"])][0], rng.choice(["plain", "stripe", "patch"])
+        at, size = (rng.uniform(0, w), h * rng.uniform(horizon + 0.1, 1)), rng.uniform(0.15, 0.4) * h
+        draw(rng, canvas, figure, COATS, size, at, pattern, shadow=0.3)
     return canvas, horizon
 
 
 def develop(rng, canvas):
     """Light a picture [H, W, 3] like a photo (direction, warmth, vignette, sensor noise): Pillow image."""
-    h, w = canvas.shape[:2]
-    x, y = np.linspace(-1, 1, w)[None, :], np.linspace(-1, 1, h)[:, None]
+    x, y = np.meshgrid(*(np.linspace(-1, 1, n, dtype=np.float32) for n in canvas.shape[1::-1]))
     light = 1 + rng.uniform(-0.14, 0.14) * x + rng.uniform(-0.12, 0.12) * y - rng.uniform(0, 0.16) * (x * x + y * y)
-    light = light[..., None] * rng.uniform(0.85, 1.1) * rng.normal(1, 0.02, 3)
-    canvas = canvas * light.astype(np.float32) + 0.006 * noise(rng, "grain", h, w)[..., None]
-    return Image.fromarray(np.uint8(np.clip(canvas, 0, 1) * 255))
+    canvas = canvas * light[..., None] * np.float32(rng.uniform(0.85, 1.1) * rng.normal(1, 0.02, 3))
+    canvas += np.float32(rng.normal(0, 0.006, light.shape))[..., None]
+    return Image.fromarray(np.uint8(canvas.clip(0, 1) * 255))
 
 
 def draw_coco(seed, stream, index):
@@ -233,78 +148,62 @@ def draw_coco(seed, stream, index):
 
     Of 40 pictures 18 show animals (3 of them two kinds) and 22 none (2 of these nothing that has a label).
     """
-    rng, slot = np.random.default_rng([seed, stream, index]), index * 7 % 40
-    h, w = SIZES[rng.integers(len(SIZES))]
-    canvas, horizon = ground(rng, h, w)
-    kinds = rng.choice(list(ANIMALS), (slot < 18) + (slot < 3), replace=False)
+    rng, slot, labels = np.random.default_rng([seed, stream, index]), index * 7 % 40, []
+    canvas, horizon = ground(rng)
+    h, w = canvas.shape[:2]
+    animals, things = ([name for name, f in OBJECTS.items() if (f[1] == "animal") == kind] for kind in (True, False))
+    kinds = rng.choice(animals, (slot < 18) + (slot < 3), replace=False)
     names = [kind for kind in kinds for _ in range(rng.choice([1, 1, 1, 2, 3]) if len(kinds) == 1 else 1)]
-    things = rng.choice(list(THINGS), rng.integers(0, 3) if names else rng.integers(1, 4) if slot < 38 else 0)
-    floors, labels = np.sort(rng.uniform(horizon + 0.12, 0.98, len(names) + len(things))), []
-    for name, floor in zip(rng.permutation([*names, *things]), floors, strict=True):
-        flies, near = name in ("kite", "clock"), h * (0.55 + 0.6 * (floor - horizon) / (1 - horizon))
-        text = " ".join(ANIMALS[name][11:]) if name in ANIMALS else THING_COATS
-        palette = dict(zip("AB", coat := vary(rng, text), strict=True))
-        if name in THINGS:
-            size = near * float(THINGS[name][2]) * rng.uniform(0.7, 1.1)
-            drawn = render(rng, figure(FIGURES[name], palette), size, coat, fur=0.25)
-        else:
-            size = near * {"bird": 0.3, "giraffe": 0.75}.get(name, 0.5) * rng.uniform(0.8, 1.35)
-            parts = figure(FIGURES["bird_body"], palette) if name == "bird" else quadruped(rng, name, palette)
-            drawn = render(rng, parts, size, coat, ANIMALS[name][10], fur=1.6 if name == "sheep" else 1.0)
-        height = h * (rng.uniform(0.35, 0.6) if flies else floor)
-        alpha = paste(canvas, *drawn, w * rng.uniform(0.15, 0.85), height, 0 if flies else 0.45)
-        labels = [(label, mask & (alpha < 0.5)) for label, mask in labels]
-        labels.append((int({**ANIMALS, **THINGS}[name][0]), alpha >= 0.5))
+    names += [*rng.choice(things, rng.integers(0, 3) if names else rng.integers(1, 4) if slot < 38 else 0)]
+    floors = sorted(rng.uniform(horizon + 0.12, 0.98) for _ in names)
+    for name, floor in zip(rng.permutation(names), floors, strict=True):
+        label, group, share, pattern, fur, *coats, figure = OBJECTS[name]
+        flies, lively = name in ("kite", "clock"), group == "animal"
+        near = 0.55 + 0.6 * (floor - horizon) / (1 - horizon)
+        size = h * near * float(share) * rng.uniform(0.75, 1.2 + 0.15 * lively)
+        at, shadow = (w * rng.uniform(0.15, 0.85), h * (rng.uniform(0.35, 0.6) if flies else floor)), 0.45 * (not flies)
+        alpha = draw(rng, canvas, figure, coats or THING_COATS, size, at, pattern, float(fur), lively, shadow)
+        labels = [*((k, mask & (alpha < 0.5)) for k, mask in labels), (int(label), alpha >= 0.5)]
     return develop(rng, canvas), [(label, mask) for label, mask in labels if mask.sum() >= 12]
 
 
 def draw_pet(seed, index):
     """Draw one pet photo: (breed name, Pillow image, trimap uint8 [H, W]: 1 pet, 2 background, 3 a thin band between)."""
-    rng, name = np.random.default_rng([seed, 3, index]), list(BREEDS)[index % len(BREEDS)]
-    _, species, _, pattern, coats = BREEDS[name]
-    h, w = SIZES[rng.integers(len(SIZES))]
-    canvas, _ = ground(rng, h, w)
-    coat, pose = vary(rng, coats), rng.choice(3, p=[0.4, 0.3, 0.3])  # close-up, sitting, standing
-    size = h * (rng.uniform(1.15, 1.8), rng.uniform(0.65, 0.95), rng.uniform(0.45, 0.75))[pose]
-    if pose == 2:
-        parts = quadruped(rng, "cat" if species == "1" else "dog", dict(zip("AB", coat, strict=True)))
-    else:
-        parts = sitting(rng, species == "1", pattern, coat)
-    drawn = render(rng, parts, size, coat, pattern)
-    floor = size + h * rng.uniform(0.06, 0.24) if pose == 0 else h * rng.uniform(0.85, 0.99)
-    soft = blur(paste(canvas, *drawn, w * rng.uniform(0.36, 0.64), floor), 2)
-    return name, develop(rng, canvas), np.where(soft > 0.9, 1, np.where(soft > 0.1, 3, 2)).astype(np.uint8)
-
-
-def describe(mask):
-    """Give a mask bool [H, W] as COCO does: box, area and run lengths down the columns."""
-    rows, columns, flat = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0)), mask.ravel(order="F")
-    runs = np.diff([0, *(np.flatnonzero(flat[1:] != flat[:-1]) + 1), flat.size]).tolist()
-    box = [columns[0], rows[0], np.ptp(columns) + 1, np.ptp(rows) + 1]
-    outline = {"size": list(mask.shape), "counts": [0, *runs] if flat[0] else runs}
-    return {"bbox": [float(v) for v in box], "area": float(mask.sum()), "iscrowd": 0, "segmentation": outline}
+    rng, breed = np.random.default_rng([seed, 3, index]), list(BREEDS)[index % len(BREEDS)]
+    _, species, _, pattern, coat, _ = BREEDS[breed]
+    canvas, _ = ground(rng)
+    (h, w, _), kind, pose = canvas.shape, "cat" if species == "1" else "dog", rng.choice(3, p=[0.4, 0.3, 0.3])
+    size = h * rng.uniform(*((1.15, 1.8), (0.65, 0.95), (0.45, 0.75))[pose])  # close-up, sitting, standing
+    at = w * rng.uniform(0.36, 0.64), size + h * rng.uniform(0.06, 0.24) if pose == 0 else h * rng.uniform(0.85, 0.99)
+    figure = OBJECTS[kind][-1] if pose == 2 else FIGURES[kind][0]
+    soft = blur(draw(rng, canvas, figure, [coat], size, at, pattern, lively=pose == 2), 2)
+    return breed, develop(rng, canvas), np.where(soft > 0.9, 1, np.where(soft > 0.1, 3, 2)).astype(np.uint8)
 
 
 def write_coco(folder, part, count, seed, stream, update):
     """Draw `count` photos into folder/part and their instances file; `update()` is called after each."""
-    content = {"info": {"description": "drawn demo photos"}, "images": [], "annotations": [], "categories": CATEGORIES}
+    images, annotations = [], []
     (folder / part).mkdir(parents=True)
     (folder / "annotations").mkdir(exist_ok=True)
     for index in range(count):
-        (photo, labels), image = draw_coco(seed, stream, index), 1 + stream + index * 37
-        name = f"{image:012d}.jpg"
-        photo.save(folder / part / name, quality=90)
-        content["images"].append({"id": image, "file_name": name, "width": photo.width, "height": photo.height})
+        (photo, labels), number = draw_coco(seed, stream, index), 1 + stream + index * 37
+        images.append({"id": number, "file_name": f"{number:012d}.jpg", "width": photo.width, "height": photo.height})
+        photo.save(folder / part / images[-1]["file_name"], quality=90)
         for label, mask in labels:
-            number = len(content["annotations"]) + 1
-            content["annotations"].append({"id": number, "image_id": image, "category_id": label, **describe(mask)})
+            rows, columns, flat = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0)), mask.ravel(order="F")
+            starts = np.flatnonzero(np.diff(flat, prepend=False))  # of the runs of 1 and 0 down the columns
+            outline = {"size": mask.shape, "counts": np.diff(starts, prepend=0, append=flat.size).tolist()}
+            box = [float(v) for v in (columns[0], rows[0], np.ptp(columns) + 1, np.ptp(rows) + 1)]
+            annotations.append({"id": len(annotations) + 1, "image_id": number, "category_id": label, "iscrowd": 0,
+                                "bbox": box, "area": float(mask.sum()), "segmentation": outline})  # fmt: skip
         update()
-    (folder / "annotations" / f"instances_{part}.json").write_text(json.dumps(content))
+    content = {"info": {"description": "drawn demo photos"}, "images": images, "annotations": annotations}
+    (folder / "annotations" / f"instances_{part}.json").write_text(json.dumps({**content, "categories": CATEGORIES}))
 
 
 def write_pets(folder, count, seed, update):
     """Draw `count` pets into folder/images with trimaps and list.txt in the publisher's format."""
-    trimaps, rows = folder / "annotations" / "trimaps", ["#Image CLASS-ID SPECIES BREED ID"]
+    trimaps, rows = folder / "annotations" / "trimaps", []
     trimaps.mkdir(parents=True)
     (folder / "images").mkdir()
     for index in range(count):
@@ -314,4 +213,4 @@ def write_pets(folder, count, seed, update):
         Image.fromarray(trimap).save(trimaps / f"{name}.png")
         rows.append(" ".join([name, *BREEDS[breed][:3]]))
         update()
-    (folder / "annotations" / "list.txt").write_text("\n".join(sorted(rows)) + "\n")
+    (trimaps.parent / "list.txt").write_text("\n".join(["#Image CLASS-ID SPECIES BREED ID", *sorted(rows)]) + "\n")
