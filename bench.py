@@ -230,7 +230,9 @@ class Bench:
             batches = self.batches("pretrain", count, device)
             paths[own := f"cache + augmentation on {device}"] = batches.run(0, 10**9).__next__
         self.compare("data", paths, count, steps=4 * self.cores, settle=2 * self.cores + 2)
-        jobs["this project: rows gathered, random draws"] = lambda: batches._prepare(next(steps))
+        host = self.batches("pretrain", count, torch.device("cpu"))
+        gather = lambda: host.images.gather(host._prepare(next(steps))[0], pin=self.on_gpu)  # noqa: E731
+        jobs["this project: rows gathered, random draws"] = gather
         for name, job in jobs.items():
             cost = median(self.seconds(job, 1, 1, time.process_time) for _ in range(self.args.repeats)) * 1e3 / count
             self.record("data", f"host, {name}", cpu_ms=cost, note=f"{cost:.3f} ms of CPU time per image")

@@ -9,8 +9,6 @@
 Every command may be interrupted and repeated; what is complete is left alone.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import fcntl
