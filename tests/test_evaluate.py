@@ -199,7 +199,8 @@ def test_reference_points_are_those_of_the_test_trimaps(root, flags, folder, tmp
         assert ref[f"counts_{name}"].dtype == np.int64
     scores = {k: dataset_scores(ref[f"counts_{k}"]) for k in ("all_animal", "all_background", "mean_mask", "stride32")}
     assert scores["all_background"]["iou"] == 0
-    assert scores["stride32"]["accuracy"] > max(scores[k]["accuracy"] for k in ("all_animal", "mean_mask"))
+    # 2 x 2 cells can draw every constant mask, but need not reach the mean mask, which has all pixels.
+    assert scores["stride32"]["accuracy"] > max(scores[k]["accuracy"] for k in ("all_animal", "all_background"))
 
 
 def stride32_accuracy(root, count):
