@@ -1,12 +1,11 @@
-"""Download COCO 2017 and Oxford-IIIT Pet: resumed, retried, checked by MD5, extracted without leaving the target folder.
+"""Download COCO 2017 and Oxford-IIIT Pet: resumed, retried, checked by MD5, extracted only into the target folder.
 
-An archive grows as `<data_root>/archives/<name>.part` and gets its name when its MD5 agrees; a folder is extracted beside
-its place and moved there when whole. So nothing half-written is ever taken for whole, wherever a download is killed.
+An archive grows as `<data_root>/archives/<name>.part` and gets its name when its MD5 agrees; a folder is extracted
+beside its place and moved there when whole. So nothing half-written is ever taken for whole, wherever it is killed.
 Imports nothing from this collection; `prepare.py download` is its command line.
 """
 
 import fcntl
-import fnmatch
 import hashlib
 import http.client
 import os
@@ -18,39 +17,19 @@ import urllib.error
 import urllib.request
 import zipfile
 import zlib
-from dataclasses import dataclass
+from collections import namedtuple
 from pathlib import Path, PurePosixPath
 
 CHUNK, RETRIES = 1 << 20, 6
-FLAKY = (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError)
-
-
-class DownloadError(ValueError):
-    """A download or extraction that failed; the message is one line with what to do."""
-
-    exit_code = 1
-
-
-@dataclass(frozen=True)
-class Archive:
-    """One published archive: its folder `top` becomes `<data_root>/<parent>/<top>`."""
-
-    dataset: str
-    url: str
-    size: int  # bytes
-    md5: str
-    parent: str
-    top: str
-    limit: int  # bytes it unpacks to, at most
-    files: int  # that match `pattern` below the folder when it is whole, at least
-    pattern: str
-
-    @property
-    def name(self) -> str:
-        return self.url.rsplit("/", 1)[1]
-
-
 COCO, PETS = "http://images.cocodataset.org/", "https://www.robots.ox.ac.uk/~vgg/data/pets/data/"
+
+
+class Archive(namedtuple("Archive", "dataset url size md5 parent top limit files pattern")):
+    """A published archive whose folder `top`, `limit` bytes at most, becomes <data_root>/<parent>/<top>."""
+
+    name = property(lambda self: self.url.rsplit("/", 1)[1])
+
+
 ARCHIVES = (
     Archive("coco", COCO + "annotations/annotations_trainval2017.zip", 252_907_541, "f4bbac642086de4f52a3fdda2de5fa2c",
             "coco", "annotations", 900_000_000, 2, "instances_*2017.json"),
@@ -65,82 +44,75 @@ ARCHIVES = (
 )  # fmt: skip
 
 
+class DownloadError(ValueError):
+    """A download or extraction that failed; the message is one line with what to do."""
+
+    exit_code = 1
+
+
 def is_complete(archive: Archive, data_root: Path) -> bool:
     """Tell whether an archive's folder is whole: its files are there and no unfinished extraction is beside it."""
     home = data_root / archive.parent
-    count = sum(len(fnmatch.filter(names, archive.pattern)) for _, _, names in os.walk(home / archive.top))
-    return count >= archive.files and not (home / f".{archive.top}.extracting").exists()
+    enough = len(list((home / archive.top).rglob(archive.pattern))) >= archive.files
+    return enough and not (home / f".{archive.top}.extracting").exists()
 
 
 def check_space(archives, data_root: Path, keep: bool) -> None:
     """Raise DownloadError unless the disk holds the archives (one at a time unless kept) and what they unpack to."""
-    held = needed = 0
-    for archive in archives:
-        path = data_root / "archives" / archive.name
-        there = sum(p.stat().st_size for p in (path, path.with_name(path.name + ".part")) if p.exists())
-        needed = max(needed, held + archive.size - there + archive.limit)
-        held += archive.limit + (archive.size * keep - there)
+    store, sizes = data_root / "archives", [0, *(archive.size for archive in archives)]
+    there = sum(file.stat().st_size for a in archives for file in store.glob(a.name + "*"))
+    needed = sum(archive.limit for archive in archives) + (sum(sizes) if keep else max(sizes)) - there
     free = shutil.disk_usage(next(folder for folder in (data_root, *data_root.parents) if folder.exists())).free
     if free < needed:
         advice = f"{free / 1e9:.1f} GB are free: make room or name another --data_root"
         raise DownloadError(f"{data_root} needs {needed / 1e9:.1f} GB for archives and files, {advice}")
 
 
-def open_url(url: str, start: int, archive: Archive, timeout: float):
-    """Ask for an archive from byte `start` on: (response, first byte sent). What no retry can mend is a DownloadError."""
+def open_url(url: str, start: int, size: int):
+    """Ask for `size` bytes from `start` on: (response, first byte sent); DownloadError for what no retry can mend."""
     headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={start}-"} if start else {})
     try:
-        response = urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=timeout)
+        response = urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=30)
     except urllib.error.HTTPError as error:
         if error.code in (408, 429) or error.code >= 500:
             raise
         raise DownloadError(f"{url}: the server answers {error.code} {error.reason}: check --mirror") from None
-    first, total, problem = "0", response.headers.get("Content-Length") or "", None
-    if response.status == 206:  # Content-Range: bytes first-last/total
-        span, _, total = response.headers.get("Content-Range", "").removeprefix("bytes ").partition("/")
-        first = span.partition("-")[0]
+    first, length = start if response.status == 206 else 0, response.headers.get("Content-Length", "")
+    total, problem = int(length) + first if length.isdigit() else size, None
     if "html" in response.headers.get("Content-Type", ""):
         problem = "sends a web page"
-    elif total.isdigit() and int(total) != archive.size:
-        problem = f"offers {int(total):,} bytes"
-    elif first not in ("0", str(start)):
-        problem = f"answers the range from byte {start} with one from {first!r}"
+    elif total != size:
+        problem = f"offers {total:,} bytes"
+    elif first and not (span := response.headers.get("Content-Range", "")).startswith(f"bytes {start}-"):
+        problem = f"answers the range from byte {start} with {span!r}"
     if problem:
         response.close()
-        raise DownloadError(f"{url}: the server {problem}, not the archive of {archive.size:,} bytes: check --mirror")
-    return response, int(first)
+        raise DownloadError(f"{url}: the server {problem}, not the archive of {size:,} bytes: check --mirror")
+    return response, first
 
 
-def fetch(archive: Archive, path: Path, url: str, progress, sleep=time.sleep, timeout: float = 30) -> None:
+def fetch(archive: Archive, path: Path, url: str, progress, sleep) -> None:
     """Download an archive to `path` by way of `path.part`, continuing what is there, and check its MD5.
 
-    `progress`: factory (desc, total, unit, initial) of a context manager with update(n). A lost connection is tried again
-    after 1, 2, 4 … seconds, at most RETRIES times without 8 MB more than ever before.
+    A lost connection is tried again after 1, 2, 4 … seconds, RETRIES times without 8 MB more than ever before.
     """
-    part, digest, size = path.with_name(path.name + ".part"), hashlib.md5(), 0
-    source = path if path.exists() else part
+    source, failures = path if path.exists() else Path(f"{path}.part"), 0
+    flaky = (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError)
     with source.open("a+b") as file:
-        file.seek(0)
-        while chunk := file.read(CHUNK):
-            digest.update(chunk)
-            size += len(chunk)
-        failures, best = 0, size
-        with progress(f"download {archive.name}", archive.size, "B", size) as bar:
-            while size < archive.size and source == part:
+        size = best = file.tell()
+        with progress(f"download {path.name}", archive.size, "B", size) as bar:
+            while size < archive.size and source != path:
                 reason = "the connection was cut"
                 try:
-                    response, first = open_url(url, size, archive, timeout)
+                    response, first = open_url(url, size, archive.size)
                     with response:
                         if first != size:  # no support for ranges: all over again
-                            file.truncate(0)
                             bar.update(-size)
-                            digest, size = hashlib.md5(), 0
+                            size = file.truncate(0)
                         while size <= archive.size and (chunk := response.read(CHUNK)):
-                            file.write(chunk)
-                            digest.update(chunk)
-                            size += len(chunk)
+                            size += file.write(chunk)
                             bar.update(len(chunk))
-                except FLAKY as error:
+                except flaky as error:
                     reason = str(error) or type(error).__name__
                 if size < archive.size:
                     failures, best = (1, size) if size >= best + 8 * CHUNK else (failures + 1, best)
@@ -149,6 +121,10 @@ def fetch(archive: Archive, path: Path, url: str, progress, sleep=time.sleep, ti
                     sleep(min(60, 2 ** (failures - 1)))
         file.flush()
         os.fsync(file.fileno())
+        file.seek(0)
+        digest = hashlib.md5()
+        while chunk := file.read(CHUNK):
+            digest.update(chunk)
     if digest.hexdigest() != archive.md5:
         source.unlink()
         found = f"{size:,} bytes with MD5 {digest.hexdigest()}, not {archive.size:,} with {archive.md5}"
@@ -158,41 +134,31 @@ def fetch(archive: Archive, path: Path, url: str, progress, sleep=time.sleep, ti
 
 def unpack(path: Path, folder: Path, limit: int, bar) -> None:
     """Extract a .zip or .tar.gz into an empty folder: plain files and folders below it, `limit` bytes at most."""
-    total = 0
-
-    def check(name, plain, size):
-        nonlocal total
-        total, parts = total + size, PurePosixPath(name).parts
-        if not plain or name.startswith("/") or ".." in parts or "\\" in name or ":" in "".join(parts[:1]):
-            raise DownloadError(f"{path}: {name!r} is a link, a device or outside its folder: nothing was extracted")
-        if total > limit:
-            raise DownloadError(f"{path} unpacks to more than {limit:,} bytes: it is not the published archive")
-
-    if path.suffix == ".zip":
-        with zipfile.ZipFile(path) as file:
-            for member in file.infolist():
-                kind = stat.S_IFMT(member.external_attr >> 16)
-                check(member.filename, kind in (0, stat.S_IFREG, stat.S_IFDIR), member.file_size)
-            for member in file.infolist():
-                file.extract(member, folder)
-                bar.update(member.compress_size)
-        return
-    with path.open("rb") as raw, tarfile.open(fileobj=raw, mode="r|gz") as file:
-        for member in file:
-            done = raw.tell()
-            check(member.name, member.isreg() or member.isdir(), member.size)
-            file.extract(member, folder, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
+    zipped, total, done = path.suffix == ".zip", 0, 0
+    options = {} if zipped or not hasattr(tarfile, "data_filter") else {"filter": "data"}
+    with path.open("rb") as raw, zipfile.ZipFile(raw) if zipped else tarfile.open(fileobj=raw, mode="r|gz") as file:
+        for member in file.infolist() if zipped else file:
+            name, size = (member.filename, member.file_size) if zipped else (member.name, member.size)
+            kind = stat.S_IFMT(member.external_attr >> 16) if zipped else 0 if member.isreg() or member.isdir() else -1
+            parts, total = PurePosixPath(name).parts, total + size
+            leaves = name.startswith("/") or ".." in parts or "\\" in name or ":" in "".join(parts[:1])
+            if leaves or kind not in (0, stat.S_IFREG, stat.S_IFDIR):
+                raise DownloadError(f"{path}: {name!r} is a link, device or outside its folder: nothing was extracted")
+            if total > limit:
+                raise DownloadError(f"{path} unpacks to more than {limit:,} bytes: it is not the published archive")
+            file.extract(member, folder, **options)
             bar.update(raw.tell() - done)
+            done = raw.tell()
 
 
 def extract(archive: Archive, path: Path, data_root: Path, progress) -> None:
-    """Put an archive's folder in its place: extracted beside it, then renamed, or moved into a folder with gaps."""
+    """Put an archive's folder in its place: extracted beside it, then moved, also into a folder with gaps."""
     home = data_root / archive.parent
     target, work = home / archive.top, home / f".{archive.top}.extracting"  # while `work` exists, `target` is not whole
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
     try:
-        with progress(f"extract {archive.name}", path.stat().st_size, "B", 0) as bar:
+        with progress(f"extract {path.name}", path.stat().st_size, "B", 0) as bar:
             unpack(path, work, archive.limit, bar)
     except (zipfile.BadZipFile, tarfile.TarError, EOFError, zlib.error, DownloadError) as error:
         shutil.rmtree(work)
@@ -208,13 +174,14 @@ def extract(archive: Archive, path: Path, data_root: Path, progress) -> None:
         raise DownloadError(f"{path} holds fewer than {archive.files:,} files {archive.pattern}: it is not the archive")
 
 
-def install(data_root, datasets, mirror, keep, progress, archives=None, say=print, sleep=time.sleep) -> None:
+def install(data_root, datasets, mirror, keep, progress, archives=ARCHIVES, say=print, sleep=time.sleep) -> None:
     """Download and extract what the data sets ("coco", "pets") miss under data_root; what is whole is left alone.
 
-    `mirror`: address of a folder that holds the archives by name, or None for the publishers'; `keep`: keep the archives.
+    `mirror`: address of a folder with the archives, or None for the publishers'; `keep`: keep the archives;
+    `progress`: factory (desc, total, unit, initial) of a context manager with update(n). Raises DownloadError.
     """
     data_root = Path(data_root)
-    chosen = [(a, is_complete(a, data_root)) for a in archives or ARCHIVES if a.dataset in datasets]
+    chosen = [(a, is_complete(a, data_root)) for a in archives if a.dataset in datasets]
     check_space([archive for archive, done in chosen if not done], data_root, keep)
     store = data_root / "archives"
     store.mkdir(parents=True, exist_ok=True)
