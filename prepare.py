@@ -10,7 +10,6 @@ Every command may be interrupted and repeated; what is complete is left alone.
 """
 
 import argparse
-import contextlib
 import fcntl
 import json
 import os
@@ -24,18 +23,14 @@ import data
 import demo
 import download
 import splits
-from engine import Parser, Progress, launch, write_atomic
+from engine import Parser, Progress, launch, write_json
 
 PAPER = {"animal": 25_739, "non_animal": 25_739, "mixed": 25_918, "validation": 1_090,
          "pets train": 5_144, "pets val": 1_102, "pets test": 1_103}  # fmt: skip
 
 
-class PrepareError(ValueError):
+class PrepareError(data.DataError):
     """Wrong use (exit code 2) or failure (1); the message is one line with what to do."""
-
-    def __init__(self, message: str, exit_code: int = 2):
-        super().__init__(message)
-        self.exit_code = exit_code
 
 
 def run_download(args) -> None:
@@ -54,17 +49,14 @@ def all_splits(args) -> dict[str, splits.Split]:
     table |= {"mixed": select("mixed", num_images=PAPER["mixed"] if full else None), "all": select("all")}
     coco = splits._Coco(args.data_root, "val2017", None, args.cache_dir)
     for rule in splits.ANIMAL_IMAGES:  # pre-training's validation takes the unique ones
-        title, definition = (
-            f"validation {rule}".removesuffix(" per_category"),
-            {"part": "val2017", "animal_images": rule},
-        )
-        table[title] = coco.split(title, coco.animal_list(rule), definition)
-    table |= {f"pets {part}": splits.pets_split(args.data_root, part) for part in ("train", "val", "test")}
-    return table
+        title, facts = f"validation {rule}".removesuffix(" per_category"), {"part": "val2017", "animal_images": rule}
+        table[title] = coco.split(title, coco.animal_list(rule), facts)
+    return table | {f"pets {part}": splits.pets_split(args.data_root, part) for part in ("train", "val", "test")}
 
 
-def print_table(rows: list[list[str]]) -> None:
-    """Print rows of text in columns, the first one to the left."""
+def print_table(rows: list[list]) -> None:
+    """Print rows in columns, the first one to the left, numbers with separators."""
+    rows = [[f"{cell:,}" if isinstance(cell, int) else cell for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         print(row[0].ljust(widths[0]), *(c.rjust(w + 1) for c, w in zip(row[1:], widths[1:], strict=True)))
@@ -79,68 +71,62 @@ def run_splits(args) -> None:
     for title, split in table.items():
         m = split.manifest | {"paper": PAPER.get(title, "")}
         counts = [m.get(key, "") for key in ("entries", "paper", "unique", "animal_images", "without_annotation")]
-        person = f"{m['person_share']:.1%}" if "person_share" in m else ""
-        rows.append([title, *(f"{n:,}" if n != "" else "" for n in counts), person, split.sha256[:12]])
+        rows.append([title, *counts, f"{m['person_share']:.1%}" if "person_share" in m else "", split.sha256[:12]])
     print_table(rows)
     print("\nunique images with each animal:")
     shown = {title: table[title].manifest["categories"] for title in ("animal", "mixed", "all", "validation")}
-    print_table([["", *shown["animal"]], *([t, *(f"{n:,}" for n in c.values())] for t, c in shown.items())])
+    print_table([["", *shown["animal"]], *([title, *counts.values()] for title, counts in shown.items())])
     output.mkdir(parents=True, exist_ok=True)
     for title, split in table.items():
-        text = json.dumps(split.manifest, indent=1)
-        write_atomic(output / f"{title.replace(' ', '_')}.json", lambda file, text=text: file.write(text.encode()))
+        write_json(output / f"{title.replace(' ', '_')}.json", split.manifest)
     print(f"\n{len(table)} manifests in {output}; no label: images without annotation; person: share that shows one")
 
 
 def run_verify(args) -> None:
     """Decode every image and trimap the study can use; name each damaged or missing one."""
-    root = Path(args.data_root)
+    root, damaged = Path(args.data_root), 0
     pets = [image for part in ("train", "val", "test") for image in splits.pets_split(root, part).images]
     coco = [path for part in ("train2017", "val2017") for path in splits._Coco(root, part, None, args.cache_dir).paths]
     jobs = [(data.read_image, root / path) for path in coco + pets]
     jobs += [(data.read_trimap, root / data.trimap_path(image), root / image) for image in pets]
 
-    def check(job) -> str | None:
+    def check(job) -> data.DataError | None:
         try:
             job[0](*job[1:])
         except data.DataError as error:
-            return str(error)
-        return None
+            return error
 
-    damaged = []
     with ThreadPoolExecutor(args.workers) as pool, Progress("verify", len(jobs)) as bar:
         for start in range(0, len(jobs), 1024):  # in slices, so that Ctrl-C need not wait for the queue
             for problem in pool.map(check, jobs[start : start + 1024]):
                 bar.update()
                 if problem:
-                    damaged.append(problem)
+                    damaged += 1
                     print(problem, flush=True)
     if damaged:
         advice = f"delete what is damaged; python prepare.py download --data_root {root} brings it back"
-        raise PrepareError(f"{len(damaged):,} of {len(jobs):,} files damaged or missing (named above): {advice}", 1)
+        raise PrepareError(f"{damaged:,} of {len(jobs):,} files damaged or missing (named above): {advice}", 1)
     print(f"{len(coco):,} COCO images, {len(pets):,} pets and their trimaps are readable")
 
 
 def run_cache(args) -> None:
     """Decode the chosen splits, the validation images and the pets into the cache that all scripts share."""
-    jobs, decoded = [], []
+    root, where, jobs, decoded, start = args.data_root, {"cache_dir": args.cache_dir}, [], [], time.perf_counter()
     for name in dict.fromkeys(args.splits):
-        split = splits.select_split(args.data_root, name, split_seed=args.split_seed, cache_dir=args.cache_dir)
-        jobs.append(("image", split.images))
+        jobs.append(("image", splits.select_split(root, name, split_seed=args.split_seed, **where).images))
         if name == "pets":
-            held_out = [splits.pets_split(args.data_root, part).images for part in ("val", "test")]
-            jobs += [("trimap", split.images), ("image", sum(held_out, ()))]
+            held_out = [splits.pets_split(root, part).images for part in ("val", "test")]
+            jobs += [("trimap", jobs[-1][1]), ("image", sum(held_out, ()))]
     if set(args.splits) - {"pets"}:
-        jobs += [("image", s.images) for s in splits.mae_validation(args.data_root, cache_dir=args.cache_dir).values()]
+        jobs += [("image", split.images) for split in splits.mae_validation(root, **where).values()]
 
     def progress(desc, total):
         decoded.append(total)
         return Progress(desc, total)
 
-    start = time.perf_counter()
+    where |= {"cache_size": args.cache_size, "workers": args.workers, "progress": progress}
     for kind, images in jobs:
-        data.build_cache(args.data_root, images, kind=kind, cache_dir=args.cache_dir, cache_size=args.cache_size,
-                         workers=args.workers, progress=progress)  # fmt: skip
+        data.build_cache(root, images, kind=kind, **where)
     seconds, size = time.perf_counter() - start, sum(f.stat().st_size for f in Path(args.cache_dir).glob("*.u8"))
     rate = f"{sum(decoded):,} decoded now, {sum(decoded) / seconds:,.0f} images/s" if decoded else "complete before"
     print(f"{args.cache_dir}: {size / 1e9:.2f} GB, {rate}")
@@ -148,81 +134,62 @@ def run_cache(args) -> None:
 
 def run_demo(args) -> None:
     """Draw the demo data beside its place and rename it, so that a killed drawing is never taken for whole."""
-    root = Path(os.path.realpath(args.data_root))
-    sizes = {"num_train": args.num_train, "num_val": args.num_val, "num_pets": args.num_pets}
-    for name, minimum in (("num_train", 40), ("num_val", 16), ("num_pets", 14)):
-        if sizes[name] < minimum:
-            raise PrepareError(f"--{name} {sizes[name]} is too few for every split: use {minimum} or more")
-    if args.seed < 0:
-        raise PrepareError(f"--seed {args.seed} must be 0 or more")
-    title = f"drawn demo photos\n{json.dumps({**sizes, 'seed': args.seed})}\n"
-    work = root.parent / f".{root.name}.drawing"
-    if is_drawn(root, title, args):
-        return
-    work.mkdir(parents=True, exist_ok=True)
-    lock = os.open(work, os.O_RDONLY)
-    fcntl.flock(lock, fcntl.LOCK_EX)  # a second drawing waits, then finds the first one's work
+    root, start = Path(os.path.realpath(args.data_root)), time.perf_counter()
+    sizes = {"num_train": args.num_train, "num_val": args.num_val, "num_pets": args.num_pets, "seed": args.seed}
+    for (name, value), minimum in zip(sizes.items(), (40, 16, 14, 0), strict=True):
+        if value < minimum:
+            few = "too few for every split" if minimum else "no seed"
+            raise PrepareError(f"--{name} {value} is {few}: use {minimum} or more")
+    title, work = f"drawn demo photos\n{json.dumps(sizes)}\n", root.parent / f".{root.name}.drawing"
+    root.parent.mkdir(parents=True, exist_ok=True)
+    lock = os.open(root.parent, os.O_RDONLY)
     try:
-        if is_drawn(root, title, args):
+        fcntl.flock(lock, fcntl.LOCK_EX)  # a second drawing waits, then finds the first one's work
+        file = root / "DATASET.txt"
+        if file.is_file() and file.read_text() == title:
+            print(f"{args.data_root} is complete")
             return
-        for child in work.iterdir():
-            shutil.rmtree(child, ignore_errors=True)
-        start = time.perf_counter()
-        with Progress("draw", sum(sizes.values())) as bar:
-            for stream, part in enumerate(("train", "val")):
-                demo.write_coco(work / "coco", f"{part}2017", sizes[f"num_{part}"], args.seed, stream, bar.update)
-            demo.write_pets(work / "oxford-iiit-pet", sizes["num_pets"], args.seed, bar.update)
+        if root.exists() and not (root.is_dir() and not any(root.iterdir())):
+            found = "a demo of other sizes or seed" if file.is_file() else "something else than a demo data set"
+            raise PrepareError(f"--data_root {args.data_root} holds {found}: delete it or name another folder")
+        shutil.rmtree(work, ignore_errors=True)
+        with Progress("draw", sum(sizes.values()) - args.seed) as bar:
+            demo.write_coco(work / "coco", "train2017", args.num_train, args.seed, 0, bar.update)
+            demo.write_coco(work / "coco", "val2017", args.num_val, args.seed, 1, bar.update)
+            demo.write_pets(work / "oxford-iiit-pet", args.num_pets, args.seed, bar.update)
         (work / "DATASET.txt").write_text(title)
         os.rename(work, root)  # replaces an empty folder
-        print(f"{args.data_root}: {sum(sizes.values()):,} photos drawn in {time.perf_counter() - start:.0f} s")
+        print(f"{args.data_root}: {bar.total:,} photos drawn in {time.perf_counter() - start:.0f} s")
     finally:
         os.close(lock)
-        with contextlib.suppress(OSError):  # empty when another process has drawn meanwhile
-            work.rmdir()
-
-
-def is_drawn(root: Path, title: str, args) -> bool:
-    """Tell whether this demo data set stands at `root`; raise PrepareError when something else does."""
-    if not root.exists() or (root.is_dir() and not any(root.iterdir())):
-        return False
-    file = root / "DATASET.txt"
-    if file.is_file() and file.read_text() == title:
-        print(f"{args.data_root} is complete")
-        return True
-    found = "a demo of other sizes or seed" if file.is_file() else "something else than a demo data set"
-    raise PrepareError(f"--data_root {args.data_root} holds {found}: delete it or name another folder")
 
 
 def get_args_parser() -> argparse.ArgumentParser:
     parser = Parser("prepare.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True)
-    run = {}
+    commands, add = parser.add_subparsers(dest="command", required=True), {}
     for function in (run_download, run_verify, run_splits, run_cache, run_demo):
         name = function.__name__.removeprefix("run_")
-        run[name] = commands.add_parser(name, help=function.__doc__, description=function.__doc__)
-        run[name].set_defaults(function=function)
-        folder = "data/demo" if name == "demo" else "data"
-        run[name].add_argument("--data_root", default=folder, help="folder of the data sets")
+        command = commands.add_parser(name, help=function.__doc__, description=function.__doc__)
+        command.set_defaults(function=function)
+        add[name] = command.add_argument
+        add[name]("--data_root", default="data/demo" if name == "demo" else "data", help="folder of the data sets")
         if name in ("verify", "splits", "cache"):
-            run[name].add_argument("--cache_dir", default="cache", help="folder of the decoded cache")
+            add[name]("--cache_dir", default="cache", help="folder of the decoded cache")
         if name in ("splits", "cache"):
-            run[name].add_argument("--split_seed", type=int, default=0, help="seed of the COCO draws")
+            add[name]("--split_seed", type=int, default=0, help="seed of the COCO draws")
         if name in ("verify", "cache"):
-            run[name].add_argument("--workers", type=int, default=None, help="threads (default: about one a core)")
-    add = run["download"].add_argument
-    add("--only", nargs="+", choices=("coco", "pets"), default=("coco", "pets"), help="data sets to fetch")
-    add("--mirror", help="address of a folder that holds the archives by name, instead of the publishers'")
-    add("--keep_archives", action="store_true", help="keep the archives beside what they hold")
-    run["splits"].add_argument("--output", default="splits", help="folder for the manifests")
-    add = run["cache"].add_argument
-    add("--cache_size", type=int, default=384, help="side of the squashed square in pixels; as in training")
+            add[name]("--workers", type=int, default=None, help="threads (default: about one a core)")
+    add["download"]("--only", nargs="+", choices=("coco", "pets"), default=("coco", "pets"), help="what to fetch")
+    add["download"]("--mirror", help="address of a folder that holds the archives by name, not the publishers'")
+    add["download"]("--keep_archives", action="store_true", help="keep the archives beside what they hold")
+    add["splits"]("--output", default="splits", help="folder for the manifests")
+    add["cache"]("--cache_size", type=int, default=384, help="side of the squashed square in pixels; as in training")
     default = ("animal", "non_animal", "mixed", "pets")
-    add("--splits", nargs="+", choices=splits.SPLITS, default=default, help="what to decode")
-    add = run["demo"].add_argument
-    add("--num_train", type=int, default=480, help="COCO-like training photos")
-    add("--num_val", type=int, default=96, help="COCO-like validation photos")
-    add("--num_pets", type=int, default=320, help="pet photos with trimaps")
-    add("--seed", type=int, default=0, help="another seed draws other photos")
+    add["cache"]("--splits", nargs="+", choices=splits.SPLITS, default=default, help="what to decode")
+    for name, count, what in (("train", 480, "COCO-like training photos"), ("val", 96, "COCO-like validation photos"),
+                              ("pets", 320, "pet photos with trimaps")):  # fmt: skip
+        add["demo"](f"--num_{name}", type=int, default=count, help=what)
+    add["demo"]("--seed", type=int, default=0, help="another seed draws other photos")
     return parser
 
 
