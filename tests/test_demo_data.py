@@ -125,7 +125,7 @@ def test_an_interrupted_drawing_is_not_taken_for_whole_and_the_next_one_mends_it
     class Interrupted(prepare.Progress):
         def update(self, n=1, note=""):
             super().update(n)
-            if self.done == at:
+            if self.n == at:
                 raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
