@@ -124,6 +124,7 @@ def trimap_path(image: str) -> str:
 
 def load_truth(data_root, images: Sequence[str], size: int | tuple[int, int]) -> torch.Tensor:
     """Read original trimaps, each resized once to the nearest pixel -> uint8 [N, h, w], classes 0, 1, 2."""
+    require(images, "none of the images can be read; `python prepare.py verify` names the cause")
     h, w = (size, size) if isinstance(size, int) else size
     paths = [(Path(data_root, trimap_path(image)), Path(data_root, image)) for image in images]
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:

@@ -66,6 +66,8 @@ def launch(main, parser: argparse.ArgumentParser) -> None:
             message, code = f"the disk is full ({error.filename or error}); free some space and repeat the command", 1
         elif hasattr(error, "exit_code"):
             message, code = str(error), error.exit_code
+        elif isinstance(error, OSError) and error.filename:  # a folder that cannot be written, a file that has gone
+            message, code = f"{error.filename}: {error.strerror}", 1
         else:
             raise
     rank = int(os.environ.get("RANK", 0))
@@ -250,6 +252,7 @@ class Progress(tqdm):
 def write_atomic(path: Path, write) -> None:
     """Let write(file) fill a temporary file, flush it to disk and rename it: readers see the whole or nothing."""
     temporary = path.with_name(path.name + ".tmp")
+    path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with open(temporary, "wb") as f:
             write(f)
