@@ -20,16 +20,12 @@ OBJECTS, BREEDS, FIGURES, GROUNDS = (TABLES[kind] for kind in ("object", "breed"
 THING_COATS = TABLES["coats"]["things"][:-1]
 COATS = THING_COATS + [fields[4] for fields in BREEDS.values()]
 CATEGORIES = [{"id": int(f[0]), "name": n.replace("_", " "), "supercategory": f[1]} for n, f in OBJECTS.items()]
-NOISE = {
-    "cloud": ((60, 60, 0.9), (24, 24, 0.7), (10, 10, 0.4), (4, 4, 0.2)),
-    "fur": ((2, 8, 1.2), (8, 2, 0.5), (16, 16, 1)),
-}
+NOISE = {"cloud": ((60, 60, 0.9), (24, 24, 0.7), (8, 8, 0.45)), "fur": ((2, 8, 1.2), (8, 3, 0.5), (16, 16, 1))}
 PATTERNS = {  # of position and noise: how much of a coat's second colour shows, from 0 to 1
     "stripe": lambda x, y, cloud: np.sin(x * 61 + cloud) * 4 + 0.5,
     "patch": lambda x, y, cloud: (cloud - 0.3) * 9,
     "spot": lambda x, y, cloud: np.abs(np.sin(x * 34 + cloud) * np.sin(y * 34 + cloud)) * 9 - 4,
 }
-SHADES = {"c": ((1, 0.74), (0.86, 0.93), (0.6, 1.1)), "d": ((1, 1),)}  # size and brightness of shapes in each other
 
 
 def noise(rng, name, h, w):
@@ -62,12 +58,12 @@ def read_figure(rng, figure, coat, pattern, lively):
             z = v[0] + v[2] * np.cos(2 * np.pi * t) + 1j * (v[1] + v[3] * np.sin(2 * np.pi * t))
         else:
             start, middle, end = v[:6].view(complex)
-            a, b = 2 * (start + end - 2 * middle), 4 * middle - 3 * start - end
-            line, step, ends = (a * t + b) * t + start, 2 * a * t + b, np.sqrt(np.clip(1 - (2 * t - 1) ** 12, 0.02, 1))
-            side = 1j * step / np.abs(step) * (v[6] + (v[7] - v[6]) * t) * ends
+            line = start * (1 - t) * (1 - 2 * t) + middle * 4 * t * (1 - t) + end * t * (2 * t - 1)
+            half = (v[6] + (v[7] - v[6]) * t) * np.sqrt(np.clip(1 - (2 * t - 1) ** 12, 0.02, 1))  # round ends
+            side = 1j * half * np.exp(1j * np.angle(np.gradient(line)))
             z = np.concatenate([line + side, (line - side)[::-1]])
-        stride, forth = lively * rng.uniform(-0.35, 0.35), np.maximum(z.real - 0.3, 0)
-        z = z + stride * np.clip(z.imag - 0.2, 0, 0.35) + 1j * nod * forth
+        stride = lively * rng.uniform(-0.35, 0.35)
+        z = z + stride * np.clip(z.imag - 0.2, 0, 0.35) + 1j * nod * np.maximum(z.real - 0.3, 0)
         plain = name[0] not in colours
         colour = np.array(ImageColor.getrgb("#" + name)) / 255 if plain else colours[name[0]] * float(name[1:] or 1)
         parts += [(layer[0], np.stack([x, z.imag], 1), colour) for x in (z.real, -z.real)[: len(layer)]]
@@ -80,26 +76,25 @@ def draw(rng, canvas, figure, coats, height, at, pattern="plain", fur=1.0, livel
     turn = np.diag([rng.choice([-1, 1]) * rng.uniform(0.9, 1.12), 1]) + rng.normal(0, 0.05, (2, 2))
     parts = [(layer, p @ turn, colour) for layer, p, colour in read_figure(rng, figure, coat, pattern, lively)]
     (x0, y0), (x1, y1) = (edge(np.concatenate([p for _, p, _ in parts]), 0).tolist() for edge in (np.min, np.max))
-    scale, foot, margin = height / (y1 - y0), ((x0 + x1) / 2, y1), 5 + height * 0.15
-    width = (x1 - x0) * scale
+    scale, width, margin = height / (y1 - y0), height * (x1 - x0) / (y1 - y0), 5 + height * 0.15
     left, top = int(max(at[0] - width / 2 - margin, 0)), int(max(at[1] - height - margin, 0))
     box = slice(top, int(at[1] + margin)), slice(left, int(at[0] + width / 2 + margin))
     canvas, (h, w) = canvas[box], full[box].shape  # only the figure's surroundings
     images = [Image.new(mode, (2 * w, 2 * h), dark) for mode, dark in (("RGB", "#504844"), ("RGBA", 0), ("L", 0))]
     body, detail, outline = map(ImageDraw.Draw, images)  # at twice the size, to be smooth
     for layer, p, colour in parts:
-        p = ((p - foot) * scale + at - (left, top)) * 2
+        p = ((p - ((x0 + x1) / 2, y1)) * scale + at - (left, top)) * 2
         p += (layer == "c") * rng.normal(0, fur * (0.5 + height * 0.004), p.shape)  # tufts
         outline.polygon(p.ravel().tolist(), fill=255)
-        for size, tone in SHADES[layer]:
+        for size, tone in ((1, 0.74), (0.86, 0.93), (0.6, 1.1)) if layer == "c" else ((1, 1),):  # lighter within
             inner = p.mean(0) + (p - p.mean(0)) * size - (1 - size) * np.ptp(p, 0).min() * 0.2
             ink = tuple(np.uint8(np.clip(colour * tone, 0, 1) * 255).tolist())
             (body if layer == "c" else detail).polygon(inner.ravel().tolist(), fill=ink)
     body, detail, alpha = (np.float32(image.reduce(2)) / 255 for image in images)
     body, y, x = blur(body, 0.3 + height * 0.008), np.float32(range(h))[:, None], np.float32(range(w))
     if pattern in PATTERNS:
-        size, cloud = max(height, width), noise(rng, "cloud", h, w)
-        second = PATTERNS[pattern](x / size, y / size, cloud).clip(0, 1)[..., None]
+        u, v = x / max(height, width), y / max(height, width)
+        second = PATTERNS[pattern](u, v, noise(rng, "cloud", h, w)).clip(0, 1)[..., None]
         body += second * (coat[1] / coat[0].mean() * body.mean(2, keepdims=True) - body)
     light = (3 + height * 0.03) * np.add(*np.gradient(blur(alpha, height * 0.06)))  # from the upper left
     body = (body * (1 + light + fur * 0.11 * noise(rng, "fur", h, w))[..., None]).clip(0, 1)
@@ -113,7 +108,7 @@ def draw(rng, canvas, figure, coats, height, at, pattern="plain", fur=1.0, livel
 
 def ground(rng):
     """Draw a place [H, W, 3], meadow, room or cloth, and where its floor begins (share of the height)."""
-    (h, w), horizon, style = SIZES[rng.integers(len(SIZES))], rng.uniform(0.3, 0.58), rng.random()
+    (h, w), horizon, style = rng.choice(SIZES).tolist(), rng.uniform(0.3, 0.58), rng.random()
     y, x, a, b = np.float32(range(h))[:, None] / h, np.float32(range(w)) / w, rng.uniform(4, 24), rng.uniform(4, 24)
     kind = rng.choice(list(GROUNDS), p=[0.4, 0.35, 0.25])
     cloud, fur, near = noise(rng, "cloud", h, w), noise(rng, "fur", h, w), np.clip((y - horizon) / (1 - horizon), 0, 1)
@@ -159,8 +154,7 @@ def draw_coco(seed, stream, index):
     for name, floor in zip(rng.permutation(names), floors, strict=True):
         label, group, share, pattern, fur, *coats, figure = OBJECTS[name]
         flies, lively = name in ("kite", "clock"), group == "animal"
-        near = 0.55 + 0.6 * (floor - horizon) / (1 - horizon)
-        size = h * near * float(share) * rng.uniform(0.75, 1.2 + 0.15 * lively)
+        size = float(share) * rng.uniform(0.75, 1.25) * h * (0.55 + 0.6 * (floor - horizon) / (1 - horizon))
         at, shadow = (w * rng.uniform(0.15, 0.85), h * (rng.uniform(0.35, 0.6) if flies else floor)), 0.45 * (not flies)
         alpha = draw(rng, canvas, figure, coats or THING_COATS, size, at, pattern, float(fur), lively, shadow)
         labels = [*((k, mask & (alpha < 0.5)) for k, mask in labels), (int(label), alpha >= 0.5)]

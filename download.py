@@ -10,7 +10,6 @@ import hashlib
 import http.client
 import os
 import shutil
-import stat
 import tarfile
 import time
 import urllib.error
@@ -139,10 +138,11 @@ def unpack(path: Path, folder: Path, limit: int, bar) -> None:
     with path.open("rb") as raw, zipfile.ZipFile(raw) if zipped else tarfile.open(fileobj=raw, mode="r|gz") as file:
         for member in file.infolist() if zipped else file:
             name, size = (member.filename, member.file_size) if zipped else (member.name, member.size)
-            kind = stat.S_IFMT(member.external_attr >> 16) if zipped else 0 if member.isreg() or member.isdir() else -1
+            # a zip made on Unix holds the file's mode: its highest bits are 8 for a file, 4 for a folder, 0 if unknown
+            plain = member.external_attr >> 28 in (0, 4, 8) if zipped else member.isreg() or member.isdir()
             parts, total = PurePosixPath(name).parts, total + size
             leaves = name.startswith("/") or ".." in parts or "\\" in name or ":" in "".join(parts[:1])
-            if leaves or kind not in (0, stat.S_IFREG, stat.S_IFDIR):
+            if leaves or not plain:
                 raise DownloadError(f"{path}: {name!r} is a link, device or outside its folder: nothing was extracted")
             if total > limit:
                 raise DownloadError(f"{path} unpacks to more than {limit:,} bytes: it is not the published archive")

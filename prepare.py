@@ -40,20 +40,6 @@ def run_download(args) -> None:
     download.install(args.data_root, args.only, args.mirror, args.keep_archives, Progress)
 
 
-def all_splits(args) -> dict[str, splits.Split]:
-    """Select every split the study can use: {title: split}, the paper's first."""
-    select = partial(splits.select_split, args.data_root, split_seed=args.split_seed, cache_dir=args.cache_dir)
-    table = {"animal": select("animal"), "animal unique": select("animal", animal_images="unique")}
-    table |= {"animal single": select("animal", animal_images="single"), "non_animal": select("non_animal")}
-    full = len(table["animal"].images) == PAPER["animal"]  # the paper's mixed set is larger than its others
-    table |= {"mixed": select("mixed", num_images=PAPER["mixed"] if full else None), "all": select("all")}
-    coco = splits._Coco(args.data_root, "val2017", None, args.cache_dir)
-    for rule in splits.ANIMAL_IMAGES:  # pre-training's validation takes the unique ones
-        title, facts = f"validation {rule}".removesuffix(" per_category"), {"part": "val2017", "animal_images": rule}
-        table[title] = coco.split(title, coco.animal_list(rule), facts)
-    return table | {f"pets {part}": splits.pets_split(args.data_root, part) for part in ("train", "val", "test")}
-
-
 def print_table(rows: list[list]) -> None:
     """Print rows in columns, the first one to the left, numbers with separators."""
     rows = [[f"{cell:,}" if isinstance(cell, int) else cell for cell in row] for row in rows]
@@ -64,9 +50,18 @@ def print_table(rows: list[list]) -> None:
 
 def run_splits(args) -> None:
     """Print all splits beside the paper's numbers and write their manifests."""
-    table, output = all_splits(args), Path(args.output)
+    output, root, rules = Path(args.output), args.data_root, splits.ANIMAL_IMAGES
     if output.exists() and not output.is_dir():
         raise PrepareError(f"--output {output} is a file: name a folder")
+    select = partial(splits.select_split, root, split_seed=args.split_seed, cache_dir=args.cache_dir)
+    table = {f"animal {rule}".removesuffix(" per_category"): select("animal", animal_images=rule) for rule in rules}
+    full = len(table["animal"].images) == PAPER["animal"]  # the paper's mixed set is larger than its others
+    table |= {"non_animal": select("non_animal"), "mixed": select("mixed", num_images=PAPER["mixed"] if full else None)}
+    table["all"], coco = select("all"), splits._Coco(root, "val2017", None, args.cache_dir)
+    for rule in rules:  # pre-training's validation takes the unique ones
+        title, facts = f"validation {rule}".removesuffix(" per_category"), {"part": "val2017", "animal_images": rule}
+        table[title] = coco.split(title, coco.animal_list(rule), facts)
+    table |= {f"pets {part}": splits.pets_split(root, part) for part in ("train", "val", "test")}
     rows = [["split", "images", "paper", "unique", "animal", "no label", "person", "sha256"]]
     for title, split in table.items():
         m = split.manifest | {"paper": PAPER.get(title, "")}
@@ -90,19 +85,19 @@ def run_verify(args) -> None:
     jobs = [(data.read_image, root / path) for path in coco + pets]
     jobs += [(data.read_trimap, root / data.trimap_path(image), root / image) for image in pets]
 
-    def check(job) -> data.DataError | None:
+    def is_damaged(job) -> bool:
         try:
             job[0](*job[1:])
         except data.DataError as error:
-            return error
+            print(error, flush=True)
+            return True
+        return False
 
     with ThreadPoolExecutor(args.workers) as pool, Progress("verify", len(jobs)) as bar:
         for start in range(0, len(jobs), 1024):  # in slices, so that Ctrl-C need not wait for the queue
-            for problem in pool.map(check, jobs[start : start + 1024]):
+            for found in pool.map(is_damaged, jobs[start : start + 1024]):
+                damaged += found
                 bar.update()
-                if problem:
-                    damaged += 1
-                    print(problem, flush=True)
     if damaged:
         advice = f"delete what is damaged; python prepare.py download --data_root {root} brings it back"
         raise PrepareError(f"{damaged:,} of {len(jobs):,} files damaged or missing (named above): {advice}", 1)
@@ -145,12 +140,11 @@ def run_demo(args) -> None:
     lock = os.open(root.parent, os.O_RDONLY)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX)  # a second drawing waits, then finds the first one's work
-        file = root / "DATASET.txt"
-        if file.is_file() and file.read_text() == title:
-            print(f"{args.data_root} is complete")
-            return
-        if root.exists() and not (root.is_dir() and not any(root.iterdir())):
-            found = "a demo of other sizes or seed" if file.is_file() else "something else than a demo data set"
+        label = root / "DATASET.txt"
+        if label.is_file() and label.read_text() == title:
+            return print(f"{args.data_root} is complete")
+        if root.is_file() or (root.is_dir() and any(root.iterdir())):
+            found = "a demo of other sizes or seed" if label.is_file() else "something else than a demo data set"
             raise PrepareError(f"--data_root {args.data_root} holds {found}: delete it or name another folder")
         shutil.rmtree(work, ignore_errors=True)
         with Progress("draw", sum(sizes.values()) - args.seed) as bar:
@@ -186,9 +180,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     add["cache"]("--cache_size", type=int, default=384, help="side of the squashed square in pixels; as in training")
     default = ("animal", "non_animal", "mixed", "pets")
     add["cache"]("--splits", nargs="+", choices=splits.SPLITS, default=default, help="what to decode")
-    for name, count, what in (("train", 480, "COCO-like training photos"), ("val", 96, "COCO-like validation photos"),
-                              ("pets", 320, "pet photos with trimaps")):  # fmt: skip
-        add["demo"](f"--num_{name}", type=int, default=count, help=what)
+    for name, count in (("train", 480), ("val", 96), ("pets", 320)):
+        add["demo"](f"--num_{name}", type=int, default=count, help="photos to draw, like COCO's or with trimaps (pets)")
     add["demo"]("--seed", type=int, default=0, help="another seed draws other photos")
     return parser
 
