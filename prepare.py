@@ -4,7 +4,7 @@
     python prepare.py verify --data_root data                # decode every image once: minutes on many cores
     python prepare.py splits --data_root data                # every split beside the paper's numbers: under a minute
     python prepare.py cache --data_root data                 # decode ahead what trainings would decode on their first use
-    python prepare.py demo --data_root data/demo             # draw a small set instead: a quarter of a minute, no network
+    python prepare.py demo --data_root data/demo             # draw a small set instead: twenty seconds, no network
 
 Every command may be interrupted and repeated; what is complete is left alone.
 """
