@@ -1,7 +1,7 @@
 """Draw a demo data set: animals and things on textured grounds that stand in for COCO 2017 and Oxford-IIIT Pet photos.
 
-`draw_coco` and `draw_pet` give one picture with its labels, which follows from (seed, stream, index). What is drawn stands
-in `demo_figures.txt` (copy it along). Needs numpy and Pillow only; `prepare.py demo` writes the files.
+`draw_coco` and `draw_pet` give one picture with its labels, which follows from (seed, stream, index). What is drawn
+stands in `demo_figures.txt` (copy it along). Needs numpy and Pillow only; `prepare.py demo` writes the files.
 """
 
 import json
@@ -162,7 +162,7 @@ def draw_coco(seed, stream, index):
 
 
 def draw_pet(seed, index):
-    """Draw one pet photo: (breed name, Pillow image, trimap uint8 [H, W]: 1 pet, 2 background, 3 a thin band between)."""
+    """Draw one pet photo: (breed name, Pillow image, trimap uint8 [H, W]: 1 pet, 2 background, 3 a thin band)."""
     rng, breed = np.random.default_rng([seed, 3, index]), list(BREEDS)[index % len(BREEDS)]
     _, species, _, pattern, coat, _ = BREEDS[breed]
     canvas, _ = ground(rng)

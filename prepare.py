@@ -3,7 +3,7 @@
     python prepare.py download --data_root data              # COCO 2017 and Oxford-IIIT Pet: 21 GB to fetch, resumable
     python prepare.py verify --data_root data                # decode every image once: minutes on many cores
     python prepare.py splits --data_root data                # every split beside the paper's numbers: under a minute
-    python prepare.py cache --data_root data                 # decode ahead what trainings would decode on their first use
+    python prepare.py cache --data_root data                 # decode ahead what trainings would decode at first use
     python prepare.py demo --data_root data/demo             # draw a small set instead: twenty seconds, no network
 
 Every command may be interrupted and repeated; what is complete is left alone.
