@@ -43,7 +43,7 @@ def falls_steadily(losses):
 def test_the_training_loss_falls_steadily_far_below_that_of_predicting_zero(trained):
     losses = [line["loss"] for line in log(trained[0], "train")]
     assert falls_steadily(losses)
-    assert losses[-1] < 0.87 * min(metrics(trained[0])["predict_zero"].values())
+    assert losses[-1] < 0.92 * min(metrics(trained[0])["predict_zero"].values())
 
 
 def test_validation_ends_below_the_loss_of_predicting_zero(trained):
