@@ -136,6 +136,19 @@ def _batches(prepare: Callable, items: Sequence, stores: dict, img_size: int, mi
             yield [augment(batch, first) for first in range(0, len(batch["boxes"]), micro)]
 
 
+def share_of_batch(batch_size: int, world_size: int, micro_batch_size: int | None, count: int) -> tuple[int, int]:
+    """Divide a batch -> (images per process, per micro-batch); DataError names the nearest valid size."""
+    share = batch_size // world_size
+    micro = min(micro_batch_size or share, share)
+    unit = world_size * (micro if 0 < micro < share else 1)
+    nearest = min(max(1, round(batch_size / unit)), count // unit) * unit or "none: too few images"
+    parts = f"{world_size} process(es)" + (f" x micro-batch {micro}" if unit > world_size else "")
+    wrong = f"larger than the split's {count} images" if batch_size > count else "not divisible"
+    advice = f"(must be divisible by {parts}); the nearest valid size is {nearest}"
+    require(1 <= batch_size <= count and batch_size % unit == 0, f"--batch_size {batch_size} is {wrong} {advice}")
+    return share, micro
+
+
 class TrainBatches:
     """Augmented training batches, each a pure function of (seed, epoch, position in the global batch).
 
@@ -149,15 +162,7 @@ class TrainBatches:
                  draws: dict | None = None, rank: int = 0, world_size: int = 1, micro_batch_size: int | None = None,
                  device="cpu"):  # fmt: skip
         require(masks is None or masks.images == images.images, "images and masks must be stores of the same list")
-        share = batch_size // world_size
-        micro = min(micro_batch_size or share, share)
-        unit = world_size * (micro if 0 < micro < share else 1)
-        nearest = min(max(1, round(batch_size / unit)), len(images) // unit) * unit or "none: too few images"
-        parts = f"{world_size} process(es)" + (f" x micro-batch {micro}" if unit > world_size else "")
-        wrong = f"larger than the split's {len(images)} images" if batch_size > len(images) else "not divisible"
-        advice = f"(must be divisible by {parts}); the nearest valid size is {nearest}"
-        valid = 1 <= batch_size <= len(images) and batch_size % unit == 0
-        require(valid, f"--batch_size {batch_size} is {wrong} {advice}")
+        share, micro = share_of_batch(batch_size, world_size, micro_batch_size, len(images))
         self.images, self.seed, self.batch_size, self.draws = images, seed, batch_size, draws or {}
         self.scale, self.flips = scale if crop else None, np.array([flip, flip and vertical_flip])
         self.mine, self.micro_batches = slice(rank * share, (rank + 1) * share), share // micro

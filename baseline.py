@@ -58,6 +58,7 @@ def main(args: argparse.Namespace) -> None:
     if args.weights and not resnet:
         raise EngineError("--weights goes with --model resnet50; to fine-tune a pre-trained MAE use finetune.py --init")
     args.model = "mae_base" if args.model == "mae" else args.model
+    args.drop_path = 0.0 if resnet else args.drop_path
     if args.blr is None:
         args.blr = 2e-3 if resnet else 1e-3
     dist = setup(args.device)

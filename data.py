@@ -108,7 +108,10 @@ def read_trimap(path, image_path) -> np.ndarray:
     name = show_path(path)
     with _opened(image_path) as image, _opened(path) as trimap:
         (w, h), (width, height) = trimap.size, image.size
-        require(trimap.size == image.size, f"{name}: {w} x {h}, but its image is {width} x {height}")
+        sizes = (
+            {image.size, image.size[::-1]} if image.format == "TIFF" else {image.size}
+        )  # Pillow may give it as turned
+        require(trimap.size in sizes, f"{name}: {w} x {h}, but its image is {width} x {height}")
         trimap.load()
         values = np.asarray(_turned(trimap, image))
     found = f"values {values.min()} to {values.max()}" if values.ndim == 2 else f"{values.ndim} dimensions"
@@ -148,10 +151,10 @@ class _CacheFiles:
         return self.root / (key if self.kind == "image" else trimap_path(key))
 
     def stamp(self, key: str) -> list[int]:
-        """Size and time of a source file: what tells that it was replaced."""
+        """Size and time of what a row is made from: they tell that it was replaced; a trimap is turned as its photo says."""
         with contextlib.suppress(OSError):
-            stat = os.stat(self.source(key))
-            return [stat.st_size, stat.st_mtime_ns]
+            stats = [os.stat(path) for path in {self.source(key), self.root / key}]
+            return [sum(stat.st_size for stat in stats), sum(stat.st_mtime_ns for stat in stats)]
         return [-1, -1]
 
     def read_index(self) -> tuple[list[list], int]:

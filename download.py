@@ -5,6 +5,7 @@ beside its place and moved there when whole. So nothing half-written is ever tak
 Imports nothing from this collection; `prepare.py download` is its command line.
 """
 
+import errno
 import fcntl
 import hashlib
 import http.client
@@ -96,7 +97,7 @@ def fetch(archive: Archive, path: Path, url: str, progress, sleep) -> None:
     A lost connection is tried again after 1, 2, 4 … seconds, RETRIES times without 8 MB more than ever before.
     """
     source, failures = path if path.exists() else Path(f"{path}.part"), 0
-    flaky = (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError)
+    local = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)  # the disk's faults, not the network's
     with source.open("a+b") as file:
         size = best = file.tell()
         with progress(f"download {path.name}", archive.size, "B", size) as bar:
@@ -111,7 +112,9 @@ def fetch(archive: Archive, path: Path, url: str, progress, sleep) -> None:
                         while size <= archive.size and (chunk := response.read(CHUNK)):
                             size += file.write(chunk)
                             bar.update(len(chunk))
-                except flaky as error:
+                except (OSError, http.client.HTTPException) as error:
+                    if getattr(error, "errno", None) in local:
+                        raise
                     reason = str(error) or type(error).__name__
                 if size < archive.size:
                     failures, best = (1, size) if size >= best + 8 * CHUNK else (failures + 1, best)
@@ -160,7 +163,8 @@ def extract(archive: Archive, path: Path, data_root: Path, progress) -> None:
     try:
         with progress(f"extract {path.name}", path.stat().st_size, "B", 0) as bar:
             unpack(path, work, archive.limit, bar)
-    except (zipfile.BadZipFile, tarfile.TarError, EOFError, zlib.error, DownloadError) as error:
+    except (zipfile.BadZipFile, tarfile.TarError, EOFError, zlib.error, RuntimeError, IsADirectoryError,
+            NotADirectoryError, DownloadError) as error:  # fmt: skip
         shutil.rmtree(work)
         broken = DownloadError(f"{path} cannot be extracted ({error}): delete it and run again")
         raise (error if isinstance(error, DownloadError) else broken) from None

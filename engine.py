@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import errno
 import fcntl
+import hashlib
 import importlib.metadata
 import json
 import math
@@ -67,7 +68,8 @@ def launch(main, parser: argparse.ArgumentParser) -> None:
         elif hasattr(error, "exit_code"):
             message, code = str(error), error.exit_code
         elif isinstance(error, OSError) and error.filename:  # a folder that cannot be written, a file that has gone
-            message, code = f"{error.filename}: {error.strerror}", 1
+            wrong = isinstance(error, (NotADirectoryError, IsADirectoryError, FileExistsError))
+            message, code = f"{error.filename}: {error.strerror}", 2 if wrong else 1
         else:
             raise
     rank = int(os.environ.get("RANK", 0))
@@ -116,6 +118,8 @@ def setup(device: str = "auto") -> Distributed:
         chosen = torch.device(("cuda" if gpus else "cpu") if device == "auto" else device)
     except RuntimeError:
         raise EngineError(f"--device must be auto, cpu, cuda or cuda:N, got {device!r}") from None
+    if chosen.type not in ("cpu", "cuda"):
+        raise EngineError(f"--device must be auto, cpu, cuda or cuda:N, got {device!r}")
     if chosen.type == "cuda":
         index = local_rank if chosen.index is None else chosen.index
         if index >= gpus:
@@ -280,18 +284,34 @@ class Run:
 
     def __init__(self, output_dir: str, dist: Distributed, config: dict, resume: str = "auto", state_bytes: int = 0):
         self.dir, self.dist, self.config = Path(output_dir), dist, config
-        self.finished, self.log_bytes, self._log = False, 0, None
-        if dist.is_main:
-            self._check(resume, state_bytes)
-            self.dir.mkdir(parents=True, exist_ok=True)
-            self._acquire_lock()
-            if resume == "never":
-                for name in ("last.pt", "last.prev.pt", "log.jsonl", "metrics.json", "model.pt"):
-                    (self.dir / name).unlink(missing_ok=True)
-            self.finished = (self.dir / "metrics.json").exists()
-            if not self.finished:
-                write_json(self.dir / "config.json", config)
-        self.finished = bool(dist.gather([self.finished])[0, 0])
+        self.finished, self.log_bytes, self._log, problem = False, 0, None, None
+        try:
+            if dist.is_main:
+                self._open(resume, state_bytes)
+        except (EngineError, OSError) as error:
+            problem = error
+        # All processes learn of a refusal, and that they train the same experiment: nodes could be out of step.
+        text = json.dumps(config["experiment"], sort_keys=True)
+        digest = int(hashlib.sha256(text.encode()).hexdigest()[:12], 16)
+        rows = dist.gather([self.finished, digest, problem is not None])
+        if problem:
+            raise problem
+        if rows[0, 2]:
+            raise EngineError(f"the first process cannot use --output_dir {self.dir}")
+        if (rows[:, 1] != digest).any():
+            raise EngineError("the processes were started with different flags or data; start them again together", 1)
+        self.finished = bool(rows[0, 0])
+
+    def _open(self, resume: str, state_bytes: int) -> None:
+        self._check(resume, state_bytes)
+        self.dir.mkdir(parents=True, exist_ok=True)
+        self._acquire_lock()
+        if resume == "never":
+            for name in ("last.pt", "last.prev.pt", "log.jsonl", "metrics.json", "model.pt"):
+                (self.dir / name).unlink(missing_ok=True)
+        self.finished = (self.dir / "metrics.json").exists()
+        if not self.finished:
+            write_json(self.dir / "config.json", self.config)
 
     def _check(self, resume: str, state_bytes: int) -> None:
         """Refuse a directory that holds something else, or a full disk, before anything is written."""
@@ -355,16 +375,24 @@ class Run:
         os.replace(fresh, last)
 
     def load(self) -> dict | None:
-        """Read the newest complete checkpoint, or None; a damaged last.pt falls back to the one before with a warning."""
-        for path in (p for p in (self.dir / "last.pt", self.dir / "last.prev.pt") if p.exists()):
+        """Read the newest complete checkpoint, None if there is none; a damaged last.pt falls back to the one before.
+
+        Raises EngineError if checkpoints exist and none can be read: nothing is started over without being asked.
+        """
+        found = [p for p in (self.dir / "last.pt", self.dir / "last.prev.pt") if p.exists()]
+        for path in found:
             try:
                 state = torch.load(path, map_location="cpu", weights_only=True)
                 self.log_bytes = state["log_bytes"]
                 return state
+            except (OSError, MemoryError):  # the file may be whole
+                raise
             except Exception as error:  # torch reports damaged archives with many types
                 if self.dist.is_main:
                     reason = (str(error).splitlines() or [type(error).__name__])[0]
                     print(f"warning: {path} is damaged ({reason}); trying the checkpoint before it", file=sys.stderr)
+        if found:
+            raise EngineError(f"no checkpoint in {self.dir} can be read; --resume never starts the run over", 1)
         return None
 
     def finish(self, weights: dict, metrics: dict) -> None:

@@ -143,7 +143,8 @@ def main_reference(args: argparse.Namespace) -> None:
                    "mean_mask": mean_mask.expand_as(batch), "stride32": stride32_predictions(batch)}  # fmt: skip
         for name, guess in guesses.items():
             counts[f"counts_{name}"].append(confusion(batch, guess).cpu())
-    arrays = {"ids": np.array([Path(x).stem for x in test])} | {k: torch.cat(v).numpy() for k, v in counts.items()}
+    arrays = {"ids": np.array([Path(x).stem for x in test]), "img_size": np.array(args.img_size)}
+    arrays |= {k: torch.cat(v).numpy() for k, v in counts.items()}
     write_atomic(Path(args.output), lambda f: np.savez_compressed(f, **arrays))
     for name in guesses:
         print(f"{name}: {SUMMARY.format(**dataset_scores(arrays[f'counts_{name}']))}")

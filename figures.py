@@ -84,7 +84,7 @@ def curve_panels(path, panels: dict[str, tuple], arms: dict[str, tuple[str, list
 
 def forest(path, rows: list[dict], margin: float) -> None:
     """Draw differences in IoU points: per row a label, seeds [(value, low, high)] and perhaps a mean with its t-interval."""
-    limit = 1.25 * max([abs(v) for r in rows for seed in r["seeds"] for v in seed] + [2 * margin])
+    limit = 1.25 * np.nanmax([abs(v) for r in rows for seed in r["seeds"] for v in seed] + [2 * margin])
     fig, axis = plt.subplots(figsize=(8.2, 0.72 * len(rows) + 1.4))
     axis.axvspan(-margin, margin, color=SKY, alpha=0.3, lw=0, label=f"±{margin:g} points")
     axis.axvline(0, color=BLACK, lw=0.8)

@@ -16,7 +16,9 @@ from torch import nn
 # Named sizes. mae_base is Table 1 of the paper; mae_tiny is for demonstrations and tests on CPUs.
 MODELS = {
     "mae_tiny": dict(embed_dim=192, depth=4, num_heads=3, decoder_embed_dim=128, decoder_depth=2, decoder_num_heads=4),
-    "mae_small": dict(num_heads=6, embed_dim=384, decoder_depth=4, decoder_embed_dim=256, decoder_num_heads=8),
+    "mae_small": dict(
+        embed_dim=384, depth=12, num_heads=6, decoder_embed_dim=256, decoder_depth=4, decoder_num_heads=8
+    ),
     "mae_base": dict(embed_dim=768, depth=12, num_heads=12),
     "mae_large": dict(embed_dim=1024, depth=24, num_heads=16),
     "mae_huge": dict(embed_dim=1280, depth=32, num_heads=16, patch_size=14),

@@ -125,16 +125,16 @@ def main(args: argparse.Namespace) -> None:
     options = {k: getattr(args, k) for k in ("num_images", "animal_images", "categories", "split_seed", "cache_dir")}
     dist = setup(args.device)
     precision = Precision(args.precision, dist.device)
-    split = splits.select_split(args.data_root, args.split, animal_fraction=args.animal_fraction, **options)
-    # pets and all train for as many updates as an arm of the animal split's size; other arms define their own epoch.
-    matched = args.split in ("pets", "all") and args.num_images is None
-    size = splits.reference_size(args.data_root, **options) if matched else len(split.images)
-    held_out = splits.mae_validation(args.data_root, categories=args.categories, cache_dir=args.cache_dir)
     model, init = build(build_mae, dist, args, args.init, norm_pix_loss=args.norm_pix_loss)
     try:
         flops = model.flops(args.mask_ratio)
     except ValueError as error:
         raise EngineError(str(error)) from None
+    split = splits.select_split(args.data_root, args.split, animal_fraction=args.animal_fraction, **options)
+    # pets and all train for as many updates as an arm of the animal split's size; other arms define their own epoch.
+    matched = args.split in ("pets", "all") and args.num_images is None
+    size = splits.reference_size(args.data_root, **options) if matched else len(split.images)
+    held_out = splits.mae_validation(args.data_root, categories=args.categories, cache_dir=args.cache_dir)
 
     def loss(network, batch):
         return network(batch["images"], args.mask_ratio, batch["noise"])[0]

@@ -87,6 +87,10 @@ class Report:
         self.title = f"{title or 'Pre-training images and segmentation after fine-tuning'}: {self.data}"
         self.seeds = "thin: seeds, thick: their mean" if len({r.seed for r in study.runs}) > 1 else "one seed"
         self.rows = planned(study)
+        self.dose_points = self.sweep("finetune", "dose_", {0.0: NON_ANIMAL, 0.5: MIXED, 1.0: ANIMAL})
+        stages = {arm: "baseline" if arm == "mae" else "finetune" for arm in PRETRAINED}
+        lines = {arm: self.sweep(stage, f"{arm}_labels_", {1.0: (stage, arm)}) for arm, stage in stages.items()}
+        self.label_lines = {arm: points for arm, points in lines.items() if points}
 
     def add(self, *blocks: str) -> None:
         self.parts += [b.rstrip() + "\n" for b in blocks if b]
@@ -244,10 +248,10 @@ class Report:
 
     def examples(self) -> None:
         parts = ("masked", "reconstruction", "original")
-        if blocks := self.study.arrays([("pretrain", a) for a in PRETRAINED], "reconstruction.npz"):
+        if blocks := self.study.reconstructions:
             heads = [(f"{pretrained(k[1])}:\n" * (p == "masked") + p, found[p]) for k, found in blocks for p in parts]
             self.figure("reconstruction", figures.image_grid, heads, 3)
-        if panels := self.study.arrays(ARMS, "panels.npz"):
+        if panels := self.study.panels:
             first, colours = panels[0][1], figures.MASK_COLOURS
             rows = [("image", first["images"]), ("ground truth", colours[first["truth"]])]
             rows += [(label_of(k), colours[p["pred"]]) for k, p in panels if list(p["ids"]) == list(first["ids"])]
@@ -256,27 +260,30 @@ class Report:
     def sweep(self, stage: str, mark: str, full: dict[float, tuple]) -> list[dict]:
         """Points of a sweep: the number after `mark` in an arm's name, and the study's own arms where they are equal."""
         keys = [(s, a) for s, a in self.study.groups if s == stage and a.startswith(mark) and self.main((s, a))]
-        found = {float(a.removeprefix(mark)): self.main((s, a)) for s, a in keys}
-        for share, runs in ((share, self.main(key)) for share, key in full.items() if keys):
-            if runs and self.study.matches(runs[0], self.main(keys[0])[0]):
+        found, matches = {float(a.removeprefix(mark)): self.main((s, a)) for s, a in keys}, self.study.matches
+        firsts = [runs[0] for runs in found.values()]
+        base = max(firsts, key=lambda run: sum(matches(run, other) for other in firsts), default=None)
+        for share, run in [(share, runs[0]) for share, runs in found.items() if not matches(runs[0], base)]:
+            self.study.notes.append(f"`{run.name}` has other settings or updates than `{base.name}`: not in its sweep")
+            del found[share]
+        for share, runs in ((share, self.main(key)) for share, key in full.items() if found):
+            if runs and matches(runs[0], base):
                 found.setdefault(share, runs)
         rows = [(pretrained(runs[0].arm.split("_labels_")[0]), share, runs) for share, runs in sorted(found.items())]
         return [{"arm": arm, "share": round(100 * share, 6), "seeds": len(runs), "iou": estimates(runs)["iou"],
                  "values": [r.iou() for r in runs]} for arm, share, runs in rows]  # fmt: skip
 
     def doses(self) -> None:
-        if points := self.sweep("finetune", "dose_", {0.0: NON_ANIMAL, 0.5: MIXED, 1.0: ANIMAL}):
+        if self.dose_points:
             self.add("## Share of animals in pre-training")
-            self.figure("dose", figures.bands, {"dose": points}, "animal images in pre-training (%)")
-            self.table("dose", points, ("arm", "values"))
+            self.figure("dose", figures.bands, {"dose": self.dose_points}, "animal images in pre-training (%)")
+            self.table("dose", self.dose_points, ("arm", "values"))
 
     def labels(self) -> None:
-        stages = {arm: "baseline" if arm == "mae" else "finetune" for arm in PRETRAINED}
-        lines = {arm: self.sweep(stage, f"{arm}_labels_", {1.0: (stage, arm)}) for arm, stage in stages.items()}
-        if lines := {arm: points for arm, points in lines.items() if points}:
+        if self.label_lines:
             self.add("## Share of labels in fine-tuning")
-            self.figure("labels", figures.bands, lines, "labelled training images (%)", True)
-            self.table("labels", [p for points in lines.values() for p in points], ("values",))
+            self.figure("labels", figures.bands, self.label_lines, "labelled training images (%)", True)
+            self.table("labels", [p for points in self.label_lines.values() for p in points], ("values",))
 
     def pretraining_loss(self) -> None:
         points = []

@@ -20,7 +20,8 @@ Several nodes: start it on each node with NNODES, NODE_RANK, MASTER_ADDR (and MA
 TEXT
 }
 set -u -o pipefail
-HERE=$(cd "$(dirname "$0")" && pwd)
+HERE=$(CDPATH='' cd "$(dirname "$0")" && pwd)
+refuse() { echo "run_all.sh: error: $1" >&2; exit 2; }
 DEMO=0 DATA_ROOT="" OUTPUT="" GPUS="" SEEDS=0 SWEEPS="" EXTRA=0 MODEL="" PRE="" FINE="" CACHE=cache DRY=0
 while [ $# -gt 0 ]; do
   case $1 in
@@ -28,46 +29,59 @@ while [ $# -gt 0 ]; do
     --extra_arms) EXTRA=1 ;;
     --dry_run) DRY=1 ;;
     --data_root|--output|--gpus|--seeds|--sweep|--model|--pretrain_args|--finetune_args|--cache_dir)
-      [ $# -ge 2 ] || { echo "run_all.sh: error: $1 needs a value (see --help)" >&2; exit 2; }
+      [ $# -ge 2 ] || refuse "$1 needs a value (see --help)"
       case $1 in
         --data_root) DATA_ROOT=$2 ;; --output) OUTPUT=$2 ;; --gpus) GPUS=$2 ;; --seeds) SEEDS=$2 ;; --sweep) SWEEPS="$SWEEPS $2" ;;
         --model) MODEL=$2 ;; --pretrain_args) PRE=$2 ;; --finetune_args) FINE=$2 ;; --cache_dir) CACHE=$2 ;;
       esac
       shift ;;
     -h|--help) usage; exit 0 ;;
-    *) echo "run_all.sh: error: unknown option $1 (see --help)" >&2; exit 2 ;;
+    *) refuse "unknown option $1 (see --help)" ;;
   esac
   shift
 done
-for s in $SEEDS; do case $s in *[!0-9]*) echo "run_all.sh: error: --seeds takes whole numbers, got '$s'" >&2; exit 2 ;; esac; done
-[ -n "${SEEDS// /}" ] || { echo "run_all.sh: error: --seeds is empty" >&2; exit 2; }
+for s in $SEEDS; do case $s in *[!0-9]*|0?*|??????????*) refuse "--seeds takes whole numbers below a billion, got '$s'" ;; esac; done
+[ -n "${SEEDS// /}" ] || refuse "--seeds is empty"
+s=$(printf '%s\n' $SEEDS | sort | uniq -d | head -n 1)
+[ -z "$s" ] || refuse "--seeds names $s twice; a repeated seed is no further evidence"
 for s in $SWEEPS; do
-  case $s in animal_fraction|label_fraction) ;; *) echo "run_all.sh: error: --sweep takes animal_fraction or label_fraction, got '$s'" >&2; exit 2 ;; esac
+  case $s in animal_fraction|label_fraction) ;; *) refuse "--sweep takes animal_fraction or label_fraction, got '$s'" ;; esac
 done
-case ${MODEL:-mae_base} in mae_tiny|mae_small|mae_base|mae_large|mae_huge) ;; *) echo "run_all.sh: error: unknown --model '$MODEL'" >&2; exit 2 ;; esac
-case $GPUS in *[!0-9]*) echo "run_all.sh: error: --gpus takes a number, got '$GPUS'" >&2; exit 2 ;; esac
+case ${MODEL:-mae_base} in mae_tiny|mae_small|mae_base|mae_large|mae_huge) ;; *) refuse "unknown --model '$MODEL'" ;; esac
+case $GPUS in *[!0-9]*) refuse "--gpus takes a number, got '$GPUS'" ;; esac
+NNODES=${NNODES:-1} NODE_RANK=${NODE_RANK:-0}
+case $NNODES$NODE_RANK in *[!0-9]*) refuse "NNODES and NODE_RANK must be numbers, got '$NNODES' and '$NODE_RANK'" ;; esac
+[ "$NNODES" -le 1 ] || [ -n "${MASTER_ADDR:-}" ] || refuse "with NNODES=$NNODES set MASTER_ADDR to the address of node 0"
 DRAWN=0
 if [ -z "$DATA_ROOT" ]; then
   if [ "$DEMO" = 1 ]; then DATA_ROOT=data/demo DRAWN=1; else DATA_ROOT=data; fi
-elif [ ! -d "$DATA_ROOT" ]; then
-  echo "run_all.sh: error: --data_root '$DATA_ROOT' is not a folder; get the data with: python prepare.py download --data_root '$DATA_ROOT'" >&2; exit 2
 fi
+for file in coco/annotations/instances_train2017.json coco/annotations/instances_val2017.json oxford-iiit-pet/annotations/list.txt; do
+  [ "$DRAWN$DRY" != 00 ] || [ -e "$DATA_ROOT/$file" ] ||
+    refuse "$(printf '%q' "$DATA_ROOT/$file") not found; get the data with: python prepare.py download --data_root $(printf '%q' "$DATA_ROOT")"
+done
 if [ -z "$OUTPUT" ]; then
   if [ "$DEMO" = 0 ]; then OUTPUT=runs/study; elif [ "$DRAWN" = 1 ]; then OUTPUT=runs/demo; else OUTPUT=runs/demo_$(basename "$DATA_ROOT"); fi
 fi
+[ ! -e "$OUTPUT" ] || [ -d "$OUTPUT" ] || refuse "--output $(printf '%q' "$OUTPUT") is a file"
+SYSTEM=$(command -v python3 || command -v python) || refuse "no python3 found; install Python 3.10 or newer"
+words() { "$SYSTEM" -c 'import shlex, sys; sys.stdout.write("".join(w + "\0" for w in shlex.split(sys.argv[1])))' "$1"; }
+for s in "$PRE" "$FINE"; do words "$s" > /dev/null 2>&1 || refuse "unbalanced quotes in the flags: $(printf '%q' "$s")"; done
 
-. "$HERE/setup.sh" || exit 1
-[ -n "$GPUS" ] || GPUS=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())') || exit 1
-words() { "$PYTHON" -c 'import shlex, sys; sys.stdout.write("".join(w + "\0" for w in shlex.split(sys.argv[1])))' "$1"; }
+if [ "$DRY" = 1 ]; then # nothing is installed to show commands
+  PYTHON=$HERE/.venv/bin/python; [ -x "$PYTHON" ] || PYTHON=$SYSTEM
+  [ -n "$GPUS" ] || GPUS=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())' 2> /dev/null) || GPUS=0
+else
+  . "$HERE/setup.sh" || exit 1
+  [ -n "$GPUS" ] || GPUS=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())') || exit 1
+fi
 mapfile -d '' -t PRETRAIN_ARGS < <(words "$PRE")
 mapfile -d '' -t FINETUNE_ARGS < <(words "$FINE")
 
 # ----------------------------------------------------------------------------------------------------------------------
 # How a command is started
 
-NNODES=${NNODES:-1} NODE_RANK=${NODE_RANK:-0}
 if [ "$NNODES" -gt 1 ]; then
-  : "${MASTER_ADDR:?run_all.sh: error: with NNODES=$NNODES set MASTER_ADDR to the address of node 0}"
   LAUNCH=("$PYTHON" -m torch.distributed.run --nnodes "$NNODES" --node_rank "$NODE_RANK" --nproc_per_node "$((GPUS > 0 ? GPUS : 1))"
           --master_addr "$MASTER_ADDR" --master_port "${MASTER_PORT:-29500}")
 elif [ "$GPUS" -gt 1 ]; then
@@ -87,6 +101,7 @@ if [ "$DEMO" = 1 ]; then # the same path at a size that two CPU cores finish in 
   DECAY=(--layer_decay 0.8) # four blocks, not twelve
   RESNET=(--epochs 3 --blr 16e-3)
 fi
+for ((i = 0; i + 1 < ${#FINETUNE_ARGS[@]}; i++)); do [ "${FINETUNE_ARGS[i]}" != --img_size ] || IMG=${FINETUNE_ARGS[i + 1]}; done
 PAPER_MIXED=(); MIXED_NOTE=""
 
 run() { # run NAME COMMAND...: show the command, run it with its output on the screen and in a log, stop the study if it fails
@@ -118,20 +133,27 @@ newer() { # is file $1 there, and no older than the files after it?
 train() { # train STAGE ARM "DEPENDENCY" SCRIPT FLAGS...: one run in $OUTPUT/seed$SEED/STAGE_ARM, unless it is finished
   local stage=$1 arm=$2 needs=$3 script=$4 dir="seed$SEED/$1_$2"; shift 4
   if [ "$ACTION" = list ]; then printf '%s\t%s\t%s\t%s\n' "$SEED" "$stage" "$arm" "$dir"; return; fi
-  local command=("${LAUNCH[@]}" "$HERE/$script" "$@" "${COMMON[@]}" ${DEVICE[@]+"${DEVICE[@]}"} --seed "$SEED" --split_seed "$SEED" --output_dir "$OUTPUT/$dir")
-  local name="seed${SEED}_${stage}_$arm" marker="$OUTPUT/$dir/metrics.json" record="$OUTPUT/logs/seed${SEED}_${stage}_$arm.command"
+  local command=("$HERE/$script" "$@" "${COMMON[@]}" ${DEVICE[@]+"${DEVICE[@]}"} --seed "$SEED" --split_seed "$SEED" --output_dir "$OUTPUT/$dir")
+  local name="seed${SEED}_${stage}_$arm" started="$OUTPUT/$dir/config.json" marker="$OUTPUT/$dir/metrics.json"
   [ "$stage" = pretrain ] || RUNS+=("$OUTPUT/$dir")
-  if [ "$DRY" = 0 ] && [ -e "$marker" ]; then
-    if [ -n "$needs" ] && ! newer "$marker" "$needs"; then
-      echo "== $name: what it starts from has been trained again, so it is repeated"
-      rm -rf -- "${OUTPUT:?}/$dir"
-    elif [ "$(cat "$record" 2>/dev/null)" = "$(printf '%q ' "${command[@]}")" ]; then
-      echo "== $name: finished before, skipped"
-      return
-    fi
+  if [ "$DRY" = 0 ] && [ -n "$needs" ] && [ -e "$started" ] && ! newer "$started" "$needs"; then
+    echo "== $name: what it starts from has been trained again, so it is repeated"
+    rm -rf -- "${OUTPUT:?}/$dir"
   fi
-  if [ "$DRY" = 0 ]; then mkdir -p "$OUTPUT/logs"; printf '%q ' "${command[@]}" > "$record"; fi
-  run "$name" "${command[@]}"
+  once "$name" "$marker" "${LAUNCH[@]}" -- "${command[@]}"
+}
+
+once() { # once NAME MARKER [LAUNCHER...] -- COMMAND...: run it, unless this very command has made the marker before
+  local name=$1 marker=$2 launcher=() record="$OUTPUT/logs/$1.command"; shift 2
+  while [ "$1" != -- ]; do launcher+=("$1"); shift; done
+  shift
+  if [ "$DRY" = 0 ] && [ -e "$marker" ] && [ "$(cat "$record" 2>/dev/null)" = "$(printf '%q ' "$@")" ]; then
+    echo "== $name: finished before, skipped"
+    return
+  fi
+  run "$name" "${launcher[@]}" "$@"
+  # Without the launcher, which differs between nodes; after success, so that a refused command is refused again.
+  if [ "$DRY" = 0 ]; then printf '%q ' "$@" > "$record"; fi
 }
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -183,14 +205,14 @@ one_seed() {
 
 echo "study: model ${SIZE[1]}, data $DATA_ROOT, seeds $SEEDS, $([ "$GPUS" -gt 0 ] && echo "$GPUS GPU(s)" || echo CPU), output $OUTPUT"
 if [ "$DRAWN" = 1 ]; then run data "$PYTHON" "$HERE/prepare.py" demo --data_root "$DATA_ROOT"; fi
-if [ "$DRAWN" = 0 ] || [ "$DRY" = 0 ]; then
-  run splits "$PYTHON" "$HERE/prepare.py" splits --data_root "$DATA_ROOT" --cache_dir "$CACHE" --output "$OUTPUT/splits"
+run splits "$PYTHON" "$HERE/prepare.py" splits --data_root "$DATA_ROOT" --cache_dir "$CACHE" --output "$OUTPUT/splits"
+animals=25739 # the paper's; a dry run without data supposes it
+if [ "$DRY" = 0 ] || [ -e "$DATA_ROOT/coco/annotations/instances_train2017.json" ]; then
+  labels=$CACHE; [ "$DRY" = 0 ] || labels=$(mktemp -d)
+  animals=$("$PYTHON" -c 'import sys; sys.path.insert(0, sys.argv[1]); import splits; print(splits.reference_size(sys.argv[2], cache_dir=sys.argv[3]))' "$HERE" "$DATA_ROOT" "$labels")
+  [ "$DRY" = 0 ] || rm -rf "$labels"
 fi
-if [ "$DRY" = 1 ]; then
-  [ "$DEMO" = 1 ] || PAPER_MIXED=(--num_images 25918) MIXED_NOTE=1
-elif [ "$("$PYTHON" -c 'import sys; sys.path.insert(0, sys.argv[1]); import splits; print(splits.reference_size(sys.argv[2], cache_dir=sys.argv[3]))' "$HERE" "$DATA_ROOT" "$CACHE")" = 25739 ]; then
-  PAPER_MIXED=(--num_images 25918) MIXED_NOTE=1 # the paper's size of the mixed split
-fi
+if [ "$animals" = 25739 ] && [ "$DEMO" = 0 ]; then PAPER_MIXED=(--num_images 25918) MIXED_NOTE=1; fi # the paper's size of the mixed split
 if [ "$DRY" = 0 ]; then
   mkdir -p "$OUTPUT"
   ACTION=list
@@ -206,10 +228,6 @@ for SEED in $SEEDS; do
   run "seed${SEED}_evaluate" "$PYTHON" "$HERE/evaluate.py" test "${COMMON[@]}" ${DEVICE[@]+"${DEVICE[@]}"} "${RUNS[@]}"
 done
 [ "$NODE_RANK" = 0 ] || exit 0
-if [ -e "$OUTPUT/reference.npz" ] && [ "$DRY" = 0 ]; then
-  echo "== reference: finished before, skipped"
-else
-  run reference "$PYTHON" "$HERE/evaluate.py" reference "${COMMON[@]}" ${DEVICE[@]+"${DEVICE[@]}"} --img_size "$IMG" --output "$OUTPUT/reference.npz"
-fi
+once reference "$OUTPUT/reference.npz" "$PYTHON" -- "$HERE/evaluate.py" reference "${COMMON[@]}" ${DEVICE[@]+"${DEVICE[@]}"} --img_size "$IMG" --output "$OUTPUT/reference.npz"
 run report "$PYTHON" "$HERE/report.py" "$OUTPUT"
 [ "$DRY" = 1 ] || printf '\nThe study is finished after %d min %d s. Read %s/report/report.md\n' $((SECONDS / 60)) $((SECONDS % 60)) "$OUTPUT"

@@ -5,7 +5,7 @@
 
 setup_environment() {
   local here requirements stamp system
-  here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd) || return 1
+  here=$(CDPATH='' cd "$(dirname "${BASH_SOURCE[0]}")" && pwd) || return 1
   requirements=$here/${REQUIREMENTS:-requirements.txt}
   system=$(command -v python3 || command -v python) || { echo "error: no python3 found; install Python 3.10 or newer" >&2; return 1; }
 
@@ -42,7 +42,7 @@ PY
   "$system" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || {
     echo "error: $system is $("$system" --version 2>&1); Python 3.10 or newer is needed" >&2; return 1; }
   echo "Installing $(basename "$requirements") into $here/.venv (once; some minutes and about 5 GB) ..." >&2
-  [ -x "$PYTHON" ] || "$system" -m venv "$here/.venv" || { echo "error: cannot make $here/.venv; is python3-venv installed?" >&2; return 1; }
+  "$PYTHON" -m pip --version > /dev/null 2>&1 || "$system" -m venv --clear "$here/.venv" || { echo "error: cannot make $here/.venv; is python3-venv installed?" >&2; return 1; }
   "$PYTHON" -m pip install --quiet --disable-pip-version-check -r "$requirements" || {
     echo "error: pip could not install $requirements; repeat the command when the network is back" >&2; return 1; }
   touch "$stamp"

@@ -38,18 +38,23 @@ def _faults(dataset) -> Iterator[str]:
         if not isinstance(dataset, dict) or not isinstance(dataset.get(part), list):
             yield f"no list {part!r}, so not a COCO instances file"
         for number, entry in enumerate(dataset[part]):
-            lost = [k for k in keys if not isinstance(entry, dict) or isinstance(entry.get(k, []), (list, dict))]
+            kinds = ((key, int if key.endswith("id") else str) for key in keys)
+            lost = [key for key, kind in kinds if not isinstance(entry, dict) or type(entry.get(key)) is not kind]
             yield from (f"entry {number} of {part!r} lacks {key!r}, or it is malformed" for key in lost)
-    for part, key in (("images", "id"), ("images", "file_name"), ("categories", "id")):
-        counts = Counter(str(entry[key]) for entry in dataset[part])
-        yield from (f"{key} {value!r} occurs {n} times in {part!r}" for value, n in counts.items() if n > 1)
+    for part, keys in KEYS.items():
+        for key in (key for key in keys if key in ("id", "file_name") or (part == "categories" and key == "name")):
+            values = [entry[key] for entry in dataset[part]]
+            counts = Counter(values) if len(set(values)) < len(values) else {}
+            yield from (f"{key} {value!r} occurs {n} times in {part!r}" for value, n in counts.items() if n > 1)
     for part, key in (("images", "image_id"), ("categories", "category_id")):
         known = {entry["id"] for entry in dataset[part]}
         unknown = (a for a in dataset["annotations"] if a[key] not in known)
         yield from (f"annotation {a['id']} has unknown {key} {a[key]}; it is not in {part!r}" for a in unknown)
-    for path in (PurePosixPath(str(entry["file_name"])) for entry in dataset["images"]):
+    for path in (PurePosixPath(entry["file_name"]) for entry in dataset["images"]):
         if path.is_absolute() or ".." in path.parts or not path.name:
             yield f"file_name {str(path)!r} leads out of the image folder"
+        if "\0" in str(path) or any("\ud800" <= letter <= "\udfff" for letter in str(path)):
+            yield f"file_name {str(path)!r} is no name of a file"
 
 
 def _read_labels(path: Path, cache_dir) -> dict:
@@ -196,7 +201,7 @@ def pets_split(data_root, part: str, *, train_fraction: float = 1.0, split_seed:
     train_fraction: share of the training images, in (0, 1], that split_seed chooses; smaller ones lie in larger ones.
     """
     path = _open_source(data_root, "oxford-iiit-pet/annotations/list.txt")
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    lines = path.read_text(encoding="utf-8-sig", errors="replace").split("\n")
     names = sorted(line.rsplit(maxsplit=3)[0] for line in lines if line.strip() and not line.startswith("#"))
     good = 3 <= len(names) == len(set(names))
     require(good, f"{show_path(path)} must name at least 3 images, each once; fetch it again")

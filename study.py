@@ -8,7 +8,6 @@ Runs of one arm are averaged over seeds only where all settings agree; every oth
 
 import json
 import math
-import zipfile
 from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
@@ -33,6 +32,7 @@ PLANNED = [(ANIMAL, NON_ANIMAL), (ANIMAL, MIXED), (ANIMAL, HALF), (ANIMAL, SUPER
 PRETRAINED = {"animal": "animals", "non_animal": "non-animals", "mixed": "mixed", "pets": "Pets", "all": "all of COCO",
               "mae": "no pre-training"}  # fmt: skip
 MARGIN = 0.5  # IoU points within which two arms count as equivalent
+CURVES = ("loss", "iou", "loss_animal", "loss_non_animal")
 NAMES = ["loss", "iou", "iou_background", "iou_border", "miou", "iou_border_as_pet", "iou_border_ignored", "accuracy",
          "boundary_pet", "boundary_pet_or_border"]  # fmt: skip
 DRAWN = {"seed", "split_seed", "train", "init"}  # what a seed changes
@@ -56,11 +56,6 @@ class Estimate(NamedTuple):
         return Estimate(*(float(factor * v) for v in self))
 
 
-def load_npz(path: Path) -> dict:
-    with np.load(path, allow_pickle=False) as arrays:
-        return dict(arrays)
-
-
 class Run:
     """One line of study.tsv with what its folder holds; `problem` says why it cannot be used, whatever is wrong."""
 
@@ -69,31 +64,40 @@ class Run:
         self.config, self.settings, self.log, self.metrics, self.test = {}, {}, [], {}, {}
         try:
             self.problem = self._read(study / name)
-        except (ValueError, TypeError, AttributeError, OSError, LookupError, zipfile.BadZipFile) as error:
+        except Exception as error:  # damaged records fail in as many ways as there are parsers
             self.problem = f"unreadable: {type(error).__name__}: {error}".splitlines()[0]
-        self.test = {} if self.problem else self.test
+        if self.problem:
+            self.metrics, self.log, self.test = {}, [], {}
 
     def _read(self, path: Path) -> str | None:
         if not (path / "config.json").exists():
             return "missing: not started (no config.json)"
         c = json.loads((path / "config.json").read_text())
-        settings = c["experiment"] | {k: c[k] for k in ("n_train", "updates")}
-        _ = c["n_unique"], c["args"].keys()  # the least that the tables need
+        settings = c["experiment"] | {k: c[k] for k in ("n_train", "updates")} | {"precision": c.get("precision")}
+        wrong = [k for k in ("n_train", "n_unique", "updates") if type(c[k]) is not int]
+        wrong += [k for k in ("args", "data", "hardware", "versions", "manifest") if not isinstance(c.get(k, {}), dict)]
+        if wrong or not isinstance(c.get("manifest", {}).get("train", {}), dict):
+            raise TypeError(f"config.json: {', '.join(wrong) or 'manifest'} is of a wrong type")
+        _ = c["args"], c.get("data", {"title": ""})["title"]
         self.config, self.settings = c, {k: v for k, v in settings.items() if k not in DRAWN}
         if (path / "log.jsonl").exists():
             lines = (path / "log.jsonl").read_bytes().split(b"\n")[:-1]  # a line being written has no end yet
             self.log = [json.loads(line) for line in lines if line]
+        drawn = [line for line in self.log if line["event"] in ("train", "val")]
+        _ = [float(line["epoch"]) + sum(float(line[k]) for k in CURVES if k in line) for line in drawn]
         if not (path / "metrics.json").exists():
             step = max((line.get("step", 0) for line in self.log), default=0)
             return f"unfinished: no metrics.json (logged up to update {step:,} of {c['updates']:,})"
-        self.metrics = json.loads((path / "metrics.json").read_text())
+        m = self.metrics = json.loads((path / "metrics.json").read_text())
+        _ = m.get("seconds", 0) + sum(m.get(k) or 0 for k in ("img_s", "mfu", "mem_gb"))
         if self.stage == "pretrain":
-            _ = [self.metrics["last"][k] for k in ("loss_animal", "loss_non_animal")]
+            _ = sum(m["last"][k] for k in ("loss_animal", "loss_non_animal")), sum(m.get("predict_zero", {}).values())
             return None
         if not (path / "test.npz").exists():
             return f"not tested: no test.npz (python evaluate.py test {path})"
-        self.test = load_npz(path / "test.npz")
-        _ = self.records(), self.records(native=True), self.metrics["best"]["iou"], self.test["ids"][0]
+        with np.load(path / "test.npz", allow_pickle=False) as arrays:
+            self.test = dict(arrays)
+        _ = self.records(), self.records(native=True), m["best"]["iou"] + m["best"]["epoch"] + m["last"]["iou"]
         return None
 
     def records(self, native: bool = False) -> np.ndarray:
@@ -107,10 +111,11 @@ class Run:
         return float(scores(self.test["counts"].sum(0))[name])
 
 
-def differing(a: dict, b: dict, ignore: set = frozenset()) -> list[str]:
-    """Name the settings of both that differ, with their values; those of the pre-training begin with "pretrain."."""
-    keys = [k for k in a if k in b and a[k] != b[k] and k.removeprefix("pretrain.") not in ignore]
-    return [f"{k} {a[k]} instead of {b[k]}" for k in keys]
+def differing(a: dict, b: dict, ignore: set = frozenset(), both: bool = True) -> list[str]:
+    """Name the settings (of both, or of either) that differ, with values; the pre-training's begin with "pretrain."."""
+    keys = [k for k in {**a, **b} if (k in a and k in b) or not both]
+    keys = [k for k in keys if a.get(k) != b.get(k) and k.removeprefix("pretrain.") not in ignore]
+    return [f"{k} {a.get(k)} instead of {b.get(k)}" for k in keys]
 
 
 class Study:
@@ -127,13 +132,20 @@ class Study:
         if not self.runs:
             raise StudyError(f"{table} lists no runs; start the study with run_all.sh")
         self.path, self.find = path, {(r.seed, *r.key): r for r in self.runs}
+        if twice := [r.name for r in self.runs if r not in self.find.values()]:
+            raise StudyError(f"{table} lists {twice[0]} twice; repeated seeds are no independent runs")
         self._check_siblings()
         self.notes = [f"`{r.name}` is {r.problem}" for r in self.runs if r.problem]
+        self.notes += [f"`{r.name}` has no log.jsonl: no curves" for r in self.runs if not (r.problem or r.log)]
         self.groups = {key: self._group(key) for key in dict.fromkeys(r.key for r in self.runs)}
         self._compare_arms()
-        self.reference = load_npz(path / "reference.npz") if (path / "reference.npz").exists() else {}
-        if not self.reference:
-            self.notes.append("`reference.npz` is missing, so trivial predictors are not shown")
+        self.panels = self._arrays(ARMS, "panels.npz")
+        self.reconstructions = self._arrays([("pretrain", arm) for arm in PRETRAINED], "reconstruction.npz")
+        self.reference = self._load("reference.npz", "so trivial predictors are not shown")
+        tested = next((r.test for r in self.runs if r.test), self.reference)
+        if self.reference and any(not np.array_equal(self.reference.get(k), tested[k]) for k in ("ids", "img_size")):
+            self.reference = {}
+            self.notes.append("`reference.npz` is of other images or another size than the tests, so it is not shown")
 
     def pretraining(self, run: Run) -> Run | None:
         """The run that a fine-tuning started from."""
@@ -157,11 +169,12 @@ class Study:
         """Usable runs of an arm in groups of equal settings, the largest first."""
         groups: list[list[Run]] = []
         for run in (r for r in self.runs if r.key == key and not r.problem):
-            home = next((g for g in groups if not differing(run.settings, g[0].settings)), None)
+            home = next((g for g in groups if not differing(run.settings, g[0].settings, both=False)), None)
             groups.append([run]) if home is None else home.append(run)
         groups.sort(key=len, reverse=True)
         for run in (r for g in groups[1:] for r in g):
-            first, changes = groups[0][0], "; ".join(differing(run.settings, groups[0][0].settings))
+            first = groups[0][0]
+            changes = "; ".join(differing(run.settings, first.settings, both=False))
             self.notes.append(f"`{run.name}` has other settings than `{first.name}` ({changes}): not averaged")
         return groups
 
@@ -189,10 +202,21 @@ class Study:
         """The runs of an arm that count: the largest group of equal settings."""
         return (self.groups.get(key) or [[]])[0]
 
-    def arrays(self, keys: list[tuple], name: str) -> list[tuple[tuple, dict]]:
-        """Load a file of each arm's first run, where it exists -> [(arm, arrays)]."""
-        paths = [(key, self.path / run.name / name) for key in keys for run in self.main(key)[:1]]
-        return [(key, load_npz(path)) for key, path in paths if path.exists()]
+    def _load(self, name: str, so: str) -> dict:
+        """Load a file of arrays below the study; what is missing or damaged is named, and {} returned."""
+        try:
+            with np.load(self.path / name, allow_pickle=False) as arrays:
+                return dict(arrays)
+        except Exception as error:
+            state = "missing" if isinstance(error, FileNotFoundError) else f"unreadable ({type(error).__name__})"
+            self.notes.append(f"`{name}` is {state}, {so}")
+            return {}
+
+    def _arrays(self, keys, name: str) -> list[tuple[tuple, dict]]:
+        """Load a file of each arm's first run -> [(arm, arrays)]."""
+        runs = [(key, run) for key in keys for run in self.main(key)[:1]]
+        found = [(key, self._load(f"{run.name}/{name}", "so its pictures are not shown")) for key, run in runs]
+        return [(key, arrays) for key, arrays in found if arrays]
 
     def left_out(self, key: tuple) -> str:
         bad = [r for r in self.runs if r.key == key and r not in self.main(key)]

@@ -62,7 +62,7 @@ def add_training_arguments(parser: argparse.ArgumentParser, *, output_dir: str, 
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the network (default: on GPUs)")
     add("--save_minutes", type=float, default=5, help="minutes between checkpoints; 0: one after every epoch")
     add("--log_every", type=int, default=50, help="steps between lines of log.jsonl")
-    add("--dry_run", action="store_true", help="print the plan of the run and leave; nothing is written")
+    add("--dry_run", action="store_true", help="print the plan of the run and leave")
 # fmt: on
 
 
@@ -73,6 +73,8 @@ def check_training_arguments(args: argparse.Namespace) -> None:
         least = 1 if name in POSITIVE else 0
         if type(value) in (int, float) and not (math.isfinite(value) and value >= least):
             raise EngineError(f"--{name} must be at least {least}, got {value}")
+        if name in ("seed", "split_seed") and value >= 2**32:
+            raise EngineError(f"--{name} must be below 2^32, got {value}")
         if name in fractions and not 0 < value <= 1:
             raise EngineError(f"--{name} must lie in (0, 1], got {value}")
 
@@ -177,12 +179,7 @@ class Trainer:
         rows = self.dist.gather([self.stop_signal, save_due, self.bad_step.item(), pace, self.meter[0].item()])
         stop, save, first_bad = int(rows[:, 0].max()), bool(rows[0, 1]), rows[:, 2].min().item()
         if math.isfinite(first_bad):
-            kept = (
-                "the last checkpoint is intact" if (self.run.dir / "last.pt").exists() else "no checkpoint was due yet"
-            )
-            found = f"the loss became non-finite at step {first_bad:g} (lr {self._lr(int(first_bad) - 1):.3g})"
-            advice = "try a lower rate (--blr), --clip_grad 1 or --precision fp32"
-            raise EngineError(f"{found}; {kept} in {self.run.dir}; {advice}", 1)
+            self._refuse_non_finite("loss", int(first_bad))
         # Slow machines look up from their work often enough to obey a stop request within seconds.
         step_seconds = rows[:, 3].max().item() * self.args.batch_size
         self.next_sync = self.step + max(1, min(self.args.log_every, int(2.0 / max(step_seconds, 1e-6))))
@@ -201,6 +198,12 @@ class Trainer:
             where = f"checkpoint written at step {self.step} of {self.total_steps} in {self.run.dir}"
             raise EngineError(f"{signal.Signals(stop).name}; {where}; the same command continues the run", 128 + stop)
         self.window += time.monotonic() - pause  # rates are of training alone
+
+    def _refuse_non_finite(self, what: str, step: int) -> None:
+        kept = "the last checkpoint is kept" if (self.run.dir / "last.pt").exists() else "no checkpoint was due yet"
+        advice = "in another folder, try a lower rate (--blr), --clip_grad 1 or --precision fp32"
+        found = f"the {what} became non-finite at step {step} (lr {self._lr(step - 1):.3g})"
+        raise EngineError(f"{found}; {kept} in {self.run.dir}; {advice}", 1)
 
     def _request_stop(self, number: int, frame) -> None:
         if self.stop_signal and number == signal.SIGINT:
@@ -239,6 +242,8 @@ class Trainer:
         with torch.no_grad(), self.precision.autocast():
             scores = validate(self.step)
         self.model.train()
+        if not all(math.isfinite(v) for k, v in scores.items() if k.startswith("loss")):
+            self._refuse_non_finite("validation loss", self.step)
         self.last_val = {"step": self.step, "epoch": self.step / self.epoch_steps, **scores}
         self.run.log("val", **self.last_val, seconds=round(self.seconds, 2))
         if self.best_key and (self.best is None or scores[self.best_key] > self.best["scores"][self.best_key]):
@@ -300,8 +305,7 @@ def hash_file(path: str) -> str:
 def open_store(args, dist: Distributed, images, kind: str = "image", size: int | None = None) -> data.ImageStore:
     """Build the decoded cache of these images where it is missing, and open it, on the GPU if it fits."""
     options = {"kind": kind, "cache_dir": args.cache_dir, "cache_size": size or args.cache_size}
-    progress = functools.partial(Progress, quiet=not dist.is_main)
-    data.build_cache(args.data_root, images, progress=progress, **options)
+    data.build_cache(args.data_root, images, progress=Progress, **options)  # shown by the process that builds
     on_gpu = dist.device.type == "cuda" and args.cache_device != "cpu"
     if on_gpu and args.cache_device == "auto":  # leave half of what is free to the network
         needed = len(set(images)) * options["cache_size"] ** 2 * (3 if kind == "image" else 1)
@@ -329,12 +333,16 @@ def train(kind: str, args, dist: Distributed, precision: Precision, model: nn.Mo
     if masked:  # equal updates with few labels: whole epochs are counted in updates, batches may be smaller
         args.batch_size = min(args.batch_size, len(split.images))
     lr, groups = args.blr * args.batch_size / 256, engine.param_groups(model, args.weight_decay, layer_decay, no_decay)
-    config = plan_run(kind, args, dist, precision, model, groups, lr, flops, epoch_steps, split, mask_ratio, inputs)
+    augment.share_of_batch(args.batch_size, dist.world_size, args.micro_batch_size, len(split.images))
+    config = describe_run(kind, args, dist, precision, model, flops, epoch_steps, split, inputs)
+    plan = functools.partial(print_plan, config, model, lr, mask_ratio, groups if args.dry_run else ())
     if args.dry_run:
-        return
+        return plan() if dist.is_main else None
     run = Run(args.output_dir, dist, config, args.resume, state_bytes=config["params"] * (16 if best else 12))
     if run.finished:
         return print(f"{run.dir} is finished; nothing to do (--resume never starts over)") if dist.is_main else None
+    if dist.is_main:
+        plan()
     images = open_store(args, dist, split.images)
     masks = open_store(args, dist, images.images, "trimap") if masked else None
     batches = augment.TrainBatches(
@@ -352,16 +360,13 @@ def train(kind: str, args, dist: Distributed, precision: Precision, model: nn.Mo
     run.finish(weights, metrics | {"unreadable": images.dropped})
 
 
-def plan_run(kind: str, args, dist: Distributed, precision: Precision, model: nn.Module, groups: list[dict], lr: float,
-             flops: float, epoch_steps: int, split: splits.Split, mask_ratio: float, inputs: dict) -> dict:  # fmt: skip
-    """Say what is about to run, and return the content of config.json; --dry_run also prints every parameter group.
-
-    `experiment` in it is all that defines the result: the flags that matter and `inputs`, hashes of lists and checkpoints.
-    """
+def describe_run(kind: str, args, dist: Distributed, precision: Precision, model: nn.Module, flops: float, epoch_steps: int,
+                 split: splits.Split, inputs: dict) -> dict:  # fmt: skip
+    """Collect config.json; `experiment` is what defines the result: flags that matter, hashes of lists and checkpoints."""
     title = Path(args.data_root, "DATASET.txt")
     title = title.read_text().splitlines()[0] if title.exists() else "MS COCO 2017 and Oxford-IIIT Pet"
     experiment = {k: v for k, v in sorted(vars(args).items()) if k not in FREE_ARGUMENTS}
-    config = {
+    return {
         "kind": kind, "args": vars(args), "experiment": {**experiment, "train": split.sha256, **inputs},
         **engine.describe_environment(dist, precision), "params": sum(p.numel() for p in model.parameters()),
         "flops_per_image": flops, "updates": args.epochs * epoch_steps, "epoch_updates": epoch_steps,
@@ -369,26 +374,28 @@ def plan_run(kind: str, args, dist: Distributed, precision: Precision, model: nn
         "manifest": {"train": {k: v for k, v in split.manifest.items() if not isinstance(v, list)}},
         "data": {"root": str(args.data_root), "title": title},
     }  # fmt: skip
-    if not dist.is_main:
-        return config
-    print(f"{kind}: {args.model}, {config['params']:,} parameters, {flops / 1e9:.2f} GFLOP per training image")
-    where = f"on {config['hardware']['device']} x {dist.world_size}, {precision.name}"
-    print(f"{where}, torch {torch.__version__}, git {config['git']}")
-    print(f"data: {len(split.images):,} list entries, {split.unique:,} unique images of {title}")
-    plan = f"plan: {config['updates']:,} updates of {args.batch_size} images, {args.epochs} epochs, lr {lr:.3g}"
-    memory = expected_memory(model, config, mask_ratio)
+
+
+def print_plan(c: dict, model: nn.Module, lr: float, mask_ratio: float, groups: list[dict]) -> None:
+    """Say what is about to run, from config.json's content; with --dry_run also every parameter group."""
+    args, hardware = c["args"], c["hardware"]
+    cost = f"{c['flops_per_image'] / 1e9:.2f} GFLOP per training image"
+    print(f"{c['kind']}: {args['model']}, {c['params']:,} parameters, {cost}")
+    where = f"on {hardware['device']} x {hardware['world_size']}, {c['precision']}"
+    print(f"{where}, torch {torch.__version__}, git {c['git']}")
+    print(f"data: {c['n_train']:,} list entries, {c['n_unique']:,} unique images of {c['data']['title']}")
+    plan = f"plan: {c['updates']:,} updates of {c['batch_size']} images, {args['epochs']} epochs, lr {lr:.3g}"
+    memory = expected_memory(model, c, mask_ratio)
     print(f"{plan}, about {memory:.1f} GB of memory per process" if memory else plan, flush=True)
-    for group in groups if args.dry_run else ():
+    for group in groups:
         rate, names = f"lr {lr * group['lr_scale']:.3e} (x {group['lr_scale']:.4f})", group["names"]
         print(f"  {rate}  weight_decay {group['weight_decay']:g}  {len(names)} tensors: {names[0]} ...")
-    return config
 
 
 def expected_memory(model: nn.Module, config: dict, mask_ratio: float) -> float | None:
     """Estimate the memory of training in GB: 16 bytes a parameter (weight, gradient, two moments) and activations.
 
-    A pre-norm block keeps about 17 values per token and feature for the backward pass (Korthikanti et al. 2022, with
-    fused attention).
+    A pre-norm block keeps about 17 values per token and feature for the backward pass (Korthikanti et al. 2022).
     """
     if not hasattr(model, "blocks"):
         return None

@@ -79,15 +79,17 @@ def load_pretrained(model: nn.Module, source: str | dict) -> LoadReport:
         raise CheckpointError(f"{name} has no layer in common with the model (its keys: {keys} ...)")
     interpolated = []
     for key in shared:
-        if key in ("pos_embed", "decoder_pos_embed") and state[key].shape[1] != own[key].shape[1]:
+        table = key in ("pos_embed", "decoder_pos_embed") and state[key].ndim == 3
+        if table and state[key].shape[1] != own[key].shape[1]:
             side = int((state[key].shape[1] - 1) ** 0.5)
             if side**2 == state[key].shape[1] - 1 and state[key].shape[2] == own[key].shape[2]:
                 state[key] = interpolate_pos_embed(state[key], (side, side), model.grid)
                 interpolated.append(key)
         if state[key].shape != own[key].shape:
             found = f"{key} is {list(state[key].shape)}, the model needs {list(own[key].shape)}"
-            dim = state["cls_token"].shape[-1] if "cls_token" in state else None
-            hints = [f"; it fits --model {size}" for size in MODELS if MODELS[size]["embed_dim"] == dim]
+            dim = state["cls_token"].shape[-1:] if "cls_token" in state else ()
+            sizes = [size for size in MODELS if (MODELS[size]["embed_dim"],) == dim != own["cls_token"].shape[-1:]]
+            hints = [f"; it fits --model {size}" for size in sizes]
             raise CheckpointError(f"{name} is of another model size: {found}{''.join(hints[:1])}")
     model.load_state_dict({k: state[k] for k in shared}, strict=False)
     missing = [k for k in own if k not in state and k not in new_head]
@@ -117,7 +119,11 @@ def reference_keys(content: dict) -> tuple[str, dict[str, torch.Tensor]]:
     """Find the weights in a checkpoint and rename them to facebookresearch/mae's keys -> (layout, state dict)."""
     state = next((content[k] for k in ("model", "state_dict") if isinstance(content.get(k), dict)), content)
     layout = "this project" if "model_config" in content else "facebookresearch/mae or timm keys"
-    state = {re.sub(r"^(?:module\.|_orig_mod\.)+", "", k): v for k, v in state.items() if isinstance(v, torch.Tensor)}
+    dense = {
+        k: v for k, v in state.items() if isinstance(k, str) and isinstance(v, torch.Tensor) and v.is_floating_point()
+    }
+    dense = {k: v for k, v in dense.items() if v.layout == torch.strided and v.device.type == "cpu"}
+    state = {re.sub(r"^(?:module\.|_orig_mod\.)+", "", k): v for k, v in dense.items()}
     if "embeddings.cls_token" in state:  # transformers' ViTMAEModel alone
         state = {f"vit.{k}": v for k, v in state.items()}
     if "vit.embeddings.cls_token" not in state:

@@ -135,5 +135,6 @@ def write_study(study, seeds=(0, 1), sweeps=(), extra=False, **options):
     rng = np.random.default_rng(0)
     names = {"all_animal": 0.3, "all_background": 0.6, "mean_mask": 0.5, "stride32": 0.95}
     n = options.get("n", 150)
-    np.savez(study / "reference.npz", ids=np.arange(n), **{f"counts_{k}": counts(rng, n, q) for k, q in names.items()})
+    reference = {f"counts_{k}": counts(rng, n, q) for k, q in names.items()}
+    np.savez(study / "reference.npz", ids=np.array([f"cat_{k}" for k in range(n)]), img_size=128, **reference)
     return study

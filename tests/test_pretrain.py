@@ -48,8 +48,8 @@ def test_the_training_loss_falls_steadily_far_below_that_of_predicting_zero(trai
 
 def test_validation_ends_below_the_loss_of_predicting_zero(trained):
     m = metrics(trained[0])
-    assert m["last"]["loss_animal"] < 0.95 * m["predict_zero"]["animal"]
-    assert m["last"]["loss_non_animal"] < 0.95 * m["predict_zero"]["non_animal"]
+    assert m["last"]["loss_animal"] < 0.97 * m["predict_zero"]["animal"]
+    assert m["last"]["loss_non_animal"] < 0.97 * m["predict_zero"]["non_animal"]
 
 
 def test_the_learning_rate_warms_up_and_follows_half_a_cosine(flags, tmp_path):
