@@ -88,7 +88,8 @@ def load_pretrained(model: nn.Module, source: str | dict) -> LoadReport:
         if state[key].shape != own[key].shape:
             found = f"{key} is {list(state[key].shape)}, the model needs {list(own[key].shape)}"
             dim = state["cls_token"].shape[-1:] if "cls_token" in state else ()
-            sizes = [size for size in MODELS if (MODELS[size]["embed_dim"],) == dim != own["cls_token"].shape[-1:]]
+            same = "cls_token" in own and dim == own["cls_token"].shape[-1:]
+            sizes = [] if same else [size for size in MODELS if (MODELS[size]["embed_dim"],) == dim]
             hints = [f"; it fits --model {size}" for size in sizes]
             raise CheckpointError(f"{name} is of another model size: {found}{''.join(hints[:1])}")
     model.load_state_dict({k: state[k] for k in shared}, strict=False)
@@ -119,10 +120,8 @@ def reference_keys(content: dict) -> tuple[str, dict[str, torch.Tensor]]:
     """Find the weights in a checkpoint and rename them to facebookresearch/mae's keys -> (layout, state dict)."""
     state = next((content[k] for k in ("model", "state_dict") if isinstance(content.get(k), dict)), content)
     layout = "this project" if "model_config" in content else "facebookresearch/mae or timm keys"
-    dense = {
-        k: v for k, v in state.items() if isinstance(k, str) and isinstance(v, torch.Tensor) and v.is_floating_point()
-    }
-    dense = {k: v for k, v in dense.items() if v.layout == torch.strided and v.device.type == "cpu"}
+    plain = [(k, v) for k, v in state.items() if isinstance(k, str) and isinstance(v, torch.Tensor)]
+    dense = {k: v for k, v in plain if v.layout == torch.strided and v.device.type == "cpu" and not v.is_complex()}
     state = {re.sub(r"^(?:module\.|_orig_mod\.)+", "", k): v for k, v in dense.items()}
     if "embeddings.cls_token" in state:  # transformers' ViTMAEModel alone
         state = {f"vit.{k}": v for k, v in state.items()}

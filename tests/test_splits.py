@@ -192,7 +192,7 @@ def test_missing_data_says_which_command_gets_it(tmp_path):
         ({"categories": [{"id": 1, "name": "cat"}]}, "lacks 'supercategory'"),
         ({"annotations": [{"id": 7, "image_id": 99, "category_id": 1}]}, "annotation 7 has unknown image_id 99"),
         ({"annotations": [{"id": 7, "image_id": 1, "category_id": 99}]}, "unknown category_id 99"),
-        ({"images": [{"id": 1, "file_name": "a.jpg"}, {"id": 1, "file_name": "b.jpg"}]}, "id '1' occurs 2 times"),
+        ({"images": [{"id": 1, "file_name": "a.jpg"}, {"id": 1, "file_name": "b.jpg"}]}, "id 1 occurs 2 times"),
         ({"images": [{"id": 1, "file_name": "a.jpg"}, {"id": 2, "file_name": "a.jpg"}]}, "file_name 'a.jpg' occurs 2"),
         ({"images": [{"id": 1, "file_name": "../../secret.jpg"}], "annotations": []}, "leads out of the image folder"),
         ({"images": [{"id": [1], "file_name": "a.jpg"}]}, "malformed"),
