@@ -79,19 +79,44 @@ def test_a_lost_run_is_repeated_with_what_depends_on_it(study):
     assert trained(result) == ["seed0_pretrain_non_animal", "seed0_finetune_non_animal"]
 
 
+def test_an_unfinished_run_is_started_anew_when_what_it_starts_from_was_trained_again(study):
+    out, args, _ = study
+    folder = out / "seed0" / "finetune_mixed"
+    for name in ("metrics.json", "test.npz", "model.pt"):
+        (folder / name).unlink()
+    config = json.loads((folder / "config.json").read_text())
+    config["experiment"]["init"] = "weights of an earlier pre-training"
+    (folder / "config.json").write_text(json.dumps(config))
+    shutil.rmtree(out / "seed0" / "pretrain_mixed")
+    result = run_all(*args)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert trained(result) == ["seed0_pretrain_mixed", "seed0_finetune_mixed"]
+
+
+def test_changed_flags_are_refused_however_often_they_are_repeated(study):
+    _, args, _ = study
+    for _ in range(2):
+        result = run_all(*args, "--pretrain_args", "--epochs 2")
+        assert result.returncode == 2 and trained(result) == ["seed0_pretrain_animal"]
+        assert "holds another experiment: epochs was 1, now 2" in result.stdout
+
+
 def test_a_dry_run_prints_every_command_and_writes_nothing(tmp_path):
     result = run_all("--dry_run", "--gpus", 4, "--seeds", "0 1", "--sweep", "animal_fraction", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("pretrain.py") == 2 * (3 + 7) and "--nproc_per_node 4" in result.stdout
-    assert "--num_images 25918" in result.stdout
+    assert "--num_images 25918" in result.stdout and "prepare.py splits" in result.stdout
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_failed_stage_stops_the_study_and_says_how_to_repeat_it(tmp_path):
-    (tmp_path / "data").mkdir()
+    for file in ("coco/annotations/instances_train2017.json", "coco/annotations/instances_val2017.json",
+                 "oxford-iiit-pet/annotations/list.txt"):  # fmt: skip
+        (tmp_path / "data" / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "data" / file).write_text("{}")
     result = run_all("--data_root", tmp_path / "data", "--output", tmp_path / "out", "--gpus", 0)
     assert result.returncode == 2
-    assert "prepare.py download" in result.stdout and "stage splits failed" in result.stderr
+    assert "so not a COCO instances file" in result.stdout and "stage splits failed" in result.stderr
 
 
 @pytest.mark.parametrize(
@@ -102,6 +127,10 @@ def test_a_failed_stage_stops_the_study_and_says_how_to_repeat_it(tmp_path):
         ["--seeds", "a b"],
         ["--sweep", "colour"],
         ["--data_root", "nowhere"],
+        [],
+        ["--seeds", "0 1 0"],
+        ["--seeds", "00"],
+        ["--pretrain_args", "--epochs '1"],
         ["--model"],
     ],
 )
