@@ -45,9 +45,9 @@ def load_backbone(model: nn.Module, weights: str) -> str:
     else:
         state = read_checkpoint(weights)
     try:
-        model.backbone.load_state_dict({k: v for k, v in state.items() if not k.startswith("fc.")})
-    except RuntimeError as error:
-        reason = str(error).splitlines()[1].strip()[:120]
+        model.backbone.load_state_dict({k: v for k, v in state.items() if not str(k).startswith("fc.")})
+    except (RuntimeError, TypeError, AttributeError) as error:
+        reason = str(error).splitlines()[-1 if len(str(error).splitlines()) == 1 else 1].strip()[:120]
         raise EngineError(f"--weights {weights} does not fit ResNet-50: {reason} ...") from None
     return "IMAGENET1K_V2" if weights == "imagenet" else hash_file(weights)
 

@@ -159,7 +159,7 @@ def predict(model: torch.nn.Module, image: Image.Image, img_size: int, device="c
 
 
 def main_predict(args: argparse.Namespace) -> None:
-    device, failed, used = setup(args.device).device, 0, set()
+    device, failed, used, inputs = setup(args.device).device, 0, set(), {Path(path).resolve() for path in args.images}
     model, img_size = load_segmenter(args.checkpoint, device)
     Path(args.output_dir).mkdir(parents=True, exist_ok=True)
     for number, path in enumerate(args.images):
@@ -170,8 +170,8 @@ def main_predict(args: argparse.Namespace) -> None:
             failed += 1
             continue
         classes, stem = predict(model, image, img_size, device), Path(args.output_dir, Path(path).stem)
-        while stem in used:  # same name in two folders
-            stem = stem.with_name(f"{stem.name}_{number}")
+        while stem in used or any(Path(f"{stem}_{end}.png").resolve() in inputs for end in ("mask", "overlay")):
+            stem = stem.with_name(f"{stem.name}_{number}")  # the same name in two folders, or a file to be read
         used.add(stem)
         mask = Image.fromarray(classes + 1)
         mask.putpalette(PALETTE)

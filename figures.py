@@ -114,7 +114,10 @@ def bands(path, lines: dict[str, list[dict]], xlabel: str, log: bool = False) ->
     """
     fig, axis = plt.subplots(figsize=(7, 4.2))
     shown = [v for points in lines.values() for p in points for v in (p["iou"][0], *p["values"])]
-    margin = 0.3 * (max(shown) - min(shown)) + 0.01
+    # Intervals of few seeds can be wider than any readable picture.
+    ends = [np.clip(p["iou"][1:], p["iou"][0] - 0.1, p["iou"][0] + 0.1) for points in lines.values() for p in points]
+    shown += [float(v) for pair in ends for v in pair if np.isfinite(v)]
+    margin = 0.1 * (max(shown) - min(shown)) + 0.01
     for i, (arm, points) in enumerate(lines.items()):
         colour, dash, marker = style(arm)
         x = np.array([p["share"] for p in points]) * (1 + log * 0.05 * (i - (len(lines) - 1) / 2))

@@ -203,8 +203,8 @@ def pets_split(data_root, part: str, *, train_fraction: float = 1.0, split_seed:
     path = _open_source(data_root, "oxford-iiit-pet/annotations/list.txt")
     lines = path.read_text(encoding="utf-8-sig", errors="replace").split("\n")
     names = sorted(line.rsplit(maxsplit=3)[0] for line in lines if line.strip() and not line.startswith("#"))
-    good = 3 <= len(names) == len(set(names))
-    require(good, f"{show_path(path)} must name at least 3 images, each once; fetch it again")
+    good = 7 <= len(names) == len(set(names))  # fewer leave no image to validate on
+    require(good, f"{show_path(path)} must name at least 7 images, each once; fetch it again")
     require(0 < train_fraction <= 1, f"--train_fraction must lie in (0, 1], got {train_fraction}")
     names = _first(names, len(names), "images", 0, 701515)
     train, val = len(names) * 70 // 100, len(names) * 15 // 100

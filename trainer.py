@@ -333,6 +333,8 @@ def train(kind: str, args, dist: Distributed, precision: Precision, model: nn.Mo
     if masked:  # equal updates with few labels: whole epochs are counted in updates, batches may be smaller
         args.batch_size = min(args.batch_size, len(split.images))
     lr, groups = args.blr * args.batch_size / 256, engine.param_groups(model, args.weight_decay, layer_decay, no_decay)
+    if args.min_lr > lr:
+        raise EngineError(f"--min_lr {args.min_lr} is above the rate {lr:.3g} that --blr and --batch_size give")
     augment.share_of_batch(args.batch_size, dist.world_size, args.micro_batch_size, len(split.images))
     config = describe_run(kind, args, dist, precision, model, flops, epoch_steps, split, inputs)
     plan = functools.partial(print_plan, config, model, lr, mask_ratio, groups if args.dry_run else ())

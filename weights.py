@@ -4,6 +4,7 @@ print(load_pretrained(build_segmenter("mae_base"), "mae_pretrain_vit_base.pth"))
 model, checkpoint = load_model("runs/study/seed0/finetune_animal/model.pt")
 """
 
+import os
 import pickle
 import re
 from dataclasses import dataclass
@@ -61,7 +62,7 @@ def read_checkpoint(path: str) -> dict:
     return content
 
 
-def load_pretrained(model: nn.Module, source: str | dict) -> LoadReport:
+def load_pretrained(model: nn.Module, source: str | os.PathLike | dict) -> LoadReport:
     """Load what fits of a pre-trained MAE into a model of models.py, and report it.
 
     source: a path or a loaded dictionary: checkpoints of this project, facebookresearch/mae's full or encoder-only files,
@@ -69,21 +70,32 @@ def load_pretrained(model: nn.Module, source: str | dict) -> LoadReport:
     layer of a `MAESegmenter` is never taken from a checkpoint: its key and shape equal the pixel predictor's.
     Raises CheckpointError if nothing is in common or a shape differs.
     """
-    name, content = (source, read_checkpoint(source)) if isinstance(source, str) else ("state dict", source)
+    named = isinstance(source, (str, os.PathLike))
+    name, content = (str(source), read_checkpoint(source)) if named else ("state dict", source)
     layout, state = reference_keys(content)
-    own = model.state_dict()
-    new_head = [k for k in own if k.startswith(getattr(model, "fresh_keys", ()))]
+    own, config = model.state_dict(), content.get("model_config", {})
+    swapped = config.get("kind") == "segmenter" and hasattr(
+        model, "norm_pix_loss"
+    )  # its class head is no pixel predictor
+    new_head = [k for k in own if k.startswith(getattr(model, "fresh_keys", ("decoder_pred.",) if swapped else ()))]
     shared = [k for k in own if k in state and k not in new_head]
     if not any(k.startswith(("blocks.", "backbone.")) for k in shared):
         keys = ", ".join(list(state)[:3]) or "none"
         raise CheckpointError(f"{name} has no layer in common with the model (its keys: {keys} ...)")
-    interpolated = []
+    depths = [len({k.split(".")[1] for k in keys if k.startswith("blocks.")}) for keys in (state, own)]
+    if depths[0] != depths[1]:
+        raise CheckpointError(
+            f"{name} is of another model size: {depths[0]} encoder blocks, the model needs {depths[1]}"
+        )
+    interpolated, pixels = [], config.get("img_size")  # without it, the positions of a square image are supposed
+    grid = [side // model.patch_size for side in ([pixels] * 2 if isinstance(pixels, int) else pixels or ())]
     for key in shared:
         table = key in ("pos_embed", "decoder_pos_embed") and state[key].ndim == 3
-        if table and state[key].shape[1] != own[key].shape[1]:
-            side = int((state[key].shape[1] - 1) ** 0.5)
-            if side**2 == state[key].shape[1] - 1 and state[key].shape[2] == own[key].shape[2]:
-                state[key] = interpolate_pos_embed(state[key], (side, side), model.grid)
+        if table and state[key].shape[2] == own[key].shape[2]:
+            rows = state[key].shape[1] - 1
+            source_grid = tuple(grid) if grid and grid[0] * grid[1] == rows else (int(rows**0.5),) * 2
+            if source_grid != model.grid and source_grid[0] * source_grid[1] == rows:
+                state[key] = interpolate_pos_embed(state[key], source_grid, model.grid)
                 interpolated.append(key)
         if state[key].shape != own[key].shape:
             found = f"{key} is {list(state[key].shape)}, the model needs {list(own[key].shape)}"
@@ -133,7 +145,10 @@ def reference_keys(content: dict) -> tuple[str, dict[str, torch.Tensor]]:
             key = re.sub(pattern, name, key)
         renamed[key] = value
     for key in [k for k in renamed if ".attn.q." in k]:
-        parts = [renamed.pop(key.replace(".attn.q.", f".attn.{part}.")) for part in "qkv"]
+        names = [key.replace(".attn.q.", f".attn.{part}.") for part in "qkv"]
+        if lost := [name for name in names if name not in renamed]:
+            raise CheckpointError(f"the checkpoint lacks {lost[0]}; download or copy it again")
+        parts = [renamed.pop(name) for name in names]
         renamed[key.replace(".attn.q.", ".attn.qkv.")] = torch.cat(parts)
     return "transformers ViTMAE", renamed
 

@@ -49,5 +49,5 @@ def code_lines(path: Path) -> int:
 
 def test_the_collection_can_be_read_in_an_evening():
     files = sorted(ROOT.glob("*.py"))
-    assert all(len(path.read_text().splitlines()) <= 410 for path in files)
+    assert all(len(path.read_text().splitlines()) <= 420 for path in files)
     assert sum(map(code_lines, files)) < 3500
