@@ -82,11 +82,6 @@ def load_pretrained(model: nn.Module, source: str | os.PathLike | dict) -> LoadR
     if not any(k.startswith(("blocks.", "backbone.")) for k in shared):
         keys = ", ".join(list(state)[:3]) or "none"
         raise CheckpointError(f"{name} has no layer in common with the model (its keys: {keys} ...)")
-    depths = [len({k.split(".")[1] for k in keys if k.startswith("blocks.")}) for keys in (state, own)]
-    if depths[0] != depths[1]:
-        raise CheckpointError(
-            f"{name} is of another model size: {depths[0]} encoder blocks, the model needs {depths[1]}"
-        )
     interpolated, pixels = [], config.get("img_size")  # without it, the positions of a square image are supposed
     grid = [side // model.patch_size for side in ([pixels] * 2 if isinstance(pixels, int) else pixels or ())]
     for key in shared:
@@ -104,6 +99,10 @@ def load_pretrained(model: nn.Module, source: str | os.PathLike | dict) -> LoadR
             sizes = [] if same else [size for size in MODELS if (MODELS[size]["embed_dim"],) == dim]
             hints = [f"; it fits --model {size}" for size in sizes]
             raise CheckpointError(f"{name} is of another model size: {found}{''.join(hints[:1])}")
+    depths = [len({k.split(".")[1] for k in keys if k.startswith("blocks.")}) for keys in (state, own)]
+    if depths[0] != depths[1]:
+        found = f"{depths[0]} encoder blocks, the model needs {depths[1]}"
+        raise CheckpointError(f"{name} is of another model size: {found}")
     model.load_state_dict({k: state[k] for k in shared}, strict=False)
     missing = [k for k in own if k not in state and k not in new_head]
     return LoadReport(name, layout, shared, new_head, missing, [k for k in state if k not in own], interpolated)
