@@ -365,3 +365,18 @@ def test_real_photos_cache_without_complaint(tmp_path, capsys):
     data.build_cache(SAMPLE, pets, kind="trimap", cache_dir=tmp_path, cache_size=64)
     store, got = rows(SAMPLE, images + pets, tmp_path, size=64)
     assert capsys.readouterr().err == "" and not store.dropped and (got.std((1, 2, 3)) > 1).all()
+
+
+def test_a_photo_that_is_replaced_renews_the_row_of_its_trimap(tmp_path):
+    key, path = "oxford-iiit-pet/images/a.jpg", tmp_path / data.trimap_path("oxford-iiit-pet/images/a.jpg")
+    path.parent.mkdir(parents=True)
+    (tmp_path / key).parent.mkdir(parents=True)
+    Image.fromarray(np.repeat([[1], [2]], 10, axis=0).repeat(30, axis=1).astype(np.uint8)).save(path)
+    photo = Image.new("RGB", (30, 20))
+    for orientation, first in ((1, 0), (3, 1)):  # 3: upside down
+        exif = photo.getexif()
+        exif[0x0112] = orientation
+        photo.save(tmp_path / key, exif=exif)
+        data.build_cache(tmp_path, [key], kind="trimap", cache_dir=tmp_path / "c", cache_size=8)
+        store = data.ImageStore(tmp_path, [key], kind="trimap", cache_dir=tmp_path / "c", cache_size=8)
+        assert store.gather([0])[0, 0, 0, 0] == first

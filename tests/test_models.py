@@ -510,3 +510,9 @@ def test_models_work_when_the_file_is_copied_alone(tmp_path):
     code += "print('torchvision' in sys.modules, 'engine' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.stdout.split() == ["False", "False"], done.stderr
+
+
+def test_without_masks_every_trainable_parameter_still_has_a_gradient():
+    model = build_mae("mae_tiny", img_size=32)
+    model(torch.randn(2, 3, 32, 32), mask_ratio=0)[0].backward()  # else several processes would wait for each other
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)

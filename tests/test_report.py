@@ -304,3 +304,63 @@ def test_the_report_never_imports_torch(two_seeds):
     code += "assert not {'torch', 'torchvision', 'scipy'} & set(sys.modules)"
     done = subprocess.run([sys.executable, "-c", code, two_seeds], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+DAMAGES = [
+    ("metrics.json", "null"),
+    ("metrics.json", '{"best": {"iou": 0.5, "epoch": 1}}'),
+    ("metrics.json", '{"best": {"iou": 0.5, "epoch": 1}, "last": {"iou": 0.4}, "seconds": "long"}'),
+    ("log.jsonl", '{"a": 1}\n'),
+    ("log.jsonl", "[1, 2]\n"),
+    ("log.jsonl", '{"event": "val", "epoch": 1, "iou": null}\n'),
+    ("config.json", '{"experiment": {}, "args": {}, "n_train": "4", "n_unique": 4, "updates": 4}'),
+    ("config.json", '{"experiment": {}, "args": {}, "n_train": 4, "n_unique": 4, "updates": 4, "hardware": "GPU"}'),
+    ("config.json", '{"experiment": {}, "args": {}, "n_train": 4, "n_unique": 4, "updates": 4, "data": {}}'),
+]
+
+
+@pytest.mark.parametrize("name, content", DAMAGES)
+def test_whatever_is_wrong_with_a_record_the_run_is_named(two_seeds, name, content):
+    (two_seeds / "seed1/finetune_mixed" / name).write_text(content)
+    assert "`seed1/finetune_mixed` is unreadable" in report(two_seeds)
+
+
+def test_pictures_logs_and_references_that_are_lost_or_damaged_are_named(two_seeds):
+    for name in ("seed0/finetune_mixed/panels.npz", "seed0/pretrain_mixed/reconstruction.npz", "reference.npz"):
+        (two_seeds / name).write_bytes((two_seeds / name).read_bytes()[:100])
+    (two_seeds / "seed0/finetune_half/panels.npz").unlink()
+    (two_seeds / "seed1/finetune_half/log.jsonl").unlink()
+    text = report(two_seeds)
+    for name in ("seed0/finetune_mixed/panels.npz", "seed0/pretrain_mixed/reconstruction.npz", "reference.npz"):
+        assert f"`{name}` is unreadable" in text
+    assert "`seed0/finetune_half/panels.npz` is missing" in text and "`seed1/finetune_half` has no log.jsonl" in text
+
+
+def test_a_reference_of_other_images_is_not_shown(two_seeds):
+    arrays = dict(np.load(two_seeds / "reference.npz"))
+    np.savez(two_seeds / "reference.npz", **{k: v[:3] if v.ndim else v for k, v in arrays.items()})
+    text = report(two_seeds)
+    assert "`reference.npz` is of other images or another size" in text and "trivial:" not in text
+
+
+def test_a_run_that_is_listed_twice_is_no_second_seed(two_seeds):
+    table = two_seeds / "study.tsv"
+    table.write_text(table.read_text() + table.read_text().splitlines()[0] + "\n")
+    done = run_report(two_seeds)
+    assert done.returncode == 2 and "lists seed0/pretrain_animal twice" in done.stderr
+
+
+def test_a_setting_that_one_seed_alone_has_is_a_difference(two_seeds):
+    edit(two_seeds / "seed1/finetune_mixed/config.json", lambda c: c["experiment"].update(clip_grad=1.0))
+    assert "(clip_grad 1.0 instead of None): not averaged" in report(two_seeds)
+    edit(two_seeds / "seed1/finetune_half/config.json", lambda c: c.update(precision="bf16"))
+    assert "(precision bf16 instead of fp32): not averaged" in report(two_seeds)
+
+
+def test_a_dose_of_another_size_is_named_and_left_out(finished, tmp_path):
+    study = shutil.copytree(finished[0], tmp_path / "study")
+    for seed in (0, 1):
+        edit(study / f"seed{seed}/pretrain_dose_0.25/config.json", lambda c: c.update(n_train=1000, updates=310))
+    text = report(study)
+    assert "`seed0/finetune_dose_0.25` has other settings or updates than" in text and "not in its sweep" in text
+    assert 25.0 not in [row["share"] for row in table(study, "dose")]

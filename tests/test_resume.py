@@ -186,3 +186,30 @@ def test_the_log_is_whole_lines_of_strict_json(flags, tmp_path):
     run("pretrain", *flags, "--epochs", 1, "--output_dir", tmp_path / "run")
     for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines():
         json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+
+
+def test_checkpoints_that_cannot_be_read_stop_the_run_instead_of_starting_it_over(tmp_path, monkeypatch):
+    first = Run(tmp_path / "run", ALONE, CONFIG)
+    first.log("train", step=1)
+    first.save({"step": 1})
+    first._lock.close()
+    content = (tmp_path / "run" / "log.jsonl").read_bytes()
+
+    def unreadable(*_, **__):
+        raise OSError(errno.EIO, "Input/output error", "last.pt")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "load", unreadable)  # the file may be whole
+        with pytest.raises(OSError, match="Input/output"):
+            Run(tmp_path / "run", ALONE, CONFIG).load()
+    gc.collect()
+    os.truncate(tmp_path / "run" / "last.pt", 100)
+    with pytest.raises(EngineError, match=r"no checkpoint in .* can be read; --resume never starts the run over"):
+        Run(tmp_path / "run", ALONE, CONFIG).load()
+    assert (tmp_path / "run" / "log.jsonl").read_bytes() == content
+
+
+def test_an_update_that_ruins_the_weights_ends_no_run(flags, tmp_path):
+    args = [*flags, "--epochs", 1, "--batch_size", 32, "--warmup_epochs", 0, "--blr", 1e38]
+    assert "validation loss became non-finite at step 1" in refusal("pretrain", *args, "--output_dir", tmp_path / "run")
+    assert not (tmp_path / "run" / "metrics.json").exists()

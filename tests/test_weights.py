@@ -313,3 +313,46 @@ def test_a_checkpoint_that_does_not_describe_its_model_is_refused_in_one_line(co
         load_model(str(path))
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_positions_of_another_grid_with_as_many_patches_are_interpolated():
+    wide, square = build_segmenter("mae_tiny", img_size=(32, 128)), build_mae("mae_tiny", img_size=64)
+    report = load_pretrained(wide, square.state_dict())
+    assert report.interpolated == ["pos_embed", "decoder_pos_embed"]
+    assert not torch.equal(wide.pos_embed, square.pos_embed)
+    again = build_mae("mae_tiny", img_size=(32, 128))
+    own = {"model": wide.state_dict(), "model_config": {"kind": "segmenter", "img_size": [32, 128]}}
+    assert load_pretrained(again, own).interpolated == [] and torch.equal(again.pos_embed, wide.pos_embed)
+
+
+def test_a_class_head_is_never_taken_for_the_pixel_predictor():
+    segmenter, mae = build_segmenter("mae_tiny", img_size=32), build_mae("mae_tiny", img_size=32)
+    before = mae.decoder_pred.weight.clone()
+    config = {"kind": "segmenter", "img_size": 32}
+    report = load_pretrained(mae, {"model": segmenter.state_dict(), "model_config": config})
+    assert report.new_head == ["decoder_pred.weight", "decoder_pred.bias"] and torch.equal(
+        mae.decoder_pred.weight, before
+    )
+
+
+def test_a_path_object_loads_like_a_path(tmp_path):
+    model = build_mae("mae_tiny", img_size=32)
+    torch.save(model.state_dict(), tmp_path / "a.pth")
+    assert not load_pretrained(build_mae("mae_tiny", img_size=32), tmp_path / "a.pth").missing
+
+
+@pytest.mark.parametrize("kept", [2, 1])
+def test_an_encoder_of_another_depth_is_refused(kept):
+    model = build_mae("mae_tiny", img_size=32)
+    cut = {k: v for k, v in model.state_dict().items() if not k.startswith("blocks.") or int(k.split(".")[1]) < kept}
+    with pytest.raises(CheckpointError, match=f"{kept} encoder blocks, the model needs 4"):
+        load_pretrained(build_mae("mae_tiny", img_size=32), cut)
+
+
+@pytest.mark.parametrize(
+    "odd", [{0: torch.zeros(2)}, {"cls_token": torch.tensor(1.0)}, {"cls_token": torch.eye(2).to_sparse()}]
+)
+def test_odd_tensors_and_keys_are_refused_in_one_line(odd):
+    with pytest.raises(CheckpointError) as error:
+        load_pretrained(build_mae("mae_tiny", img_size=32), odd)
+    assert "\n" not in str(error.value)
