@@ -382,7 +382,7 @@ def test_an_empty_list_of_pets_is_refused(flags, root, tmp_path):
     other = copy_root(root, tmp_path / "data")
     (other / "oxford-iiit-pet/annotations/list.txt").write_text("#Image CLASS-ID SPECIES BREED ID\n")
     message = refusal("finetune", *flags, "--data_root", other, "--output_dir", tmp_path / "no")
-    assert "list.txt must name at least 3 images" in message
+    assert "list.txt must name at least 7 images" in message
 
 
 @pytest.mark.parametrize(

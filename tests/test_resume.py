@@ -1,6 +1,7 @@
 """Interrupted runs end as undisturbed ones, and whatever goes wrong leaves a state from which they can go on."""
 
 import errno
+import functools
 import gc
 import json
 import os
@@ -176,10 +177,15 @@ def test_a_non_finite_loss_stops_with_step_rate_and_advice(flags, tmp_path):
             assert all(v.isfinite().all() for v in state.values())
 
 
-def test_skipped_fp16_steps_are_counted(flags, tmp_path):
-    run("pretrain", *flags, "--epochs", 2, "--precision", "fp16", "--output_dir", tmp_path / "run")
+def test_fp16_steps_whose_gradients_overflow_are_skipped_and_counted(flags, tmp_path, monkeypatch):
+    scaler = functools.partial(
+        torch.amp.GradScaler, init_scale=2.0**30
+    )  # the first gradients cannot be held by float16
+    monkeypatch.setattr(torch.amp, "GradScaler", scaler)
+    run("pretrain", *flags, "--epochs", 12, "--precision", "fp16", "--output_dir", tmp_path / "run")
     lines = log(tmp_path / "run", "train")
-    assert all(line["skipped"] >= 0 for line in lines)
+    assert 2 <= sum(line["skipped"] for line in lines) < 22
+    assert lines[-1]["skipped"] == 0 and lines[-1]["loss"] < lines[0]["loss"]
 
 
 def test_the_log_is_whole_lines_of_strict_json(flags, tmp_path):
