@@ -18,8 +18,10 @@ import math
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
+import zipfile
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -53,13 +55,18 @@ def launch(main, parser: argparse.ArgumentParser) -> None:
     """Run main(parsed arguments); errors with an `exit_code` end in one line on stderr instead of a traceback."""
     args = parser.parse_args()
     message, code = "", 0
+
+    def terminate(number, frame):
+        raise KeyboardInterrupt("SIGTERM; repeat the command to go on")
+
+    signal.signal(signal.SIGTERM, terminate)
     try:
         main(args)
         if not torch.distributed.is_initialized():
             return
         torch.distributed.barrier()  # until the first process has written its last file
-    except KeyboardInterrupt:
-        message, code = "interrupted", 130
+    except KeyboardInterrupt as error:
+        message, code = (str(error), 143) if str(error) else ("interrupted", 130)
     except torch.OutOfMemoryError as error:
         message, code = f"out of device memory; lower --micro_batch_size ({str(error).splitlines()[0]})", 1
     except Exception as error:
@@ -382,6 +389,9 @@ class Run:
         found = [p for p in (self.dir / "last.pt", self.dir / "last.prev.pt") if p.exists()]
         for path in found:
             try:
+                with zipfile.ZipFile(path) as archive:  # torch itself does not check what it reads
+                    if damaged := archive.testzip():
+                        raise ValueError(f"the checksum of {damaged} is wrong")
                 state = torch.load(path, map_location="cpu", weights_only=True)
                 self.log_bytes = state["log_bytes"]
                 return state

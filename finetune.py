@@ -65,20 +65,25 @@ class Validation:
         self.store = open_store(args, dist, images, "image", args.img_size)
         self.truth = data.load_truth(args.data_root, self.store.images, args.img_size).to(dist.device)
 
-    def __call__(self, step: int) -> dict:
+    def __call__(self, step: int, stopping=lambda: False) -> dict | None:
         device, dist = self.dist.device, self.dist
         counts = torch.zeros(3, 3, dtype=torch.int64, device=device)
-        loss = torch.zeros((), dtype=torch.float64, device=device)
+        total = torch.zeros(2, dtype=torch.float64, device=device)  # loss, processes that stopped
         batches = augment.EvalBatches(self.store, img_size=self.args.img_size, batch_size=64, rank=dist.rank,
                                       world_size=dist.world_size, device=device)  # fmt: skip
         for index, images in batches:
+            if stopping():
+                total[1] += 1
+                break
             truth = self.truth[int(index[0]) :: dist.world_size][: len(index)].long()  # a rank's share, in order
             logits = self.model(images).float()
-            loss += F.cross_entropy(logits, truth, reduction="sum").double()
+            total[0] += F.cross_entropy(logits, truth, reduction="sum").double()
             counts += confusion(truth, logits.argmax(1)).sum(0)
-        counts, loss = dist.sum(counts), dist.sum(loss)
+        counts, (loss, stopped) = dist.sum(counts), dist.sum(total).tolist()
+        if stopped:
+            return None
         scores = dataset_scores(counts.cpu().numpy()[None])
-        return {"loss": (loss / counts.sum()).item(), **{k: float(scores[k]) for k in SCORES}}
+        return {"loss": loss / counts.sum().item(), **{k: float(scores[k]) for k in SCORES}}
 
     def finish(self) -> dict:
         return {}

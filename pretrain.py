@@ -61,27 +61,32 @@ class Validation:
         self.noise = {k: validation_noise(len(s), model.num_patches).to(dist.device) for k, s in stores.items()}
         self.figure_steps = 0
 
-    def _mean(self, name: str, loss_of) -> float:
-        store, total = self.stores[name], torch.zeros(2, dtype=torch.float64, device=self.dist.device)
-        size = min(self.args.micro_batch_size or 256, 256)
+    def _mean(self, name: str, loss_of, stopping=lambda: False) -> float | None:
+        """Mean of loss_of(images, noise) over all images of a store; None if a process was to stop meanwhile."""
+        store, total = self.stores[name], torch.zeros(3, dtype=torch.float64, device=self.dist.device)
+        size = min(self.args.micro_batch_size or self.args.batch_size, 256)
         batches = augment.EvalBatches(store, img_size=self.args.img_size, batch_size=size, rank=self.dist.rank,
                                       world_size=self.dist.world_size, device=self.dist.device)  # fmt: skip
         for index, images in batches:
+            if stopping():
+                total[2] += 1
+                break
             # A rank's share are the rows rank, rank + world_size, ... in order, so its masks are a slice.
             noise = self.noise[name][int(index[0]) :: self.dist.world_size][: len(index)]
             total[0] += loss_of(images, noise).double() * len(images)
             total[1] += len(images)
-        total = self.dist.sum(total)
-        return (total[0] / total[1]).item()
+        loss, count, stopped = self.dist.sum(total).tolist()
+        return None if stopped else loss / count
 
-    def __call__(self, step: int) -> dict:
+    def __call__(self, step: int, stopping=lambda: False) -> dict | None:
         if self.figure_steps and step % self.figure_steps == 0:
             self.figure(f"reconstruction_{step:06d}")
 
         def loss(images, noise):
             return self.model(images, self.args.mask_ratio, noise)[0]
 
-        return {f"loss_{name}": self._mean(name, loss) for name in self.stores}
+        scores = {f"loss_{name}": self._mean(name, loss, stopping) for name in self.stores}
+        return None if None in scores.values() else scores
 
     @torch.no_grad()
     def predict_zero(self) -> dict:

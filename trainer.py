@@ -136,8 +136,9 @@ class Trainer:
         return norm
 
     def fit(self, validate) -> dict:
-        """Train to total_steps; validate(step) -> dict of scores is called on every process after each nominal epoch.
+        """Train to total_steps; validate(step, stopping) runs on every process after each nominal epoch.
 
+        It returns a dict of scores, or None on all processes if stopping() became true on one of them meanwhile.
         Returns the metrics of the run; writes log lines and checkpoints on the way. A stop signal writes a checkpoint
         and raises EngineError with the exit code 128 + signal; a non-finite loss raises EngineError.
         """
@@ -150,6 +151,8 @@ class Trainer:
         steps, quiet = self.batches.run(self.step, self.total_steps), not self.dist.is_main
         bar = Progress("training", self.total_steps * size, initial=self.step * size, quiet=quiet)
         with bar, contextlib.closing(steps):
+            if self.step and self.step % self.epoch_steps == 0 and (self.last_val or {}).get("step") != self.step:
+                self._validate(validate)  # the one that a stop request interrupted
             for micro_batches in steps:
                 last = self.step + 1 == self.total_steps
                 log_due = last or (self.step + 1) % log_every == 0
@@ -195,9 +198,12 @@ class Trainer:
         if self.step < self.total_steps and (stop or (save and (self.args.save_minutes or validate is not None))):
             self._save()
         if stop and self.step < self.total_steps:
-            where = f"checkpoint written at step {self.step} of {self.total_steps} in {self.run.dir}"
-            raise EngineError(f"{signal.Signals(stop).name}; {where}; the same command continues the run", 128 + stop)
+            self._leave(stop)
         self.window += time.monotonic() - pause  # rates are of training alone
+
+    def _leave(self, stop: int) -> None:
+        where = f"checkpoint written at step {self.step} of {self.total_steps} in {self.run.dir}"
+        raise EngineError(f"{signal.Signals(stop).name}; {where}; the same command continues the run", 128 + stop)
 
     def _refuse_non_finite(self, what: str, step: int) -> None:
         kept = "the last checkpoint is kept" if (self.run.dir / "last.pt").exists() else "no checkpoint was due yet"
@@ -240,8 +246,11 @@ class Trainer:
                 torch.distributed.broadcast(buffer, 0)
         self.model.eval()
         with torch.no_grad(), self.precision.autocast():
-            scores = validate(self.step)
+            scores = validate(self.step, lambda: bool(self.stop_signal))
         self.model.train()
+        if scores is None:  # stopped halfway: the run continues with this validation
+            self._save()
+            self._leave(int(self.dist.gather([self.stop_signal]).max()))
         if not all(math.isfinite(v) for k, v in scores.items() if k.startswith("loss")):
             self._refuse_non_finite("validation loss", self.step)
         self.last_val = {"step": self.step, "epoch": self.step / self.epoch_steps, **scores}

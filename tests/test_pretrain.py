@@ -95,7 +95,7 @@ def test_validation_is_the_mean_over_each_image_once_under_fixed_masks_for_any_b
 
 
 def test_the_loss_of_predicting_zero_is_that_of_the_hidden_patches_alone(flags):
-    args = argparse.Namespace(img_size=IMG, mask_ratio=0.75, micro_batch_size=None)
+    args = argparse.Namespace(img_size=IMG, mask_ratio=0.75, batch_size=8, micro_batch_size=None)
     model, dist = build_mae("mae_tiny", img_size=IMG), setup("cpu")
     images = torch.randint(0, 256, (5, 3, IMG, IMG), dtype=torch.uint8)
     images[:, :, :32] = 128  # flat patches, whose normalised pixels are zero, as half of the image

@@ -7,12 +7,14 @@ import json
 import os
 import signal
 import subprocess
+import sys
 
 import pytest
 import torch
-from small_runs import SMALL, drawn_root, log, mae_checkpoint, refusal, run
+from small_runs import REPOSITORY, SMALL, drawn_root, log, mae_checkpoint, refusal, run
 from stress import assert_same, command, stress
 
+import augment
 import engine
 from engine import Distributed, EngineError, Run
 
@@ -47,6 +49,41 @@ def test_a_stop_signal_writes_a_checkpoint_and_says_how_to_go_on(number, code, f
     assert torch.load(tmp_path / "run" / "last.pt", weights_only=True)["step"] > 0
 
 
+@pytest.mark.parametrize(("script", "validation"), [("pretrain", 1), ("pretrain", 3), ("finetune", 3)])
+def test_a_stop_request_does_not_wait_for_the_end_of_a_validation(
+    script, validation, flags, tmp_path, tmp_path_factory
+):
+    args = [*flags, "--epochs", 3, "--batch_size", 4]
+    args += ["--init", mae_checkpoint(tmp_path_factory)] if script == "finetune" else []
+    run(script, *args, "--output_dir", tmp_path / "undisturbed")
+    batches, evaluated = augment.EvalBatches.__iter__, []
+
+    def interrupted(self):
+        evaluated.append(0)
+        for batch in batches(self):
+            if len(evaluated) == (2 * validation if script == "pretrain" else validation):
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield batch
+            evaluated[-1] += 1
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(EngineError, match="SIGTERM; checkpoint") as info:
+        patch.setattr(augment.EvalBatches, "__iter__", interrupted)
+        run(script, *args, "--output_dir", tmp_path / "stopped")
+    assert info.value.exit_code == 143 and evaluated[-1] == 0 < evaluated[0]
+    assert len(log(tmp_path / "stopped", "val")) == validation - 1
+    del info
+    gc.collect()
+    assert "resumed" in run(script, *args, "--output_dir", tmp_path / "stopped")
+    assert_same(tmp_path / "undisturbed", tmp_path / "stopped")
+
+
+def test_a_stop_signal_outside_of_training_ends_in_one_line_too():
+    code = "import argparse, engine, os, signal\nengine.launch(lambda args: os.kill(os.getpid(), signal.SIGTERM), argparse.ArgumentParser('x.py'))"  # fmt: skip  # noqa: E501
+    result = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True)
+    assert result.returncode == 143
+    assert result.stderr.splitlines() == ["x.py: stopped: SIGTERM; repeat the command to go on"]
+
+
 def test_a_truncated_checkpoint_falls_back_to_the_one_before_with_a_warning(tmp_path, capsys):
     first = Run(tmp_path / "run", ALONE, CONFIG)
     for step in (1, 2):
@@ -60,6 +97,19 @@ def test_a_truncated_checkpoint_falls_back_to_the_one_before_with_a_warning(tmp_
     assert "last.pt is damaged" in capsys.readouterr().err
     second.log("train", step=2)
     assert [line["step"] for line in log(tmp_path / "run", "train")] == [1, 2]
+
+
+def test_one_flipped_bit_in_a_checkpoint_is_noticed(tmp_path, capsys):
+    first = Run(tmp_path / "run", ALONE, CONFIG)
+    for step in (1, 2):
+        first.save({"step": step, "weights": torch.full((1000,), 0.1)})
+    first._lock.close()
+    last = tmp_path / "run" / "last.pt"
+    content = bytearray(last.read_bytes())
+    content[content.index(torch.full((9,), 0.1).numpy().tobytes()) + 18] ^= 4
+    last.write_bytes(content)
+    assert Run(tmp_path / "run", ALONE, CONFIG).load()["step"] == 1
+    assert "the checksum of" in capsys.readouterr().err
 
 
 def test_a_full_disk_while_a_checkpoint_is_written_keeps_the_one_before(flags, tmp_path, monkeypatch):
