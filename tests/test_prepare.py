@@ -79,6 +79,20 @@ def test_splits_print_every_split_beside_the_paper_and_write_manifests(drawn, tm
     assert len(list((tmp_path / "out").iterdir())) == 12
 
 
+def test_data_with_more_animals_than_other_images_still_shows_its_other_splits(copy, tmp_path, capsys):
+    path = copy / "coco/annotations/instances_train2017.json"
+    content = json.loads(path.read_text())
+    animals = {c["id"] for c in content["categories"] if c["supercategory"] == "animal"}
+    shown = {a["image_id"] for a in content["annotations"] if a["category_id"] in animals}
+    content["images"] = [image for image in content["images"] if image["id"] in shown]
+    content["annotations"] = [a for a in content["annotations"] if a["image_id"] in shown]
+    path.write_text(json.dumps(content))
+    with pytest.raises(prepare.PrepareError, match="non_animal: 21 non-animal images asked for, 0 exist") as error:
+        run("splits", "--data_root", copy, "--cache_dir", tmp_path / "cache", "--output", tmp_path / "out")
+    assert error.value.exit_code == 1
+    assert "animal unique" in capsys.readouterr().out and (tmp_path / "out/animal.json").exists()
+
+
 def test_splits_are_a_function_of_the_seed(drawn, tmp_path, capsys):
     hashes = []
     for seed in (0, 0, 1):
