@@ -96,10 +96,10 @@ PRETRAIN=(); FINETUNE=(); DECAY=(); RESNET=()
 if [ "$DEMO" = 1 ]; then # the same path at a size that two CPU cores finish in minutes
   SIZE=(--model "${MODEL:-mae_tiny}"); IMG=128
   small=(--img_size 128 --cache_size 160 --no-compile --log_every 10)
-  PRETRAIN=("${small[@]}" --epochs 14 --batch_size 16 --blr 16e-3 --warmup_epochs 2)
-  FINETUNE=("${small[@]}" --epochs 12 --batch_size 8 --blr 32e-3 --warmup_epochs 1)
+  PRETRAIN=("${small[@]}" --epochs 12 --batch_size 16 --blr 16e-3 --warmup_epochs 2)
+  FINETUNE=("${small[@]}" --epochs 10 --batch_size 8 --blr 32e-3 --warmup_epochs 1)
   DECAY=(--layer_decay 0.8) # four blocks, not twelve
-  RESNET=(--epochs 3 --blr 16e-3)
+  RESNET=(--epochs 2 --blr 16e-3)
 fi
 for ((i = 0; i + 1 < ${#FINETUNE_ARGS[@]}; i++)); do [ "${FINETUNE_ARGS[i]}" != --img_size ] || IMG=${FINETUNE_ARGS[i + 1]}; done
 PAPER_MIXED=(); MIXED_NOTE=""
