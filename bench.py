@@ -39,14 +39,15 @@ STUDY = {"pretrain": 3 * 150 * 25_739, "finetune": 5 * 100 * 5_144, "resnet50": 
          "resnet50 evaluation": 100 * 1_102 + 1_103}  # fmt: skip
 COLUMNS = ("task", "variant", "model", "batch_size", "world_size", "precision", "step_ms", "img_s", "tflops", "mfu",
            "mem_gb", "ratio", "note")  # fmt: skip
-WANTED = (*itertools.product(TRAININGS, (SYNTHETIC, REAL)), ("scaling", SYNTHETIC),
+WANTED = (*itertools.product(TRAININGS, (SYNTHETIC, REAL)), ("scaling", SYNTHETIC), ("choices", SYNTHETIC),
           ("data", "cache + augmentation on cuda:0"), ("study", WHOLE))  # fmt: skip
 
 
 def get_args_parser() -> argparse.ArgumentParser:
     parser = Parser("bench.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     add, tasks = parser.add_argument, (*TRAININGS, "data", "study", "scaling")
-    add("--tasks", nargs="+", choices=tasks, default=tasks, help="what to measure; study: from the trainings' rates")
+    text = "what to measure; study: from the trainings' rates; choices: pre-training with each choice in it undone"
+    add("--tasks", nargs="+", choices=(*tasks, "choices"), default=tasks, help=text)
     add("--quick", action="store_true", help="mae_small, few images and turns: a check that takes two minutes")
     add("--synthetic", action="store_true", help="no real batches: needs no photos")
     add("--peers", action="store_true", help="also transformers, timm and PIL + torchvision (requirements-dev.txt)")
@@ -82,8 +83,8 @@ class Bench:
         self.count = {task: args.batch_size or usual[task != "pretrain"] for task in TRAININGS}
         patches = (args.img_size // MODELS[args.model].get("patch_size", 16)) ** 2
         self.draws = {"noise": (patches,), "drop_path": (MODELS[args.model]["depth"], 2)}
+        sys.path.append(str(Path(__file__).with_name("tests")))
         if args.peers:  # other projects' networks and data path
-            sys.path.append(str(Path(__file__).with_name("tests")))
             self.peers, names = importlib.import_module("peers"), [*names, "transformers", "timm"]
         try:
             versions = {"python": sys.version.split()[0], **{n: importlib.metadata.version(n) for n in names}}
@@ -153,15 +154,16 @@ class Bench:
         options = {"img_size": self.args.img_size, "batch_size": count, "seed": 0, "device": device}
         return augment.TrainBatches(*stores, draws={draw: self.draws[draw]}, vertical_flip=len(kinds) > 1, **options)
 
-    def training_step(self, module: torch.nn.Module, loss, flops: float, source):
-        """Make a function that does one whole update: forward under autocast, backward, fused AdamW."""
+    def training_step(self, module: torch.nn.Module, loss, flops: float, source, compiled=None, fused=True, **options):
+        """Make a function that does one whole update: forward under autocast, backward, AdamW."""
         layout = torch.channels_last if hasattr(module, "backbone") else torch.preserve_format
         network = module.to(self.device, memory_format=layout)
-        network = torch.compile(network, dynamic=False, disable=not self.args.compile)
+        compiled = self.args.compile if compiled is None else compiled
+        network = torch.compile(network, dynamic=False, disable=not compiled)
         if self.dist.world_size > 1:
             network = torch.nn.parallel.DistributedDataParallel(network, gradient_as_bucket_view=True)
         parameters = [p for p in module.parameters() if p.requires_grad]
-        optimizer, scaler = torch.optim.AdamW(parameters, lr=1e-5, fused=True), self.precision.scaler
+        optimizer, scaler = torch.optim.AdamW(parameters, lr=1e-5, fused=fused, **options), self.precision.scaler
 
         def step():
             with torch.profiler.record_function("wait for data"):
@@ -206,6 +208,23 @@ class Bench:
                 loss(module.eval(), batch)
 
         self.compare(f"{task} evaluation", {SYNTHETIC: evaluate}, count)
+
+    def choices(self) -> None:
+        """Measure pre-training with each choice in its step undone; all contestants train the same parameters."""
+        alternatives, count = importlib.import_module("choices"), self.count["pretrain"]
+        module = build_mae(self.args.model, img_size=self.args.img_size)
+        shapes = {"images": (3, self.args.img_size, self.args.img_size), "noise": (module.num_patches,)}
+        same = itertools.repeat({k: torch.rand(count, *shape, device=self.device) for k, shape in shapes.items()})
+        parts = module, lambda network, b: network(b["images"], 0.75, b["noise"])[0], module.flops(), same
+        other = "not compiled" if self.args.compile else "torch.compile"
+        steps = {
+            SYNTHETIC: self.training_step(*parts),
+            other: self.training_step(*parts, compiled=not self.args.compile),
+        }
+        for name in alternatives.PATCHES:
+            steps[name] = alternatives.undone(name, self.training_step(*parts))
+        steps |= {name: self.training_step(*parts, **how) for name, how in alternatives.OPTIMIZERS.items()}
+        self.compare("choices", steps, count)
 
     def profile(self, task: str, step) -> None:
         """Write a chrome trace; print the ten most expensive kernels and the share of time the device waits."""

@@ -8,9 +8,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import choices
 import pytest
+import torch
 
 import bench
+import models
 
 ROOT = Path(bench.__file__).parent
 TINY = ["--quick", "--model", "mae_tiny", "--img_size", "32", "--batch_size", "2", "--repeats", "1", "--device", "cpu"]
@@ -24,7 +27,9 @@ def run(folder, *flags):
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bench")
-    done = run(folder, *TINY, "--profile", "traces", "--tasks", "pretrain", "finetune", "resnet50", "data", "study")
+    done = run(
+        folder, *TINY, "--profile", "traces", "--tasks", "pretrain", "finetune", "resnet50", "data", "study", "choices"
+    )
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in (folder / "bench.jsonl").read_text().splitlines()]
     return folder, rows, done.stdout
@@ -42,6 +47,29 @@ def test_quick_measures_every_training_on_both_kinds_of_batches(quick):
             assert row["img_s"] == pytest.approx(1e3 * row["batch_size"] / row["step_ms"])
             assert row["mfu"] is None  # no peak is known for a CPU
             assert row["mem_gb"] is None
+
+
+def test_every_choice_in_the_step_is_measured_beside_its_alternative(quick):
+    names = [r["variant"] for r in quick[1] if r["task"] == "choices"]
+    assert names == [bench.SYNTHETIC, "torch.compile", *choices.PATCHES, *choices.OPTIMIZERS]
+
+
+@pytest.mark.parametrize("name", choices.PATCHES)
+def test_an_alternative_computes_the_same_loss_and_gradients(name):
+    torch.manual_seed(0)
+    model = models.build_mae("mae_tiny", img_size=64)
+    images, noise, found = torch.randn(3, 3, 64, 64), torch.rand(3, 16), []
+
+    def step():
+        model.zero_grad()
+        loss = model(images, 0.75, noise)[0]
+        loss.backward()
+        found.append([loss.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)])
+
+    step()
+    choices.undone(name, step)()
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
 def test_quick_profiles_and_prints_a_table(quick):
