@@ -1,5 +1,7 @@
 """Augmentation: equal to torchvision's, image and trimap aligned, boxes where RandomResizedCrop may put them."""
 
+from unittest import mock
+
 import numpy as np
 import pytest
 import torch
@@ -141,6 +143,23 @@ def test_normalise_and_back():
     mean, std = torch.tensor(augment.MEAN).view(3, 1, 1), torch.tensor(augment.STD).view(3, 1, 1)
     assert torch.allclose(augment.normalise(x), (x / 255 - mean) / std, atol=1e-5)
     assert torch.allclose(augment.denormalise(augment.normalise(x)), x, atol=1e-3)
+
+
+def tf32(x, nearest: bool):
+    """Keep 10 bits of the mantissa, as tensor cores do with the factors of a float32 product."""
+    bits = x.contiguous().view(torch.int32)
+    return ((bits + 0x1000 * nearest) & ~0x1FFF).view(torch.float32)
+
+
+@QUIET
+@given(crops(), st.booleans())
+def test_factors_rounded_as_tf32_rounds_them_change_no_pixel_by_half_a_step(case, nearest):
+    size, boxes, flips, out, seed = case
+    images = torch.randint(0, 256, (len(boxes), 3, size, size), generator=torch.Generator().manual_seed(seed))
+    exact, bmm = augment.crop_resize(images.to(torch.uint8), boxes.float(), flips, out, clamp=False), torch.bmm
+    with mock.patch.object(torch, "bmm", lambda a, b: bmm(tf32(a, nearest), tf32(b, nearest))):
+        rounded = augment.crop_resize(images.to(torch.uint8), boxes.float(), flips, out, clamp=False)
+    assert (rounded - exact).abs().max() < 0.5
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
