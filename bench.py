@@ -4,7 +4,7 @@
     python bench.py --peers --output bench.jsonl                         # everything; bf16 on GPUs that have it
     python bench.py --report bench.jsonl                                 # write BENCHMARKS.md from recorded lines
 
-One JSON line per measurement and a table at the end. Contestants of a task take turns in one process, in rotating order, so
+One JSON line per measurement and a table at the end. Contestants of a task take turns in one process, in changing order, so
 a drifting machine favours none; times are medians over synchronised turns, ratios medians over pairs of the same turn.
 """
 
@@ -37,8 +37,8 @@ WHOLE = "3 x 150 + 6 x 100 epochs and evaluation"
 STUDY = {"pretrain": 3 * 150 * 25_739, "finetune": 5 * 100 * 5_144, "resnet50": 100 * 5_144,
          "pretrain evaluation": 3 * 150 * 2 * 1_016, "finetune evaluation": 5 * (100 * 1_102 + 1_103),
          "resnet50 evaluation": 100 * 1_102 + 1_103}  # fmt: skip
-COLUMNS = ("task", "variant", "model", "batch_size", "world_size", "precision", "step_ms", "img_s", "tflops", "mfu",
-           "mem_gb", "ratio", "note")  # fmt: skip
+COLUMNS = ("task", "variant", "model", "batch_size", "world_size", "precision", "step_ms", "spread_ms", "img_s", "tflops",
+           "mfu", "mem_gb", "ratio", "note")  # fmt: skip
 WANTED = (*itertools.product(TRAININGS, (SYNTHETIC, REAL)), ("scaling", SYNTHETIC), ("choices", SYNTHETIC),
           ("data", "cache + augmentation on cuda:0"), ("study", WHOLE))  # fmt: skip
 
@@ -112,12 +112,13 @@ class Bench:
         return (clock() - start) / steps
 
     def compare(self, task: str, contestants: dict, count: int, steps: int = 0, settle: int = 0) -> None:
-        """Time contestants (name -> function of a step of `count` images) in rotating turns; ratio: over the first one."""
+        """Time contestants (name -> function of a step of `count` images) in turns; ratio: over the first one."""
         names, times, memory = list(contestants), {n: [] for n in contestants}, {}
         steps, settle = steps or (10 if self.on_gpu else 1), settle or 2 * (self.on_gpu or self.args.compile)
         limit, world = peak_flops(self.device, self.precision.name), self.dist.world_size
         for turn in range(self.args.repeats + 1):
-            for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            shift = turn // 2 % len(names)  # each one comes early and late, and after different ones
+            for name in (names[shift:] + names[:shift])[:: -1 if turn % 2 else 1]:
                 if self.on_gpu:  # memory: what this contestant keeps and what its steps add
                     torch.cuda.reset_peak_memory_stats()
                     others = torch.cuda.memory_allocated() - getattr(contestants[name], "state_bytes", 0)
@@ -154,8 +155,8 @@ class Bench:
         options = {"img_size": self.args.img_size, "batch_size": count, "seed": 0, "device": device}
         return augment.TrainBatches(*stores, draws={draw: self.draws[draw]}, vertical_flip=len(kinds) > 1, **options)
 
-    def training_step(self, module: torch.nn.Module, loss, flops: float, source, compiled=None, fused=True, **options):
-        """Make a function that does one whole update: forward under autocast, backward, AdamW."""
+    def training_step(self, module: torch.nn.Module, loss, flops: float, source, compiled=None, optimizer=None):
+        """Make a function that does one whole update: forward under autocast, backward, fused AdamW."""
         layout = torch.channels_last if hasattr(module, "backbone") else torch.preserve_format
         network = module.to(self.device, memory_format=layout)
         compiled = self.args.compile if compiled is None else compiled
@@ -163,7 +164,7 @@ class Bench:
         if self.dist.world_size > 1:
             network = torch.nn.parallel.DistributedDataParallel(network, gradient_as_bucket_view=True)
         parameters = [p for p in module.parameters() if p.requires_grad]
-        optimizer, scaler = torch.optim.AdamW(parameters, lr=1e-5, fused=fused, **options), self.precision.scaler
+        optimizer, scaler = optimizer or torch.optim.AdamW(parameters, lr=1e-5, fused=True), self.precision.scaler
 
         def step():
             with torch.profiler.record_function("wait for data"):
@@ -216,15 +217,17 @@ class Bench:
         shapes = {"images": (3, self.args.img_size, self.args.img_size), "noise": (module.num_patches,)}
         same = itertools.repeat({k: torch.rand(count, *shape, device=self.device) for k, shape in shapes.items()})
         parts = module, lambda network, b: network(b["images"], 0.75, b["noise"])[0], module.flops(), same
-        other = "not compiled" if self.args.compile else "torch.compile"
-        steps = {
-            SYNTHETIC: self.training_step(*parts),
-            other: self.training_step(*parts, compiled=not self.args.compile),
-        }
+        weights = [p for p in module.to(self.device).parameters() if p.requires_grad]
+        adamw = {n: torch.optim.AdamW(weights, lr=1e-5, **how) for n, how in alternatives.OPTIMIZERS.items()}
+        fused, other = torch.optim.AdamW(weights, lr=1e-5, fused=True), not self.args.compile
+        steps = {SYNTHETIC: self.training_step(*parts, optimizer=fused)}  # one optimizer: its memory favours none
+        steps["torch.compile" if other else "not compiled"] = self.training_step(
+            *parts, compiled=other, optimizer=fused
+        )
         for name in alternatives.PATCHES:
-            steps[name] = alternatives.undone(name, self.training_step(*parts))
-        steps |= {name: self.training_step(*parts, **how) for name, how in alternatives.OPTIMIZERS.items()}
-        self.compare("choices", steps, count)
+            steps[name] = alternatives.undone(name, self.training_step(*parts, optimizer=fused))
+        steps |= {name: self.training_step(*parts, optimizer=own) for name, own in adamw.items()}
+        self.compare("choices", steps, count, settle=1)
 
     def profile(self, task: str, step) -> None:
         """Write a chrome trace; print the ten most expensive kernels and the share of time the device waits."""
@@ -289,10 +292,14 @@ class Bench:
 
 def table(rows: list[dict]) -> str:
     """Format rows as a Markdown table; a figure that was not measured is a dash."""
-    lines = [COLUMNS, ["---"] * len(COLUMNS)]
-    for values in ([row.get(column) for column in COLUMNS] for row in rows):
-        values = [f"{v:,.0f}" if isinstance(v, float) and v >= 100 else v for v in values]
-        lines.append(["–" if v is None else f"{v:.3g}" if isinstance(v, float) else str(v) for v in values])
+
+    def cell(value) -> str:
+        if isinstance(value, list):  # the fastest and the slowest
+            return "–".join(map(cell, value))
+        number = f"{value:,.0f}" if isinstance(value, float) and value >= 100 else value
+        return "–" if number is None else f"{number:.3g}" if isinstance(number, float) else str(number)
+
+    lines = [COLUMNS, ["---"] * len(COLUMNS), *([cell(row.get(column)) for column in COLUMNS] for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
@@ -311,7 +318,10 @@ def write_report(source: str, target: str) -> None:
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise EngineError(f"--report {source} holds no lines that bench.py wrote: {error!r}") from None
     text = f"# Benchmarks\n\nWritten by `python bench.py --report {source}`; all is measured, nothing estimated.\n\n"
-    text += "ratio: step time over that of the first line of its task, the median over pairs of turns.\n"
+    text += "ratio: step time over that of the first line of its task, the median over pairs of turns; spread: the fastest\n"
+    text += (
+        "and the slowest turn, and a difference well inside it is no finding. choices: one choice in the step undone.\n"
+    )
     text += "".join(f"\n## {title}\n\n{table(group)}\n" for title, (_, group) in zip(titles, sections, strict=True))
     on_gpu = [row for row in rows if "NVIDIA" in row["machine"]["device"] and (row.get("img_s") or row.get("hours"))]
     full = ({"mae_base", "resnet50", None}, {224, None})  # of the study's size, not of a quick look

@@ -175,10 +175,9 @@ def hardware_name(device: torch.device) -> str:
     """Name the GPU, or the CPU and its cores."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    name = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError, StopIteration):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    name, info = platform.processor() or platform.machine(), Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), name)
     return f"{name}, {os.cpu_count()} cores"
 
 
@@ -278,8 +277,16 @@ def write_atomic(path: Path, write) -> None:
         raise
 
 
+def strict_json(content):
+    """Replace what JSON has no word for (NaN of a class that does not occur, infinity) by None, at any depth."""
+    if isinstance(content, (list, tuple)):
+        return [strict_json(v) for v in content]
+    whole = {k: strict_json(v) for k, v in content.items()} if isinstance(content, dict) else content
+    return None if isinstance(content, float) and not math.isfinite(content) else whole
+
+
 def write_json(path: Path, content: dict) -> None:
-    write_atomic(path, lambda f: f.write((json.dumps(content, indent=1) + "\n").encode()))
+    write_atomic(path, lambda f: f.write((json.dumps(strict_json(content), indent=1) + "\n").encode()))
 
 
 class Run:
@@ -327,9 +334,8 @@ class Run:
             raise EngineError(f"--output_dir {self.dir} is a file")
         foreign = sorted(set(there) - {".lock", "config.json.tmp"})
         if foreign and not path.exists():
-            raise EngineError(
-                f"--output_dir {self.dir} holds {foreign[0]} and is no run of this project; choose another"
-            )
+            found = f"holds {foreign[0]} and is no run of this project"
+            raise EngineError(f"--output_dir {self.dir} {found}; choose another")
         if path.exists():
             try:
                 before = json.loads(path.read_text())["experiment"]
@@ -364,7 +370,7 @@ class Run:
         if self._log is None:
             self._log = open(self.dir / "log.jsonl", "ab")  # noqa: SIM115
             self._log.truncate(self.log_bytes)  # what was logged after the checkpoint will be logged again
-        line = (json.dumps({"event": event, **fields}) + "\n").encode()
+        line = (json.dumps(strict_json({"event": event, **fields})) + "\n").encode()
         self._log.write(line)
         self._log.flush()
         self.log_bytes += len(line)

@@ -11,7 +11,7 @@ import sys
 
 import pytest
 import torch
-from small_runs import REPOSITORY, SMALL, drawn_root, log, mae_checkpoint, refusal, run
+from small_runs import REPOSITORY, SMALL, drawn_root, log, mae_checkpoint, metrics, refusal, run
 from stress import assert_same, command, stress
 
 import augment
@@ -242,6 +242,14 @@ def test_the_log_is_whole_lines_of_strict_json(flags, tmp_path):
     run("pretrain", *flags, "--epochs", 1, "--output_dir", tmp_path / "run")
     for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines():
         json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+
+
+def test_a_score_of_a_class_that_does_not_occur_is_null_in_every_file(tmp_path):
+    run_ = Run(tmp_path / "run", ALONE, CONFIG)
+    run_.log("val", iou_border=float("nan"), loss=0.5)
+    run_.finish({}, {"best": {"iou_border": float("nan"), "rates": (1.0, float("inf"))}})
+    assert log(tmp_path / "run", "val") == [{"event": "val", "iou_border": None, "loss": 0.5}]
+    assert metrics(tmp_path / "run") == {"best": {"iou_border": None, "rates": [1.0, None]}}
 
 
 def test_checkpoints_that_cannot_be_read_stop_the_run_instead_of_starting_it_over(tmp_path, monkeypatch):
