@@ -59,6 +59,16 @@ def _centres(start: Tensor, length: Tensor, flip: Tensor, out: int) -> Tensor:
     return start[:, None] + (torch.where(flip[:, None], out - 1 - i, i) + 0.5) * (length / out)[:, None]
 
 
+def uses_tf32(device: torch.device) -> bool:
+    """Do float32 products on this device keep only 10 bits of their factors' mantissas?"""
+    return device.type == "cuda" and torch.get_float32_matmul_precision() != "highest"
+
+
+def nearest_tf32(x: Tensor) -> Tensor:
+    """Round float32 to 10 bits of mantissa: tensor cores would cut the rest off, which darkens every pixel a little."""
+    return ((x.contiguous().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
+
+
 def resize_weights(start: Tensor, length: Tensor, flip: Tensor, size: int, out: int) -> Tensor:
     """Weights that cut [start, start + length) out of an axis of `size` cells and resize it -> float32 [B, out, size].
 
@@ -73,9 +83,11 @@ def resize_weights(start: Tensor, length: Tensor, flip: Tensor, size: int, out: 
     weight = torch.where(x < 1, (1.5 * x - 2.5) * x * x + 1, ((-0.5 * x + 2.5) * x - 4) * x + 2)
     middle, half = (start + length / 2)[:, None, None], (length / 2).clamp(min=0.5)[:, None, None]  # never empty
     weight = torch.where((x < 2) & ((cell + 0.5 - middle).abs() <= half), weight, 0)
+    weight = weight / weight.sum(-1, keepdim=True)
+    weight = nearest_tf32(weight) if uses_tf32(start.device) else weight
     # The margins take the taps that fall outside, so that no two of them share a place.
     dense = torch.zeros(*centre.shape[:2], size + 2 * taps, device=start.device)
-    return dense.scatter_(2, cell.long() + taps, weight / weight.sum(-1, keepdim=True))[..., taps : taps + size]
+    return dense.scatter_(2, cell.long() + taps, weight)[..., taps : taps + size]
 
 
 @torch.no_grad()

@@ -145,20 +145,22 @@ def test_normalise_and_back():
     assert torch.allclose(augment.denormalise(augment.normalise(x)), x, atol=1e-3)
 
 
-def tf32(x, nearest: bool):
-    """Keep 10 bits of the mantissa, as tensor cores do with the factors of a float32 product."""
-    bits = x.contiguous().view(torch.int32)
-    return ((bits + 0x1000 * nearest) & ~0x1FFF).view(torch.float32)
+def tensor_core(x, nearest: bool):
+    """Keep 10 bits of the mantissa, rounded or cut off: either way of making TF32 factors of a product."""
+    return augment.nearest_tf32(x) if nearest else (x.contiguous().view(torch.int32) & ~0x1FFF).view(torch.float32)
 
 
 @QUIET
 @given(crops(), st.booleans())
-def test_factors_rounded_as_tf32_rounds_them_change_no_pixel_by_half_a_step(case, nearest):
+def test_tf32_products_change_no_pixel_by_half_a_step(case, nearest):
     size, boxes, flips, out, seed = case
     images = torch.randint(0, 256, (len(boxes), 3, size, size), generator=torch.Generator().manual_seed(seed))
-    exact, bmm = augment.crop_resize(images.to(torch.uint8), boxes.float(), flips, out, clamp=False), torch.bmm
-    with mock.patch.object(torch, "bmm", lambda a, b: bmm(tf32(a, nearest), tf32(b, nearest))):
-        rounded = augment.crop_resize(images.to(torch.uint8), boxes.float(), flips, out, clamp=False)
+    exact, bmm = augment.crop_resize(images.to(torch.uint8), boxes.float(), flips, out), torch.bmm
+    with (
+        mock.patch.object(torch, "bmm", lambda a, b: bmm(tensor_core(a, nearest), tensor_core(b, nearest))),
+        mock.patch.object(augment, "uses_tf32", lambda device: True),
+    ):
+        rounded = augment.crop_resize(images.to(torch.uint8), boxes.float(), flips, out)
     assert (rounded - exact).abs().max() < 0.5
 
 
