@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_runs import SMALL, drawn_root, log, mae_checkpoint, run
+from small_runs import SMALL, drawn_root, log, mae_checkpoint, on_two_processes, run
 from stress import assert_same, command
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
@@ -105,6 +105,34 @@ def test_a_stop_signal_that_reaches_one_rank_only_stops_all_at_the_same_step(fla
     assert process.returncode != 0
     assert "checkpoint written at step" in errors
     assert torch.load(tmp_path / "run" / "last.pt", weights_only=True)["step"] > 0
+
+
+STOPS_IN_VALIDATION = """
+import os, signal, sys
+import augment, engine, pretrain
+batches, rank = augment.EvalBatches.__iter__, os.environ["RANK"]
+def interrupted(self):
+    for number, batch in enumerate(batches(self)):
+        if rank == "1" and number == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+        yield batch
+augment.EvalBatches.__iter__ = interrupted
+try:
+    pretrain.main(pretrain.get_args_parser().parse_args(sys.argv[1:]))
+except engine.EngineError as error:
+    print(error)
+os._exit(0)
+"""
+
+
+def test_a_stop_request_to_one_rank_breaks_off_the_validation_of_all(flags, tmp_path):
+    outputs = on_two_processes(STOPS_IN_VALIDATION, *flags, "--epochs", 2, "--output_dir", tmp_path / "stopped")
+    assert all("SIGTERM; checkpoint written at step 2 of 4" in out for out in outputs)
+    assert log(tmp_path / "stopped", "val") == []
+    launcher = ["--standalone", "--nproc_per_node=2"]
+    for folder in ("stopped", "undisturbed"):
+        finish(torchrun(launcher, "pretrain", *flags, "--epochs", 2, "--output_dir", tmp_path / folder))
+    assert_same(tmp_path / "undisturbed", tmp_path / "stopped")
 
 
 def test_a_rank_that_fails_early_takes_the_others_down(tmp_path):
