@@ -63,6 +63,7 @@ def launch(main, parser: argparse.ArgumentParser) -> None:
     try:
         main(args)
         if not torch.distributed.is_initialized():
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the work is done
             return
         torch.distributed.barrier()  # until the first process has written its last file
     except KeyboardInterrupt as error:
@@ -233,12 +234,11 @@ def param_groups(model: nn.Module, weight_decay: float, layer_decay: float = 1.0
 class _Lines:
     """A stream that shows tqdm's states as plain lines, where there is no terminal."""
 
+    flush = staticmethod(lambda: None)
+
     def write(self, text: str) -> None:
         if text.strip():
             print(text.strip(), file=sys.stderr, flush=True)
-
-    def flush(self) -> None:
-        pass
 
 
 class Progress(tqdm):
@@ -395,15 +395,15 @@ class Run:
         found = [p for p in (self.dir / "last.pt", self.dir / "last.prev.pt") if p.exists()]
         for path in found:
             try:
-                with zipfile.ZipFile(path) as archive:  # torch itself does not check what it reads
-                    if damaged := archive.testzip():
-                        raise ValueError(f"the checksum of {damaged} is wrong")
+                with zipfile.ZipFile(path) as archive:  # torch checks no sums, and reads noise for a folder
+                    if damaged := archive.testzip() or any(entry.external_attr for entry in archive.infolist()):
+                        raise ValueError(f"the checksum or kind of an entry is wrong: {damaged}")
                 state = torch.load(path, map_location="cpu", weights_only=True)
                 self.log_bytes = state["log_bytes"]
                 return state
-            except (OSError, MemoryError):  # the file may be whole
-                raise
-            except Exception as error:  # torch reports damaged archives with many types
+            except Exception as error:  # damaged archives are reported with many types, some as an invalid argument
+                if isinstance(error, (OSError, MemoryError)) and getattr(error, "errno", 0) != errno.EINVAL:
+                    raise  # the file may be whole
                 if self.dist.is_main:
                     reason = (str(error).splitlines() or [type(error).__name__])[0]
                     print(f"warning: {path} is damaged ({reason}); trying the checkpoint before it", file=sys.stderr)

@@ -60,7 +60,8 @@ def run_splits(args) -> None:
         try:
             table[title] = select(title, num_images=count)
         except data.DataError as error:  # other data may have fewer images without animals; the rest is still shown
-            lacking.append(f"{title}: {error}")
+            lacking.append(f"{title}: {str(error).partition(';')[0]}")
+            (output / f"{title}.json").unlink(missing_ok=True)  # of other data
     table["all"], coco = select("all"), splits._Coco(root, "val2017", None, args.cache_dir)
     for rule in rules:  # pre-training's validation takes the unique ones
         title, facts = f"validation {rule}".removesuffix(" per_category"), {"part": "val2017", "animal_images": rule}
@@ -84,7 +85,7 @@ def run_splits(args) -> None:
         write_json(output / f"{title.replace(' ', '_')}.json", split.manifest)
     print(f"\n{len(table)} manifests in {output}; no label: images without annotation; person: share that shows one")
     if lacking:
-        raise PrepareError("; ".join(lacking), 1)
+        raise PrepareError(f"{'; '.join(lacking)}: give pretrain.py a smaller --num_images for every split", 1)
 
 
 def run_verify(args) -> None:

@@ -85,8 +85,12 @@ class Validation:
         def loss(images, noise):
             return self.model(images, self.args.mask_ratio, noise)[0]
 
-        scores = {f"loss_{name}": self._mean(name, loss, stopping) for name in self.stores}
-        return None if None in scores.values() else scores
+        scores = {}
+        for name in self.stores:
+            scores[f"loss_{name}"] = self._mean(name, loss, stopping)
+            if scores[f"loss_{name}"] is None:
+                return None
+        return scores
 
     @torch.no_grad()
     def predict_zero(self) -> dict:
