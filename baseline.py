@@ -1,4 +1,4 @@
-"""Train a supervised baseline on Oxford-IIIT Pet trimaps: ResNet-50, or the autoencoder's network without pre-training.
+"""Train a supervised baseline on a downstream task: ResNet-50, or the autoencoder's network without pre-training.
 
     python baseline.py --model resnet50                       # random weights, as in the paper, section 2.2
     python baseline.py --model resnet50 --weights imagenet    # torchvision's ImageNet weights, for orientation
@@ -11,72 +11,114 @@ import argparse
 
 from torch import nn
 
-from engine import EngineError, Parser, Precision, launch, setup
-from finetune import add_segmentation_arguments, train_segmenter
-from models import MODELS, build_segmenter
-from trainer import add_training_arguments, build, check_training_arguments, hash_file
-from weights import read_checkpoint
+from engine import Distributed, EngineError, Parser, at_least, fraction, launch, setup
+from models import MODELS
+from objective import Task, chosen
+from tasks import TASKS
+from trainer import add_training_arguments, train
+from weights import hash_file, read_checkpoint
+
+DEFAULT_BLR = {"resnet50": 2e-3}
+DEFAULT_BLR_MAE = 1e-3
 
 
-# fmt: off
-def get_args_parser() -> argparse.ArgumentParser:
-    parser = Parser("baseline.py", description="Supervised baselines for pet segmentation")
-    add = parser.add_argument_group("model").add_argument
-    add("--model", choices=["resnet50", "mae", *MODELS], required=True, help="mae is mae_base")
-    add("--weights", help="resnet50 only: imagenet (downloads torchvision's), or a file with torchvision's keys")
-    add("--drop_path", type=float, default=0.1, help="stochastic depth of the last encoder block (MAE)")
-    add_training_arguments(parser, output_dir="runs/baseline", epochs=100, batch_size=64, warmup_epochs=5, min_lr=1e-6)
-    parser.add_argument("--blr", type=float, help="lr = blr * batch_size / 256 (default: MAE 1e-3, ResNet-50 2e-3)")
-    add_segmentation_arguments(parser)
+def get_args_parser(task: str = "segment") -> Parser:
+    """Make the parser of a task's baselines."""
+    parser = Parser("baseline.py", description="Supervised baselines of a downstream task")
+    parser.set_defaults(init=None)
+    arm = parser.flags("model", role="arm")
+    arm("--task", choices=list(TASKS), default=task, help="what to learn")
+    network = parser.flags("model", role="network")
+    network("--model", choices=["resnet50", "mae", *MODELS], required=True, help="mae is mae_base")
+    network("--weights", help="resnet50 only: imagenet (downloads torchvision's), or a file with torchvision's keys")
+    network("--drop_path", type=at_least(0), default=0.1, help="stochastic depth of the last encoder block (MAE)")
+    add_training_arguments(
+        parser, output_dir="runs/baseline", epochs=100, batch_size=64, warmup_epochs=5, min_lr=1e-6
+    )
+    network = parser.flags("optimisation", role="network")
+    network("--blr", type=at_least(0), help="lr = blr * batch_size / 256 (default: MAE 1e-3, ResNet-50 2e-3)")
+    network(
+        "--layer_decay",
+        type=fraction,
+        default=1.0,
+        help="rate factor per encoder layer downwards (MAE); 1: all layers at the full rate",
+    )
+    TASKS[task].add_arguments(parser)
     return parser
-# fmt: on
 
 
-def load_backbone(model: nn.Module, weights: str) -> str:
-    """Load torchvision's ResNet-50 weights (imagenet, or a file) without the classifier; returns what identifies them."""
-    if weights == "imagenet":
-        from torchvision.models import ResNet50_Weights
+def resolve(args: argparse.Namespace) -> argparse.Namespace:
+    """Fill in what depends on the model; EngineError for combinations that make no sense."""
+    resolved = argparse.Namespace(**vars(args))
+    if args.weights and args.model != "resnet50":
+        raise EngineError("--weights goes with --model resnet50; to fine-tune a pre-trained MAE use finetune.py --init")
+    if args.model == "resnet50" and args.layer_decay != 1:
+        raise EngineError("--layer_decay needs a model with encoder blocks; resnet50 has none")
+    if args.model == "mae":
+        resolved.model = "mae_base"
+    if args.blr is None:
+        resolved.blr = DEFAULT_BLR.get(args.model, DEFAULT_BLR_MAE)
+    return resolved
 
-        try:
-            state = ResNet50_Weights.IMAGENET1K_V2.get_state_dict(progress=True, check_hash=True)
-        except OSError as error:
-            found = f"cannot download torchvision's ResNet-50 weights ({error})"
-            raise EngineError(f"{found}; give a file instead", 1) from None
-    else:
-        state = read_checkpoint(weights)
+
+def refuse_micro_batches(args: argparse.Namespace, dist: Distributed) -> None:
+    """Refuse to accumulate a network with BatchNorm: its statistics would depend on the micro-batch."""
+    if args.micro_batch_size not in (None, args.batch_size // dist.world_size):
+        reason = "BatchNorm's statistics would change with it; lower --batch_size"
+        raise EngineError(f"resnet50 takes no --micro_batch_size: {reason}")
+
+
+def synchronise_batch_norm(task: Task, dist: Distributed) -> None:
+    """Compute BatchNorm's statistics over all processes, where PyTorch can."""
+    if dist.world_size == 1:
+        return
+    if dist.device.type == "cuda":
+        task.model = nn.SyncBatchNorm.convert_sync_batchnorm(task.model)
+    elif dist.is_main:
+        print("note: PyTorch has no SyncBatchNorm on CPUs; batch statistics are those of each process's own images")
+
+
+def published_weights(name: str) -> dict:
+    """Read ResNet-50 weights: "imagenet" downloads torchvision's, anything else is a file with torchvision's keys."""
+    if name != "imagenet":
+        return read_checkpoint(name)
+    from torchvision.models import ResNet50_Weights
+
     try:
-        model.backbone.load_state_dict({k: v for k, v in state.items() if not str(k).startswith("fc.")})
+        return ResNet50_Weights.IMAGENET1K_V2.get_state_dict(progress=True, check_hash=True)
+    except OSError as error:
+        problem = f"cannot download torchvision's ResNet-50 weights ({error})"
+        raise EngineError(f"{problem}; give a file instead", 1) from None
+
+
+def load_backbone(model: nn.Module, name: str) -> str:
+    """Load ResNet-50 weights without their classifier; gives what identifies them."""
+    state = published_weights(name)
+    try:
+        backbone = {key: value for key, value in state.items() if not str(key).startswith("fc.")}
+        model.backbone.load_state_dict(backbone)
     except (RuntimeError, TypeError, AttributeError) as error:
-        reason = str(error).splitlines()[-1 if len(str(error).splitlines()) == 1 else 1].strip()[:120]
-        raise EngineError(f"--weights {weights} does not fit ResNet-50: {reason} ...") from None
-    return "IMAGENET1K_V2" if weights == "imagenet" else hash_file(weights)
+        lines = str(error).splitlines()
+        reason = lines[1] if len(lines) > 1 else lines[0]
+        raise EngineError(f"--weights {name} does not fit ResNet-50: {reason.strip()[:120]} ...") from None
+    if name == "imagenet":
+        return "IMAGENET1K_V2"
+    return hash_file(name)
 
 
 def main(args: argparse.Namespace) -> None:
-    check_training_arguments(args)
-    resnet = args.model == "resnet50"
-    if args.weights and not resnet:
-        raise EngineError("--weights goes with --model resnet50; to fine-tune a pre-trained MAE use finetune.py --init")
-    args.model = "mae_base" if args.model == "mae" else args.model
-    args.drop_path = 0.0 if resnet else args.drop_path
-    if args.blr is None:
-        args.blr = 2e-3 if resnet else 1e-3
+    """Train a baseline."""
+    args = resolve(args)
     dist = setup(args.device)
-    precision = Precision(args.precision, dist.device)
-    if resnet and args.micro_batch_size not in (None, args.batch_size // dist.world_size):
-        reason = "BatchNorm's statistics would change with it; lower --batch_size"
-        raise EngineError(f"resnet50 takes no --micro_batch_size: {reason}")
-    model, _ = build(build_segmenter, dist, args, **({} if resnet else {"drop_path": args.drop_path}))
-    flops = model.flops(args.img_size) if resnet else model.flops()
-    init = load_backbone(model, args.weights) if args.weights else None
-    if resnet and dist.world_size > 1:
-        if dist.device.type == "cuda":
-            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-        elif dist.is_main:
-            print("note: PyTorch has no SyncBatchNorm on CPUs; batch statistics are those of each process's own images")
-    train_segmenter(args, "baseline", model, dist, precision, flops=flops, model_config={"name": args.model}, init=init,
-                    channels_last=resnet)  # fmt: skip
+    if args.model == "resnet50":
+        refuse_micro_batches(args, dist)
+    task = TASKS[args.task](args, dist)
+    if args.weights:
+        task.init_sha256 = load_backbone(task.model, args.weights)
+    if args.model == "resnet50":
+        synchronise_batch_norm(task, dist)
+    train(task, args, dist)
 
 
 if __name__ == "__main__":
-    launch(main, get_args_parser())
+    launch(main, get_args_parser(chosen("--task", TASKS, "segment")))

@@ -221,9 +221,8 @@ class Bench:
         adamw = {n: torch.optim.AdamW(weights, lr=1e-5, **how) for n, how in alternatives.OPTIMIZERS.items()}
         fused, other = torch.optim.AdamW(weights, lr=1e-5, fused=True), not self.args.compile
         steps = {SYNTHETIC: self.training_step(*parts, optimizer=fused)}  # one optimizer: its memory favours none
-        steps["torch.compile" if other else "not compiled"] = self.training_step(
-            *parts, compiled=other, optimizer=fused
-        )
+        name = "torch.compile" if other else "not compiled"
+        steps[name] = self.training_step(*parts, compiled=other, optimizer=fused)
         for name in alternatives.PATCHES:
             steps[name] = alternatives.undone(name, self.training_step(*parts, optimizer=fused))
         steps |= {name: self.training_step(*parts, optimizer=own) for name, own in adamw.items()}
@@ -319,9 +318,7 @@ def write_report(source: str, target: str) -> None:
         raise EngineError(f"--report {source} holds no lines that bench.py wrote: {error!r}") from None
     text = f"# Benchmarks\n\nWritten by `python bench.py --report {source}`; all is measured, nothing estimated.\n\n"
     text += "ratio: step time over that of the first line of its task, the median over pairs of turns; spread: the fastest\n"
-    text += (
-        "and the slowest turn, and a difference well inside it is no finding. choices: one choice in the step undone.\n"
-    )
+    text += "and the slowest turn; differences well inside it are no finding. choices: one choice in the step undone.\n"
     text += "".join(f"\n## {title}\n\n{table(group)}\n" for title, (_, group) in zip(titles, sections, strict=True))
     on_gpu = [row for row in rows if "NVIDIA" in row["machine"]["device"] and (row.get("img_s") or row.get("hours"))]
     full = ({"mae_base", "resnet50", None}, {224, None})  # of the study's size, not of a quick look

@@ -108,9 +108,8 @@ def read_trimap(path, image_path) -> np.ndarray:
     name = show_path(path)
     with _opened(image_path) as image, _opened(path) as trimap:
         (w, h), (width, height) = trimap.size, image.size
-        sizes = (
-            {image.size, image.size[::-1]} if image.format == "TIFF" else {image.size}
-        )  # Pillow may give it as turned
+        # Pillow may give the size of a TIFF as turned.
+        sizes = {image.size, image.size[::-1]} if image.format == "TIFF" else {image.size}
         require(trimap.size in sizes, f"{name}: {w} x {h}, but its image is {width} x {height}")
         trimap.load()
         values = np.asarray(_turned(trimap, image))

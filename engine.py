@@ -52,7 +52,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def launch(main, parser: argparse.ArgumentParser) -> None:
-    """Run main(parsed arguments); errors with an `exit_code` end in one line on stderr instead of a traceback."""
+    """Run main(parsed arguments); SIGTERM, Ctrl-C and errors with an `exit_code` end in one line, without a traceback."""
     args = parser.parse_args()
     message, code = "", 0
 

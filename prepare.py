@@ -50,7 +50,7 @@ def print_table(rows: list[list]) -> None:
 
 def run_splits(args) -> None:
     """Print all splits beside the paper's numbers and write their manifests."""
-    output, root, rules, lacking = Path(args.output), args.data_root, splits.ANIMAL_IMAGES, []
+    output, root, rules, lacking = Path(args.output), args.data_root, splits.ANIMAL_IMAGES, {}
     if output.exists() and not output.is_dir():
         raise PrepareError(f"--output {output} is a file: name a folder")
     select = partial(splits.select_split, root, split_seed=args.split_seed, cache_dir=args.cache_dir)
@@ -60,8 +60,7 @@ def run_splits(args) -> None:
         try:
             table[title] = select(title, num_images=count)
         except data.DataError as error:  # other data may have fewer images without animals; the rest is still shown
-            lacking.append(f"{title}: {str(error).partition(';')[0]}")
-            (output / f"{title}.json").unlink(missing_ok=True)  # of other data
+            lacking[title] = f"{title}: {str(error).partition(';')[0]}"
     table["all"], coco = select("all"), splits._Coco(root, "val2017", None, args.cache_dir)
     for rule in rules:  # pre-training's validation takes the unique ones
         title, facts = f"validation {rule}".removesuffix(" per_category"), {"part": "val2017", "animal_images": rule}
@@ -74,18 +73,17 @@ def run_splits(args) -> None:
         rows.append([title, *counts, f"{m['person_share']:.1%}" if "person_share" in m else "", split.sha256[:12]])
     print_table(rows)
     print("\nunique images with each animal:")
-    shown = {
-        title: table[title].manifest["categories"]
-        for title in ("animal", "mixed", "all", "validation")
-        if title in table
-    }
+    shown = [title for title in ("animal", "mixed", "all", "validation") if title in table]
+    shown = {title: table[title].manifest["categories"] for title in shown}
     print_table([["", *shown["animal"]], *([title, *counts.values()] for title, counts in shown.items())])
     output.mkdir(parents=True, exist_ok=True)
     for title, split in table.items():
         write_json(output / f"{title.replace(' ', '_')}.json", split.manifest)
     print(f"\n{len(table)} manifests in {output}; no label: images without annotation; person: share that shows one")
+    for title in lacking:
+        (output / f"{title}.json").unlink(missing_ok=True)  # of other data
     if lacking:
-        raise PrepareError(f"{'; '.join(lacking)}: give pretrain.py a smaller --num_images for every split", 1)
+        raise PrepareError(f"{'; '.join(lacking.values())}: give pretrain.py a smaller --num_images for every split", 1)
 
 
 def run_verify(args) -> None:

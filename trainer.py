@@ -1,4 +1,4 @@
-"""The training loop that pre-training and every fine-tuned arm share, and the flags that go with it.
+"""The training loop of every objective and task, and the flags that go with it.
 
 One step: take the micro-batches, accumulate gradients, reduce them once, step the optimizer. Nothing inside a step waits
 for the device. At synchronisation points (log lines, validation, every few seconds) all processes exchange stop requests,
@@ -7,410 +7,646 @@ a due checkpoint and the first non-finite step, so no process ever acts alone.
 
 import argparse
 import contextlib
-import functools
-import hashlib
 import math
 import signal
 import statistics
 import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-import augment
-import data
+import batches
 import engine
-import splits
-from engine import Distributed, EngineError, Precision, Progress, Run
-from weights import load_pretrained
+from engine import Distributed, EngineError, Parser, Precision, Progress, at_least, seed_number
+from objective import Objective
+from runs import RunFolder
 
-# Flags that change how a result is computed, not which result it is: they may differ when a run is continued.
-FREE_ARGUMENTS = {
-    "data_root", "cache_dir", "cache_device", "output_dir", "device", "precision", "compile", "micro_batch_size", "resume",
-    "save_minutes", "log_every", "figure_every", "dry_run", "init",
-}  # fmt: skip
-POSITIVE = {"epochs", "batch_size", "img_size", "cache_size", "log_every", "micro_batch_size"}
+LOOK_UP_SECONDS = 2.0  # how often, at least, the processes look up from their work
+KEPT_RATES = 1000  # rates that a checkpoint remembers for their median
 
 
-# fmt: off
-def add_training_arguments(parser: argparse.ArgumentParser, *, output_dir: str, epochs: int, batch_size: int,
-                           warmup_epochs: float, min_lr: float) -> None:
+def add_training_arguments(
+    parser: Parser, *, output_dir: str, epochs: int, batch_size: int, warmup_epochs: float, min_lr: float
+) -> None:
     """Add the flags that all training scripts have; the keyword arguments are the defaults of one script."""
-    add = parser.add_argument_group("data").add_argument
-    add("--data_root", default="data", help="folder with coco/ and oxford-iiit-pet/ (see prepare.py)")
-    add("--cache_dir", default="cache", help="folder of the decoded images; put it on a fast disk")
-    add("--cache_size", type=int, default=384, help="side of decoded images in pixels; smaller saves memory, blurs crops")
-    add("--cache_device", choices=["auto", "cuda", "cpu"], default="auto", help="auto: images on the GPU if they fit")
-    add("--img_size", type=int, default=224, help="input size in pixels, divisible by the patch size")
-    add("--split_seed", type=int, default=0, help="seed of the image selection (COCO draw, part of the labels)")
-    add = parser.add_argument_group("optimisation").add_argument
-    add("--epochs", type=int, default=epochs, help="passes over the data")
-    add("--batch_size", type=int, default=batch_size, help="images per update, all GPUs and micro-batches together")
-    add("--micro_batch_size", type=int, help="images per GPU at a time; lower it to save memory, results stay")
-    add("--weight_decay", type=float, default=0.05, help="AdamW's decay; norms and biases are exempt")
-    add("--warmup_epochs", type=float, default=warmup_epochs, help="epochs of linear warm-up before the cosine")
-    add("--min_lr", type=float, default=min_lr, help="rate at the end of the cosine")
-    add("--clip_grad", type=float, help="clip the gradient norm to this value; try 1 if the loss jumps")
-    add("--seed", type=int, default=0, help="seed of weights, order, augmentation, masks and drop path")
-    add = parser.add_argument_group("system").add_argument
-    add("--output_dir", default=output_dir, help="folder of this run; an interrupted run in it is continued")
-    add("--resume", choices=["auto", "never"], default="auto", help="never: start over in --output_dir")
-    add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    add("--precision", choices=["auto", "bf16", "fp16", "fp32"], default="auto", help="auto: bf16 or fp16 on GPUs")
-    add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the network (default: on GPUs)")
-    add("--save_minutes", type=float, default=5, help="minutes between checkpoints; 0: one after every epoch")
-    add("--log_every", type=int, default=50, help="steps between lines of log.jsonl")
-    add("--dry_run", action="store_true", help="print the plan of the run and leave")
-# fmt: on
+    how = parser.flags("data", role="computation")
+    how("--data_root", default="data", help="folder with coco/ and oxford-iiit-pet/ (see prepare.py)")
+    how("--cache_dir", default="cache", help="folder of the decoded images; put it on a fast disk")
+    how("--cache_device", choices=["auto", "cuda", "cpu"], default="auto", help="auto: images on the GPU if they fit")
+    recipe = parser.flags("data", role="recipe")
+    recipe(
+        "--cache_size",
+        type=at_least(1, int),
+        default=384,
+        help="side of decoded images in pixels; smaller saves memory, blurs crops",
+    )
+    recipe(
+        "--img_size", type=at_least(1, int), default=224, help="input size in pixels, divisible by the patch size"
+    )
+    seed = parser.flags("data", role="seed")
+    seed("--split_seed", type=seed_number, default=0, help="seed of the image selection (COCO draw, part of the labels)")
+
+    recipe = parser.flags("optimisation", role="recipe")
+    recipe("--epochs", type=at_least(1, int), default=epochs, help="passes over the data")
+    recipe(
+        "--batch_size",
+        type=at_least(1, int),
+        default=batch_size,
+        help="images per update, all GPUs and micro-batches together",
+    )
+    recipe("--weight_decay", type=at_least(0), default=0.05, help="AdamW's decay; norms and biases are exempt")
+    recipe(
+        "--warmup_epochs",
+        type=at_least(0),
+        default=warmup_epochs,
+        help="epochs of linear warm-up before the cosine",
+    )
+    recipe("--min_lr", type=at_least(0), default=min_lr, help="rate at the end of the cosine")
+    recipe("--clip_grad", type=at_least(0), help="clip the gradient norm to this value; try 1 if the loss jumps")
+    seed = parser.flags("optimisation", role="seed")
+    seed("--seed", type=seed_number, default=0, help="seed of weights, order, augmentation, masks and drop path")
+
+    how = parser.flags("system", role="computation")
+    how(
+        "--micro_batch_size",
+        type=at_least(1, int),
+        help="images per GPU at a time; lower it to save memory, results stay",
+    )
+    how("--output_dir", default=output_dir, help="folder of this run; an interrupted run in it is continued")
+    how("--resume", choices=["auto", "never"], default="auto", help="never: start over in --output_dir")
+    how("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    how("--precision", choices=["auto", "bf16", "fp16", "fp32"], default="auto", help="auto: bf16 or fp16 on GPUs")
+    how("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the network (default: on GPUs)")
+    how("--save_minutes", type=at_least(0), default=5, help="minutes between checkpoints; 0: one after every epoch")
+    how("--log_every", type=at_least(1, int), default=50, help="steps between lines of log.jsonl")
+    how("--dry_run", action="store_true", help="print the plan of the run and leave")
 
 
-def check_training_arguments(args: argparse.Namespace) -> None:
-    """Refuse values that no run can use, before anything is read or written."""
-    fractions = {"crop_scale", "layer_decay"}
-    for name, value in vars(args).items():
-        least = 1 if name in POSITIVE else 0
-        if type(value) in (int, float) and not (math.isfinite(value) and value >= least):
-            raise EngineError(f"--{name} must be at least {least}, got {value}")
-        if name in ("seed", "split_seed") and value >= 2**32:
-            raise EngineError(f"--{name} must be below 2^32, got {value}")
-        if name in fractions and not 0 < value <= 1:
-            raise EngineError(f"--{name} must lie in (0, 1], got {value}")
+@dataclass(frozen=True)
+class Plan:
+    """How many updates a run makes, and at which rates."""
+
+    epoch_steps: int  # updates of a nominal epoch; validation runs at its end
+    total_steps: int
+    warmup_steps: int
+    batch_size: int
+    lr: float
+    min_lr: float
+    groups: list[dict]  # see engine.param_groups
+
+    def lr_at(self, step: int) -> float:
+        """Learning rate of a step (0-based)."""
+        return engine.lr_at(step, self.total_steps, self.warmup_steps, self.lr, self.min_lr)
+
+
+def plan_run(objective: Objective, args: argparse.Namespace, dist: Distributed) -> Plan:
+    """Plan the updates of an objective; EngineError or DataError if batch, images and rates do not fit together."""
+    epoch_steps = objective.epoch_images // args.batch_size
+    if epoch_steps == 0:
+        problem = f"--batch_size {args.batch_size} is larger than the split's {objective.epoch_images} images"
+        raise EngineError(f"{problem}; use at most {objective.epoch_images}")
+    lr = args.blr * objective.batch_size / 256
+    if args.min_lr > lr:
+        raise EngineError(f"--min_lr {args.min_lr} is above the rate {lr:.3g} that --blr and --batch_size give")
+    images = len(objective.split.images)
+    batches.share_of_batch(objective.batch_size, dist.world_size, args.micro_batch_size, images)
+    return Plan(
+        epoch_steps=epoch_steps,
+        total_steps=args.epochs * epoch_steps,
+        warmup_steps=round(args.warmup_epochs * epoch_steps),
+        batch_size=objective.batch_size,
+        lr=lr,
+        min_lr=args.min_lr,
+        groups=objective.parameter_groups(),
+    )
+
+
+@dataclass
+class TrainState:
+    """Where a training stands, apart from network and optimizer; saves and loads itself."""
+
+    step: int = 0  # updates made
+    seconds: float = 0.0  # of training and validation, over all resumes
+    best: dict | None = None  # scores and network of the best validation
+    last_val: dict | None = None  # step, epoch and scores of the last validation
+    rates: list[float] = field(default_factory=list)  # images per second of each log line
+    # Since the last log line, for each process: the sum of its losses. All processes have made the same steps.
+    loss_sums: list[float] = field(default_factory=lambda: [0.0])
+    steps_since_log: int = 0
+    skipped_since_log: int = 0
+
+    def state_dict(self) -> dict:
+        state = {item.name: getattr(self, item.name) for item in fields(self)}
+        state["rates"] = self.rates[-KEPT_RATES:]
+        return state
+
+    def load_state_dict(self, state: dict) -> None:
+        for item in fields(self):
+            setattr(self, item.name, state[item.name])
+
+    def loss_sum_of(self, dist: Distributed) -> float:
+        """Give this process its sum of losses, also when the number of processes has changed since."""
+        if len(self.loss_sums) == dist.world_size:
+            return self.loss_sums[dist.rank]
+        return statistics.fmean(self.loss_sums)
+
+
+class Meter:
+    """Sums on the device since the last log line, read only at synchronisation points."""
+
+    def __init__(self, device: torch.device):
+        self.losses = torch.zeros((), device=device)
+        self.skipped = torch.zeros((), device=device)
+        self.first_bad_step = torch.full((), math.inf, device=device)  # the first step whose loss is not finite
+        self.steps = 0
+
+    def add(self, loss: Tensor, step: int) -> None:
+        """Count the loss of a step (from 1)."""
+        bad = ~torch.isfinite(loss)
+        is_first = bad & torch.isinf(self.first_bad_step)
+        self.first_bad_step = torch.where(is_first, float(step), self.first_bad_step)
+        self.losses += loss
+        self.steps += 1
+
+    def restore(self, state: TrainState, dist: Distributed) -> None:
+        """Continue the sums of a checkpoint that was written between two log lines."""
+        self.losses.fill_(state.loss_sum_of(dist))
+        self.skipped.fill_(state.skipped_since_log)
+        self.steps = state.steps_since_log
+
+    def reset(self) -> None:
+        self.losses.zero_()
+        self.skipped.zero_()
+        self.steps = 0
+
+
+class Clock:
+    """Seconds of the run over all resumes, and the rate of training alone since the last log line."""
+
+    def __init__(self, seconds_before: float = 0.0):
+        now = time.monotonic()
+        self.origin = now - seconds_before
+        self.window = now
+        self.images = 0
+        self.saved_at = now
+
+    def seconds(self) -> float:
+        """Give the seconds of the run so far."""
+        return time.monotonic() - self.origin
+
+    def seconds_per_image(self) -> float:
+        """Give the pace of training since the last log line."""
+        return (time.monotonic() - self.window) / self.images
+
+    def start_window(self) -> None:
+        """Begin to measure the rate of the next log line."""
+        self.window = time.monotonic()
+        self.images = 0
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave what happens inside out of the rate."""
+        start = time.monotonic()
+        yield
+        self.window += time.monotonic() - start
 
 
 class Trainer:
-    """Trains `model` for total_steps updates inside a `Run`, from its last checkpoint if it has one.
+    """Trains an objective's network inside a run folder, from its last checkpoint if it has one.
 
-    forward(network, micro_batch) -> scalar loss runs under autocast; network wraps model (compile, DDP).
     batches.run(first_step, last_step) yields a list of micro-batches per step, as a function of the step alone.
-    groups: see engine.param_groups. epoch_steps: updates per nominal epoch; validation runs at its end. best: the
-    validation score whose highest value selects the weights to keep; None keeps the last.
     """
 
-    def __init__(self, run: Run, model: nn.Module, forward, batches, groups: list[dict], *, args, dist: Distributed,
-                 precision: Precision, lr: float, betas: tuple, epoch_steps: int, flops: float, best=None):  # fmt: skip
-        self.run, self.model, self.forward, self.batches, self.args = run, model, forward, batches, args
-        self.dist, self.precision, self.lr, self.flops, self.best_key = dist, precision, lr, flops, best
-        self.epoch_steps, self.total_steps = epoch_steps, args.epochs * epoch_steps
-        self.params = [p for g in groups for p in g["params"]]
-        groups = [{k: v for k, v in g.items() if k != "names"} for g in groups]
-        self.optimizer = torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)
-        self.network, gpu = model, dist.device.type == "cuda"
-        if args.compile or (args.compile is None and gpu):
-            self.network = torch.compile(model, dynamic=False)
-        if dist.world_size > 1:
-            ids = [dist.device] if gpu else None
-            self.network = DistributedDataParallel(self.network, device_ids=ids, gradient_as_bucket_view=True)
-        self.step, self.seconds, self.best, self.last_val, self.rates = 0, 0.0, None, None, []
-        # Since the last log line: sum of losses, steps, skipped steps; and the first step with a non-finite loss.
-        self.meter = torch.zeros(3, device=dist.device)
-        self.bad_step = torch.full((), math.inf, device=dist.device)
+    def __init__(
+        self,
+        objective: Objective,
+        plan: Plan,
+        run: RunFolder,
+        batches,
+        precision: Precision,
+        args: argparse.Namespace,
+        dist: Distributed,
+    ):
+        self.objective = objective
+        self.model = objective.model
+        self.plan = plan
+        self.run = run
+        self.batches = batches
+        self.precision = precision
+        self.args = args
+        self.dist = dist
+        self.flops = objective.flops()
+        self.params = [p for group in plan.groups for p in group["params"]]
+        self.optimizer = self._make_optimizer()
+        self.network = self._wrap(self.model)
+        self.state = TrainState()
+        self.meter = Meter(dist.device)
+        self.clock = Clock()
+        self.next_look = 1  # the step at which the processes look up at the latest
+        self.note = ""  # shown beside the progress
         self.stop_signal = 0
 
-    def train_step(self, micro_batches: list[dict], want_norm: bool) -> torch.Tensor | None:
-        """Do one update; returns the gradient norm (a device scalar) if it was needed."""
-        lr, scaler, loss_sum, norm = self._lr(self.step), self.precision.scaler, 0.0, None
+    def _make_optimizer(self) -> torch.optim.Optimizer:
+        groups = []
+        for group in self.plan.groups:
+            groups.append({key: value for key, value in group.items() if key != "names"})
+        return torch.optim.AdamW(groups, lr=self.plan.lr, betas=self.objective.betas, fused=True)
+
+    def _wrap(self, network: nn.Module) -> nn.Module:
+        """Compile the network and let DistributedDataParallel average its gradients, where that applies."""
+        on_gpu = self.dist.device.type == "cuda"
+        wanted = self.args.compile
+        if wanted is None:
+            wanted = on_gpu
+        if wanted:
+            network = torch.compile(network, dynamic=False)
+        if self.dist.world_size > 1:
+            ids = [self.dist.device] if on_gpu else None
+            network = DistributedDataParallel(network, device_ids=ids, gradient_as_bucket_view=True)
+        return network
+
+    # -- one update ---------------------------------------------------------------------------------------------------
+
+    def train_step(self, micro_batches: list[dict[str, Tensor]], want_norm: bool) -> Tensor | None:
+        """Do one update; gives the gradient norm (a device scalar) if it was needed."""
+        self._set_rates()
+        loss = self._accumulate(micro_batches)
+        norm = self._step_optimizer(want_norm)
+        self.state.step += 1
+        self.meter.add(loss, self.state.step)
+        self.objective.after_step(self.state.step, self.plan.total_steps)
+        return norm
+
+    def _set_rates(self) -> None:
+        lr = self.plan.lr_at(self.state.step)
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
-        for i, batch in enumerate(micro_batches):
-            accumulating = i + 1 < len(micro_batches) and self.dist.world_size > 1
-            with self.network.no_sync() if accumulating else contextlib.nullcontext():
+
+    def _accumulate(self, micro_batches: list[dict[str, Tensor]]) -> Tensor:
+        """Add the gradients of all micro-batches up; gives their mean loss."""
+        loss_sum = torch.zeros((), device=self.dist.device)
+        for number, batch in enumerate(micro_batches, start=1):
+            with self._gradients_reduced(last=number == len(micro_batches)):
                 with self.precision.autocast():
-                    loss = self.forward(self.network, batch) / len(micro_batches)
-                scaler.scale(loss).backward()
+                    loss = self.objective.loss(self.network, batch) / len(micro_batches)
+                self.precision.scaler.scale(loss).backward()
             loss_sum = loss_sum + loss.detach()
+        return loss_sum
+
+    def _gradients_reduced(self, last: bool) -> contextlib.AbstractContextManager:
+        """Context of a backward pass: processes exchange gradients after the last micro-batch only."""
+        if last or self.dist.world_size == 1:
+            return contextlib.nullcontext()
+        return self.network.no_sync()
+
+    def _step_optimizer(self, want_norm: bool) -> Tensor | None:
+        """Clip, step and clear the gradients."""
+        scaler = self.precision.scaler
+        norm = None
         if want_norm or self.args.clip_grad or scaler.is_enabled():
             scaler.unscale_(self.optimizer)
             norm = nn.utils.clip_grad_norm_(self.params, self.args.clip_grad or math.inf)
         scaler.step(self.optimizer)
         scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        bad = ~torch.isfinite(loss_sum)
-        self.bad_step = torch.where(bad & torch.isinf(self.bad_step), float(self.step + 1), self.bad_step)
-        self.meter[0] += loss_sum
-        self.meter[1] += 1
         if scaler.is_enabled():  # fp16: a step whose gradients overflowed was skipped by the scaler
-            self.meter[2] += ~torch.isfinite(norm)
-        self.step += 1
+            self.meter.skipped += ~torch.isfinite(norm)
         return norm
 
-    def fit(self, validate) -> dict:
-        """Train to total_steps; validate(step, stopping) runs on every process after each nominal epoch.
+    # -- the loop -----------------------------------------------------------------------------------------------------
 
-        It returns a dict of scores, or None on all processes if stopping() became true on one of them meanwhile.
-        Returns the metrics of the run; writes log lines and checkpoints on the way. A stop signal writes a checkpoint
-        and raises EngineError with the exit code 128 + signal; a non-finite loss raises EngineError.
+    def fit(self) -> dict:
+        """Train to the last step of the plan; gives the metrics of the run and writes log lines and checkpoints.
+
+        A stop signal writes a checkpoint and raises EngineError with the exit code 128 + signal; a non-finite loss raises
+        EngineError.
         """
         self._resume()
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._request_stop)
-        self.started = self.window = self.saved_at = time.monotonic()
-        self.seconds_before, self.images, self.next_sync, self.note = self.seconds, 0, self.step + 1, ""
-        size, log_every = self.args.batch_size, self.args.log_every
-        steps, quiet = self.batches.run(self.step, self.total_steps), not self.dist.is_main
-        bar = Progress("training", self.total_steps * size, initial=self.step * size, quiet=quiet)
+        self.clock = Clock(self.state.seconds)
+        self.next_look = self.state.step + 1
+        size = self.plan.batch_size
+        total = self.plan.total_steps * size
+        steps = self.batches.run(self.state.step, self.plan.total_steps)
+        bar = Progress("training", total, initial=self.state.step * size, quiet=not self.dist.is_main)
         with bar, contextlib.closing(steps):
-            if self.step and self.step % self.epoch_steps == 0 and (self.last_val or {}).get("step") != self.step:
-                self._validate(validate)  # the one that a stop request interrupted
+            if self._validation_was_interrupted():
+                self._validate()
+                self.clock.start_window()
             for micro_batches in steps:
-                last = self.step + 1 == self.total_steps
-                log_due = last or (self.step + 1) % log_every == 0
-                val_due = last or (self.step + 1) % self.epoch_steps == 0
-                norm = self.train_step(micro_batches, want_norm=log_due)
-                self.images += size
-                if log_due or val_due or self.step >= self.next_sync:
-                    self._synchronise(norm if log_due else None, validate if val_due else None)
+                self._advance(micro_batches)
                 bar.update(size, self.note)
-        rate = statistics.median(self.rates) if self.rates else None
-        metrics = {"best": self.best["scores"]} if self.best else {}
-        metrics |= {"last": self.last_val, "seconds": round(self.seconds, 2), "img_s": rate, "mfu": self._mfu(rate)}
-        return metrics | {"mem_gb": self._memory(), "updates": self.total_steps, "epochs": self.args.epochs}
+        return self._metrics()
+
+    def _advance(self, micro_batches: list[dict[str, Tensor]]) -> None:
+        """Do one update and what is due after it."""
+        number = self.state.step + 1
+        is_last = number == self.plan.total_steps
+        log_due = is_last or number % self.args.log_every == 0
+        val_due = is_last or number % self.plan.epoch_steps == 0
+        norm = self.train_step(micro_batches, want_norm=log_due)
+        self.clock.images += self.plan.batch_size
+        if log_due or val_due or self.state.step >= self.next_look:
+            self._synchronise(norm if log_due else None, val_due)
+
+    def _validation_was_interrupted(self) -> bool:
+        """Tell whether a stop request broke off the validation that belongs to this step."""
+        step = self.state.step
+        if step == 0 or step % self.plan.epoch_steps != 0:
+            return False
+        return self.state.last_val is None or self.state.last_val["step"] != step
+
+    def _metrics(self) -> dict:
+        rate = statistics.median(self.state.rates) if self.state.rates else None
+        metrics = {
+            "last": self.state.last_val,
+            "seconds": round(self.state.seconds, 2),
+            "img_s": rate,
+            "mfu": self._mfu(rate),
+            "mem_gb": self._memory(),
+            "updates": self.plan.total_steps,
+            "epochs": self.args.epochs,
+        }
+        if self.state.best:
+            metrics["best"] = self.state.best["scores"]
+        return metrics
 
     @property
-    def weights(self) -> dict:
+    def weights(self) -> dict[str, Tensor]:
         """The weights to keep: those of the best validation score, or the last."""
-        return self.best["model"] if self.best else self.model.state_dict()
+        if self.state.best:
+            return self.state.best["model"]
+        return self.model.state_dict()
 
     # -- synchronisation points ---------------------------------------------------------------------------------------
 
-    def _synchronise(self, norm: torch.Tensor | None, validate) -> None:
+    def _synchronise(self, norm: Tensor | None, val_due: bool) -> None:
         """Act together: stop on a non-finite loss, log, validate, checkpoint, leave. One exchange decides for all."""
-        now = time.monotonic()
-        save_due = self.dist.is_main and now - self.saved_at >= 60 * self.args.save_minutes
-        pace = (now - self.window) / self.images  # seconds per image
-        rows = self.dist.gather([self.stop_signal, save_due, self.bad_step.item(), pace, self.meter[0].item()])
-        stop, save, first_bad = int(rows[:, 0].max()), bool(rows[0, 1]), rows[:, 2].min().item()
-        if math.isfinite(first_bad):
-            self._refuse_non_finite("loss", int(first_bad))
-        # Slow machines look up from their work often enough to obey a stop request within seconds.
-        step_seconds = rows[:, 3].max().item() * self.args.batch_size
-        self.next_sync = self.step + max(1, min(self.args.log_every, int(2.0 / max(step_seconds, 1e-6))))
-        self.loss_sums = rows[:, 4].tolist()  # of every process: a checkpoint between two log lines holds them all
-        self.seconds = self.seconds_before + now - self.started
+        seconds_per_image = self.clock.seconds_per_image()
+        seconds_unsaved = time.monotonic() - self.clock.saved_at
+        every = self.dist.gather_named(
+            stop=self.stop_signal,
+            save=seconds_unsaved >= 60 * self.args.save_minutes,
+            bad_step=self.meter.first_bad_step.item(),
+            pace=seconds_per_image,
+            loss_sum=self.meter.losses.item(),
+        )
+        first_bad_step = min(every["bad_step"])
+        if math.isfinite(first_bad_step):
+            self._refuse_non_finite("loss", int(first_bad_step))
+        self._plan_next_look(max(every["pace"]))
+        self._keep_sums(every["loss_sum"])
         if norm is not None:
-            self._log_line(norm, 1 / pace)
-            self.window, self.images = time.monotonic(), 0
-        pause = time.monotonic()
-        if validate is not None:
-            self._validate(validate)
-        self.seconds = self.seconds_before + time.monotonic() - self.started
-        if self.step < self.total_steps and (stop or (save and (self.args.save_minutes or validate is not None))):
-            self._save()
-        if stop and self.step < self.total_steps:
-            self._leave(stop)
-        self.window += time.monotonic() - pause  # rates are of training alone
+            self._log_line(norm, 1 / seconds_per_image)
+        with self.clock.paused():
+            if val_due:
+                self._validate()
+            stop = int(max(every["stop"]))
+            save_due = bool(every["save"][0]) and (self.args.save_minutes > 0 or val_due)
+            unfinished = self.state.step < self.plan.total_steps
+            self.state.seconds = self.clock.seconds()
+            if unfinished and (stop or save_due):
+                self._save()
+            if unfinished and stop:
+                self._leave(stop)
+
+    def _plan_next_look(self, seconds_per_image: float) -> None:
+        """Let slow machines look up from their work often enough to obey a stop request within seconds."""
+        step_seconds = max(seconds_per_image * self.plan.batch_size, 1e-6)
+        steps = min(self.args.log_every, int(LOOK_UP_SECONDS / step_seconds))
+        self.next_look = self.state.step + max(1, steps)
+
+    def _keep_sums(self, loss_sums: list[float]) -> None:
+        """Take over what a checkpoint between two log lines must hold."""
+        self.state.loss_sums = loss_sums
+        self.state.steps_since_log = self.meter.steps
+        self.state.skipped_since_log = int(self.meter.skipped.item())
+        self.state.seconds = self.clock.seconds()
 
     def _leave(self, stop: int) -> None:
-        where = f"checkpoint written at step {self.step} of {self.total_steps} in {self.run.dir}"
+        where = f"checkpoint written at step {self.state.step} of {self.plan.total_steps} in {self.run.dir}"
         raise EngineError(f"{signal.Signals(stop).name}; {where}; the same command continues the run", 128 + stop)
 
     def _refuse_non_finite(self, what: str, step: int) -> None:
-        kept = "the last checkpoint is kept" if (self.run.dir / "last.pt").exists() else "no checkpoint was due yet"
+        kept = "no checkpoint was due yet"
+        if (self.run.dir / "last.pt").exists():
+            kept = "the last checkpoint is kept"
         advice = "in another folder, try a lower rate (--blr), --clip_grad 1 or --precision fp32"
-        found = f"the {what} became non-finite at step {step} (lr {self._lr(step - 1):.3g})"
-        raise EngineError(f"{found}; {kept} in {self.run.dir}; {advice}", 1)
+        problem = f"the {what} became non-finite at step {step} (lr {self.plan.lr_at(step - 1):.3g})"
+        raise EngineError(f"{problem}; {kept} in {self.run.dir}; {advice}", 1)
 
     def _request_stop(self, number: int, frame) -> None:
         if self.stop_signal and number == signal.SIGINT:
             raise KeyboardInterrupt  # the second Ctrl-C does not wait for a checkpoint
         self.stop_signal = number
 
-    def _lr(self, step: int) -> float:
-        warmup = round(self.args.warmup_epochs * self.epoch_steps)
-        return engine.lr_at(step, self.total_steps, warmup, self.lr, self.args.min_lr)
-
     def _mfu(self, img_s: float | None) -> float | None:
+        """Model FLOPs utilisation: the share of the GPUs' peak that the network's own operations use."""
         peak = engine.peak_flops(self.dist.device, self.precision.name)
-        return img_s * self.flops / (peak * self.dist.world_size) if peak and img_s and self.flops else None
+        if not (peak and img_s and self.flops):
+            return None
+        return img_s * self.flops / (peak * self.dist.world_size)
 
     def _memory(self) -> float | None:
-        return round(torch.cuda.max_memory_allocated() / 2**30, 2) if self.dist.device.type == "cuda" else None
+        if self.dist.device.type != "cuda":
+            return None
+        return round(torch.cuda.max_memory_allocated() / 2**30, 2)
 
-    def _log_line(self, norm: torch.Tensor, img_s: float) -> None:
-        loss = statistics.fmean(self.loss_sums) / self.meter[1].item()
-        line = {"loss": loss, "lr": self._lr(self.step - 1), "grad_norm": norm.item() if torch.isfinite(norm) else None}
-        line |= {"skipped": int(self.meter[2].item())} if self.precision.scaler.is_enabled() else {}
-        line |= {"img_s": round(img_s, 1), "mfu": self._mfu(img_s), "mem_gb": self._memory()}
-        self.run.log(
-            "train", step=self.step, epoch=self.step / self.epoch_steps, **line, seconds=round(self.seconds, 2)
-        )
-        self.rates.append(img_s)
-        self.meter.zero_()
-        mfu = f", MFU {100 * line['mfu']:.1f} %" if line["mfu"] else ""
-        self.note = f"loss {loss:.4f}, lr {line['lr']:.2e}{mfu}"
+    def _log_line(self, norm: Tensor, img_s: float) -> None:
+        step = self.state.step
+        loss = statistics.fmean(self.state.loss_sums) / self.meter.steps
+        lr = self.plan.lr_at(step - 1)
+        mfu = self._mfu(img_s)
+        line = {
+            "step": step,
+            "epoch": step / self.plan.epoch_steps,
+            "loss": loss,
+            "lr": lr,
+            "grad_norm": norm.item() if torch.isfinite(norm) else None,
+        }
+        if self.precision.scaler.is_enabled():
+            line["skipped"] = self.state.skipped_since_log
+        line |= {"img_s": round(img_s, 1), "mfu": mfu, "mem_gb": self._memory()}
+        self.run.log("train", **line, seconds=round(self.state.seconds, 2))
+        self.state.rates.append(img_s)
+        self.meter.reset()
+        self._keep_sums([0.0] * self.dist.world_size)
+        self.clock.start_window()
+        self.note = f"loss {loss:.4f}, lr {lr:.2e}"
+        if mfu:
+            self.note += f", MFU {100 * mfu:.1f} %"
 
-    def _validate(self, validate) -> None:
+    def _validate(self) -> None:
+        """Score the network, log the scores and keep the weights if they are the best so far."""
         if self.dist.world_size > 1:  # BatchNorm statistics of the first process, as in its checkpoint
             for buffer in self.model.buffers():
                 torch.distributed.broadcast(buffer, 0)
         self.model.eval()
         with torch.no_grad(), self.precision.autocast():
-            scores = validate(self.step, lambda: bool(self.stop_signal))
+            scores = self.objective.validate(self.state.step, lambda: bool(self.stop_signal))
         self.model.train()
         if scores is None:  # stopped halfway: the run continues with this validation
+            self.state.seconds = self.clock.seconds()
             self._save()
-            self._leave(int(self.dist.gather([self.stop_signal]).max()))
-        if not all(math.isfinite(v) for k, v in scores.items() if k.startswith("loss")):
-            self._refuse_non_finite("validation loss", self.step)
-        self.last_val = {"step": self.step, "epoch": self.step / self.epoch_steps, **scores}
-        self.run.log("val", **self.last_val, seconds=round(self.seconds, 2))
-        if self.best_key and (self.best is None or scores[self.best_key] > self.best["scores"][self.best_key]):
-            kept = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
-            self.best = {"scores": self.last_val, "model": kept}
+            stop = self.dist.gather_named(stop=self.stop_signal)["stop"]
+            self._leave(int(max(stop)))
+        for name, value in scores.items():
+            if name.startswith("loss") and not math.isfinite(value):
+                self._refuse_non_finite("validation loss", self.state.step)
+        self.state.last_val = {"step": self.state.step, "epoch": self.state.step / self.plan.epoch_steps, **scores}
+        self.state.seconds = self.clock.seconds()
+        self.run.log("val", **self.state.last_val, seconds=round(self.state.seconds, 2))
+        self._keep_best(scores)
         if self.dist.is_main:
-            shown = "  ".join(f"{k} {v:.4f}" for k, v in scores.items())
-            print(f"epoch {self.last_val['epoch']:g}  {shown}", flush=True)
+            shown = "  ".join(f"{name} {value:.4f}" for name, value in scores.items())
+            print(f"epoch {self.state.last_val['epoch']:g}  {shown}", flush=True)
+
+    def _keep_best(self, scores: dict[str, float]) -> None:
+        """Keep a copy of the weights if their score is the highest so far."""
+        select = self.objective.select
+        if select is None:
+            return
+        best = self.state.best
+        if best is None or scores[select] > best["scores"][select]:
+            kept = {name: value.detach().clone() for name, value in self.model.state_dict().items()}
+            self.state.best = {"scores": self.state.last_val, "model": kept}
+
+    # -- checkpoints --------------------------------------------------------------------------------------------------
 
     def _save(self) -> None:
-        scaler = self.precision.scaler.state_dict()
-        state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "scaler": scaler}
-        names = ("step", "seconds", "best", "last_val", "loss_sums", "meter")
-        self.run.save(state | {name: getattr(self, name) for name in names} | {"rates": self.rates[-1000:]})
-        self.saved_at = time.monotonic()
+        self.run.save(
+            {
+                "model": self.model.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "scaler": self.precision.scaler.state_dict(),
+                "objective": self.objective.state(),
+                **self.state.state_dict(),
+            }
+        )
+        self.clock.saved_at = time.monotonic()
 
     def _resume(self) -> None:
         state = self.run.load()
         if state is None:
-            return self.run.log("config", **self.run.config)
+            self.run.log("config", **self.run.config)
+            return
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         if state["scaler"] and self.precision.scaler.is_enabled():
             self.precision.scaler.load_state_dict(state["scaler"])
-        for name in ("step", "seconds", "last_val", "rates", "best"):
-            setattr(self, name, state[name])
-        self.meter.copy_(state["meter"])
-        if self.meter[1]:  # interrupted between two log lines, perhaps with another number of processes
-            sums = state["loss_sums"]
-            self.meter[0] = sums[self.dist.rank] if len(sums) == self.dist.world_size else statistics.fmean(sums)
+        self.objective.load_state(state["objective"])
+        self.state.load_state_dict(state)
+        self.meter.restore(self.state, self.dist)
         if self.dist.is_main:
-            print(f"resumed {self.run.dir} at step {self.step} of {self.total_steps}", flush=True)
+            print(f"resumed {self.run.dir} at step {self.state.step} of {self.plan.total_steps}", flush=True)
 
 
-def build(make, dist: Distributed, args, init: str | None = None, **sizes) -> tuple[nn.Module, str | None]:
-    """Build a model from the run's seed and load `init` into it -> (model, SHA-256 of init, which defines the result)."""
-    torch.manual_seed(args.seed)
-    try:
-        model = make(args.model, img_size=args.img_size, **sizes)
-    except ValueError as error:
-        raise EngineError(str(error)) from None
-    if init is None:
-        return model, None
-    report = load_pretrained(model, init)
-    if dist.is_main:
-        print(f"init: {report}", flush=True)
-    return model, hash_file(init)
-
-
-def hash_file(path: str) -> str:
-    """SHA-256 of a file's content."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as f:
-        while block := f.read(1 << 24):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def open_store(args, dist: Distributed, images, kind: str = "image", size: int | None = None) -> data.ImageStore:
-    """Build the decoded cache of these images where it is missing, and open it, on the GPU if it fits."""
-    options = {"kind": kind, "cache_dir": args.cache_dir, "cache_size": size or args.cache_size}
-    data.build_cache(args.data_root, images, progress=Progress, **options)  # shown by the process that builds
-    on_gpu = dist.device.type == "cuda" and args.cache_device != "cpu"
-    if on_gpu and args.cache_device == "auto":  # leave half of what is free to the network
-        needed = len(set(images)) * options["cache_size"] ** 2 * (3 if kind == "image" else 1)
-        on_gpu = needed < 0.5 * torch.cuda.mem_get_info(dist.device)[0]
-    store = data.ImageStore(args.data_root, images, device=dist.device, on_device=on_gpu, **options)
-    if not len(store):
-        advice = "`python prepare.py verify` names the cause"
-        raise EngineError(f"none of the {len(images)} images of this split can be read; {advice}")
-    return store
-
-
-def train(kind: str, args, dist: Distributed, precision: Precision, model: nn.Module, split: splits.Split, *, forward,
-          validation, size: int, flops: float, betas: tuple, batch_options: dict, model_config: dict, masked=False,
-          layout=torch.contiguous_format, best=None, layer_decay=1.0, no_decay=(), mask_ratio=0.0, **inputs):  # fmt: skip
-    """Train a model on a split in --output_dir: plan, run directory, stores, loop, metrics. The one path of all trainings.
-
-    size: images of a nominal epoch; validation(run) makes the object that scores (see Trainer.fit), with `finish()` ->
-    further metrics; masked: with trimaps; inputs: what else defines the experiment, beside flags and images.
-    """
-    epoch_steps = size // args.batch_size
-    if not epoch_steps:
-        raise EngineError(
-            f"--batch_size {args.batch_size} is larger than the split's {size} images; use at most {size}"
-        )
-    if masked:  # equal updates with few labels: whole epochs are counted in updates, batches may be smaller
-        args.batch_size = min(args.batch_size, len(split.images))
-    lr, groups = args.blr * args.batch_size / 256, engine.param_groups(model, args.weight_decay, layer_decay, no_decay)
-    if args.min_lr > lr:
-        raise EngineError(f"--min_lr {args.min_lr} is above the rate {lr:.3g} that --blr and --batch_size give")
-    augment.share_of_batch(args.batch_size, dist.world_size, args.micro_batch_size, len(split.images))
-    config = describe_run(kind, args, dist, precision, model, flops, epoch_steps, split, inputs)
-    plan = functools.partial(print_plan, config, model, lr, mask_ratio, groups if args.dry_run else ())
+def train(objective: Objective, args: argparse.Namespace, dist: Distributed) -> None:
+    """Train an objective in --output_dir: plan, run folder, data, loop, metrics. The one path of all trainings."""
+    precision = Precision(args.precision, dist.device)
+    plan = plan_run(objective, args, dist)
+    config = describe_run(objective, plan, precision, args, dist)
     if args.dry_run:
-        return plan() if dist.is_main else None
-    run = Run(args.output_dir, dist, config, args.resume, state_bytes=config["params"] * (16 if best else 12))
+        if dist.is_main:
+            print_plan(objective, plan, config)
+            print_groups(plan)
+        return
+    bytes_per_parameter = 12  # the weight and AdamW's two moments
+    if objective.select:
+        bytes_per_parameter += 4  # and the best weight so far
+    run = RunFolder(args.output_dir, dist, config, args.resume, state_bytes=config["params"] * bytes_per_parameter)
     if run.finished:
-        return print(f"{run.dir} is finished; nothing to do (--resume never starts over)") if dist.is_main else None
+        if dist.is_main:
+            print(f"{run.dir} is finished; nothing to do (--resume never starts over)")
+        return
     if dist.is_main:
-        plan()
-    images = open_store(args, dist, split.images)
-    masks = open_store(args, dist, images.images, "trimap") if masked else None
-    batches = augment.TrainBatches(
-        images, masks, img_size=args.img_size, batch_size=args.batch_size, seed=args.seed, rank=dist.rank,
-        world_size=dist.world_size, micro_batch_size=args.micro_batch_size, device=dist.device, **batch_options,
-    )  # fmt: skip
-    model.to(dist.device, memory_format=layout)
-    trainer = Trainer(run, model, forward, batches, groups, args=args, dist=dist, precision=precision, lr=lr, betas=betas,
-                      epoch_steps=epoch_steps, flops=flops, best=best)  # fmt: skip
-    validate = validation(run)
-    metrics = trainer.fit(validate) | validate.finish()
-    metrics |= {"kind": kind, "hardware": config["hardware"], "n_train": len(images), "n_unique": split.unique}
-    run.log("done", **{k: v for k, v in metrics.items() if k in ("best", "last", "predict_zero", "updates", "seconds")})
-    weights = {"model": trainer.weights, "model_config": {"img_size": args.img_size, **model_config}}
-    run.finish(weights, metrics | {"unreadable": images.dropped})
+        print_plan(objective, plan, config)
+    train_batches = objective.open(run)
+    objective.model.to(dist.device, memory_format=objective.memory_format)
+    trainer = Trainer(objective, plan, run, train_batches, precision, args, dist)
+    metrics = trainer.fit()
+    metrics |= objective.finish()
+    images = train_batches.examples.images
+    metrics |= {key: config[key] for key in ("script", "kind", "hardware", "n_unique")}
+    metrics |= {"n_train": len(images), "unreadable": images.dropped}
+    logged = ("best", "last", "predict_zero", "updates", "seconds")
+    run.log("done", **{key: value for key, value in metrics.items() if key in logged})
+    run.finish(objective.export(trainer.weights), metrics)
 
 
-def describe_run(kind: str, args, dist: Distributed, precision: Precision, model: nn.Module, flops: float, epoch_steps: int,
-                 split: splits.Split, inputs: dict) -> dict:  # fmt: skip
-    """Collect config.json; `experiment` is what defines the result: flags that matter, hashes of lists and checkpoints."""
-    title = Path(args.data_root, "DATASET.txt")
-    title = title.read_text().splitlines()[0] if title.exists() else "MS COCO 2017 and Oxford-IIIT Pet"
-    experiment = {k: v for k, v in sorted(vars(args).items()) if k not in FREE_ARGUMENTS}
+def describe_run(
+    objective: Objective, plan: Plan, precision: Precision, args: argparse.Namespace, dist: Distributed
+) -> dict:
+    """Collect config.json. `experiment` is what defines the result; `roles` says what each flag is for."""
+    flags = {name: value for name, value in sorted(vars(args).items()) if name in args.roles}
+    identity = objective.identity()
+    roles = {**args.roles, **{name: "seed" for name in identity}}  # hashes of what the seeds have drawn
+    experiment = {name: value for name, value in flags.items() if roles[name] != "computation"}
+    manifest = {name: value for name, value in objective.split.manifest.items() if not isinstance(value, list)}
     return {
-        "kind": kind, "args": vars(args), "experiment": {**experiment, "train": split.sha256, **inputs},
-        **engine.describe_environment(dist, precision), "params": sum(p.numel() for p in model.parameters()),
-        "flops_per_image": flops, "updates": args.epochs * epoch_steps, "epoch_updates": epoch_steps,
-        "batch_size": args.batch_size, "n_train": len(split.images), "n_unique": split.unique,
-        "manifest": {"train": {k: v for k, v in split.manifest.items() if not isinstance(v, list)}},
-        "data": {"root": str(args.data_root), "title": title},
-    }  # fmt: skip
+        "script": args.script,
+        "kind": objective.name,
+        "scores": objective.scores,
+        "select": objective.select,
+        "args": flags,
+        "experiment": {**experiment, **identity},
+        "roles": roles,
+        **engine.describe_environment(dist, precision),
+        "params": sum(p.numel() for p in objective.model.parameters()),
+        "flops_per_image": objective.flops(),
+        "updates": plan.total_steps,
+        "epoch_updates": plan.epoch_steps,
+        "batch_size": plan.batch_size,
+        "n_train": len(objective.split.images),
+        "n_unique": objective.split.unique,
+        "manifest": {"train": manifest},
+        "data": {"root": str(args.data_root), "title": data_title(args.data_root)},
+    }
 
 
-def print_plan(c: dict, model: nn.Module, lr: float, mask_ratio: float, groups: list[dict]) -> None:
-    """Say what is about to run, from config.json's content; with --dry_run also every parameter group."""
-    args, hardware = c["args"], c["hardware"]
-    cost = f"{c['flops_per_image'] / 1e9:.2f} GFLOP per training image"
-    print(f"{c['kind']}: {args['model']}, {c['params']:,} parameters, {cost}")
-    where = f"on {hardware['device']} x {hardware['world_size']}, {c['precision']}"
-    print(f"{where}, torch {torch.__version__}, git {c['git']}")
-    print(f"data: {c['n_train']:,} list entries, {c['n_unique']:,} unique images of {c['data']['title']}")
-    plan = f"plan: {c['updates']:,} updates of {c['batch_size']} images, {args['epochs']} epochs, lr {lr:.3g}"
-    memory = expected_memory(model, c, mask_ratio)
-    print(f"{plan}, about {memory:.1f} GB of memory per process" if memory else plan, flush=True)
-    for group in groups:
-        rate, names = f"lr {lr * group['lr_scale']:.3e} (x {group['lr_scale']:.4f})", group["names"]
+def data_title(data_root: str) -> str:
+    """Name the data: the first line of DATASET.txt, which other data than the study's bring along."""
+    path = Path(data_root, "DATASET.txt")
+    if not path.exists():
+        return "MS COCO 2017 and Oxford-IIIT Pet"
+    return path.read_text().splitlines()[0]
+
+
+def print_plan(objective: Objective, plan: Plan, config: dict) -> None:
+    """Say what is about to run."""
+    hardware = config["hardware"]
+    cost = f"{config['flops_per_image'] / 1e9:.2f} GFLOP per training image"
+    print(f"{config['script']} ({config['kind']}): {config['args']['model']}, {config['params']:,} parameters, {cost}")
+    where = f"on {hardware['device']} x {hardware['world_size']}, {config['precision']}"
+    print(f"{where}, torch {torch.__version__}, git {config['git']}")
+    images = f"{config['n_train']:,} list entries, {config['n_unique']:,} unique images"
+    print(f"data: {images} of {config['data']['title']}")
+    updates = f"{plan.total_steps:,} updates of {plan.batch_size} images, {config['args']['epochs']} epochs"
+    memory = expected_memory(objective, config)
+    if memory is None:
+        print(f"plan: {updates}, lr {plan.lr:.3g}", flush=True)
+    else:
+        print(f"plan: {updates}, lr {plan.lr:.3g}, about {memory:.1f} GB of memory per process", flush=True)
+
+
+def print_groups(plan: Plan) -> None:
+    """Print the rate and decay of every parameter group."""
+    for group in plan.groups:
+        rate = f"lr {plan.lr * group['lr_scale']:.3e} (x {group['lr_scale']:.4f})"
+        names = group["names"]
         print(f"  {rate}  weight_decay {group['weight_decay']:g}  {len(names)} tensors: {names[0]} ...")
 
 
-def expected_memory(model: nn.Module, config: dict, mask_ratio: float) -> float | None:
-    """Estimate the memory of training in GB: 16 bytes a parameter (weight, gradient, two moments) and activations.
-
-    A pre-norm block keeps about 17 values per token and feature for the backward pass (Korthikanti et al. 2022).
-    """
-    if not hasattr(model, "blocks"):
+def expected_memory(objective: Objective, config: dict) -> float | None:
+    """Estimate the memory of training in GB: 16 bytes a parameter (weight, gradient, two moments) and activations."""
+    values = objective.activation_values()
+    if values is None:
         return None
-    tokens = {model.blocks: model.num_visible(mask_ratio) + 1, model.decoder_blocks: model.num_patches + 1}
-    kept = sum(17 * n * block.norm1.weight.numel() for blocks, n in tokens.items() for block in blocks)
     images = config["args"]["micro_batch_size"] or config["batch_size"] // config["hardware"]["world_size"]
-    return (16 * config["params"] + images * kept * (4 if config["precision"] == "fp32" else 2)) / 1e9
+    bytes_per_value = 4 if config["precision"] == "fp32" else 2
+    return (16 * config["params"] + images * values * bytes_per_value) / 1e9

@@ -74,9 +74,8 @@ def load_pretrained(model: nn.Module, source: str | os.PathLike | dict) -> LoadR
     name, content = (str(source), read_checkpoint(source)) if named else ("state dict", source)
     layout, state = reference_keys(content)
     own, config = model.state_dict(), content.get("model_config", {})
-    swapped = config.get("kind") == "segmenter" and hasattr(
-        model, "norm_pix_loss"
-    )  # its class head is no pixel predictor
+    # A segmenter's class head is no pixel predictor.
+    swapped = config.get("kind") == "segmenter" and hasattr(model, "norm_pix_loss")
     new_head = [k for k in own if k.startswith(getattr(model, "fresh_keys", ("decoder_pred.",) if swapped else ()))]
     shared = [k for k in own if k in state and k not in new_head]
     if not any(k.startswith(("blocks.", "backbone.")) for k in shared):

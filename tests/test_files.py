@@ -10,7 +10,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 USES = {
-    "models": "import torch; m = models.build_mae('mae_tiny', img_size=32); print(m(torch.zeros(1, 3, 32, 32))[0].item())",
+    "models": "import torch; m = models.build_mae('mae_tiny', img_size=32); print(m(torch.zeros(1, 3, 32, 32))[0].item()); "
+    "import sys; assert not {'torchvision', 'engine'} & set(sys.modules)",
     "data": "from pathlib import Path; print(data.trimap_path('oxford-iiit-pet/images/a.jpg'))",
     "engine": "print(engine.lr_at(0, 10, 2, 1.0), engine.setup('cpu').world_size)",
     "metrics": "print(metrics.t_interval([1.0, 2.0, 3.0]))",

@@ -32,6 +32,13 @@ def trained(result) -> list[str]:
     return [line[3:] for line in lines if line.startswith("== seed0_") and "evaluate" not in line and ":" not in line]
 
 
+def trained_again(args) -> list[str]:
+    """Run the script once more, successfully -> the trainings that it started."""
+    result = run_all(*args)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return trained(result)
+
+
 @pytest.fixture(scope="module")
 def study(tmp_path_factory):
     """A finished cut demo on few drawn photos."""
@@ -74,9 +81,7 @@ def test_a_second_run_trains_nothing_and_says_so(study):
 def test_a_lost_run_is_repeated_with_what_depends_on_it(study):
     out, args, _ = study
     shutil.rmtree(out / "seed0" / "pretrain_non_animal")
-    result = run_all(*args)
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert trained(result) == ["seed0_pretrain_non_animal", "seed0_finetune_non_animal"]
+    assert trained_again(args) == ["seed0_pretrain_non_animal", "seed0_finetune_non_animal"]
 
 
 def test_an_unfinished_run_is_started_anew_when_what_it_starts_from_was_trained_again(study):
@@ -88,9 +93,7 @@ def test_an_unfinished_run_is_started_anew_when_what_it_starts_from_was_trained_
     config["experiment"]["init"] = "weights of an earlier pre-training"
     (folder / "config.json").write_text(json.dumps(config))
     shutil.rmtree(out / "seed0" / "pretrain_mixed")
-    result = run_all(*args)
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert trained(result) == ["seed0_pretrain_mixed", "seed0_finetune_mixed"]
+    assert trained_again(args) == ["seed0_pretrain_mixed", "seed0_finetune_mixed"]
 
 
 def test_changed_flags_are_refused_however_often_they_are_repeated(study):

@@ -1,0 +1,462 @@
+"""The contract between the training loop and what is trained: pre-training objectives and downstream tasks.
+
+An `Objective` says what is trained and how it is judged; `trainer.train(objective, args, dist)` does the rest: schedule,
+accumulation, processes, checkpoints, logs. To add one, subclass it in a file of its own and name it in one dictionary:
+OBJECTIVES in pretrain.py, or TASKS in tasks.py for a downstream task.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable, Iterable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import data
+import engine
+import splits
+from batches import Augmentation, Draw, EvalBatches, Examples, TrainBatches
+from data import ImageStore
+from engine import Distributed, EngineError, Parser, Precision, Progress, at_least
+from runs import RunFolder
+from splits import Split
+from weights import hash_file, load_pretrained
+
+LARGEST_VALIDATION_BATCH = 256
+
+
+class Objective:
+    """What is trained and how it is judged.
+
+    __init__ builds the network and lists the images, but reads no pixels (--dry_run ends there). It sets:
+    model: the network whose weights are trained and kept (a teacher lives outside it);
+    split: the training images; epoch_images: how many of them are a nominal epoch;
+    batch_size: images per update.
+    """
+
+    name = ""  # the value of --objective or --task; "kind" in config.json
+    scores = {"loss": "loss"}  # what validate() returns: key -> words for the report
+    select: str | None = None  # the score whose highest value picks the weights; None: the last epoch's
+    betas = (0.9, 0.95)  # of AdamW
+    memory_format = torch.contiguous_format
+    model: nn.Module
+    split: Split
+    epoch_images: int
+    batch_size: int
+
+    @staticmethod
+    def add_arguments(parser: Parser) -> None:
+        """Add this objective's own flags; those of other objectives never reach config.json."""
+
+    def __init__(self, args: argparse.Namespace, dist: Distributed):
+        self.args = args
+        self.dist = dist
+
+    def parameter_groups(self) -> list[dict]:
+        """Group the trainable parameters by rate and decay, see engine.param_groups."""
+        return engine.param_groups(self.model, self.args.weight_decay)
+
+    def flops(self) -> float:
+        """Count the floating-point operations of a training step per image."""
+        return self.model.flops(training=True)
+
+    def activation_values(self) -> int | None:
+        """Estimate how many values an image keeps for the backward pass; None if that is unknown."""
+        return None
+
+    def identity(self) -> dict[str, str]:
+        """Give what else defines the experiment besides the flags: hashes of lists and checkpoints."""
+        return {"train": self.split.sha256}
+
+    def open(self, run: RunFolder) -> TrainBatches:
+        """Open caches, stores and validation data; give the training batches."""
+        raise NotImplementedError
+
+    def loss(self, network: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        """Compute the scalar loss of a micro-batch under autocast; calls network exactly once, as DDP requires."""
+        raise NotImplementedError
+
+    def after_step(self, step: int, total_steps: int) -> None:
+        """Update what follows the network once a global step: a teacher, a centre. step counts from 1."""
+
+    def validate(self, step: int, stopping: Callable[[], bool]) -> dict[str, float] | None:
+        """Score the network on every process; None on all of them if stopping() became true on one meanwhile."""
+        raise NotImplementedError
+
+    def state(self) -> dict:
+        """Give what last.pt must hold besides network and optimizer: tensors and plain values."""
+        return {}
+
+    def load_state(self, state: dict) -> None:
+        """Take back what state() gave."""
+
+    def finish(self) -> dict:
+        """Draw figures after the last step; give further metrics."""
+        return {}
+
+    def export(self, weights: dict[str, Tensor]) -> dict:
+        """Make the content of model.pt: weights under facebookresearch/mae's keys, and model_config to rebuild them."""
+        raise NotImplementedError
+
+
+class Pretraining(Objective):
+    """An objective of pretrain.py: trained on a split of COCO, judged on fixed animal and non-animal images of val2017.
+
+    A subclass gives build_model, loss and export; further random numbers for the loss come from draws() in training and
+    from validation_targets() in validation, where they are the same for every arm, seed and machine.
+    """
+
+    scores = {"loss_animal": "loss on animal images", "loss_non_animal": "loss on non-animal images"}
+
+    def __init__(self, args: argparse.Namespace, dist: Distributed):
+        super().__init__(args, dist)
+        torch.manual_seed(args.seed)
+        try:
+            self.model = self.build_model()
+        except ValueError as error:
+            raise EngineError(str(error)) from None
+        self.init_sha256 = load_init(self.model, args.init, dist)
+        self.split = select_images(args)
+        self.epoch_images = images_of_an_epoch(args, self.split)
+        self.batch_size = args.batch_size
+        self.held_out = splits.mae_validation(args.data_root, categories=args.categories, cache_dir=args.cache_dir)
+
+    def build_model(self) -> nn.Module:
+        """Build the network of --model; a ValueError is reported as wrong use."""
+        raise NotImplementedError
+
+    def identity(self) -> dict[str, str]:
+        return {"train": self.split.sha256, "init": self.init_sha256}
+
+    def augmentation(self) -> Augmentation:
+        """Say how training images are cropped and flipped."""
+        return Augmentation(self.args.img_size, crop_scale=(0.2, 1.0))
+
+    def draws(self) -> dict[str, Draw]:
+        """Name the random numbers that the loss needs of each training image."""
+        return {}
+
+    def validation_targets(self, count: int) -> dict[str, Tensor]:
+        """Give what validation batches carry besides images: name -> tensor [count, ...]."""
+        return {}
+
+    def open(self, run: RunFolder) -> TrainBatches:
+        self.run_dir = run.dir
+        self.stores: dict[str, ImageStore] = {}
+        self.targets: dict[str, dict[str, Tensor]] = {}
+        for name, part in self.held_out.items():
+            store = open_store(self.args, self.dist, part.images)
+            targets = self.validation_targets(len(store))
+            self.stores[name] = store
+            # On the device once: a copy for each batch would make a GPU wait.
+            self.targets[name] = {key: target.to(self.dist.device) for key, target in targets.items()}
+        return TrainBatches(
+            Examples(open_store(self.args, self.dist, self.split.images)),
+            self.augmentation(),
+            batch_size=self.batch_size,
+            seed=self.args.seed,
+            micro_batch_size=self.args.micro_batch_size,
+            draws=self.draws(),
+            dist=self.dist,
+        )
+
+    def validate(self, step: int, stopping: Callable[[], bool]) -> dict[str, float] | None:
+        """Average the loss over the animal and the non-animal images, each once."""
+        scores = {}
+        for name in self.stores:
+            mean = self.mean_over(name, self._loss_of_model, stopping)
+            if mean is None:
+                return None
+            scores[f"loss_{name}"] = mean
+        return scores
+
+    def _loss_of_model(self, batch: dict[str, Tensor]) -> Tensor:
+        return self.loss(self.model, batch)
+
+    def mean_over(
+        self,
+        name: str,
+        loss_of: Callable[[dict[str, Tensor]], Tensor],
+        stopping: Callable[[], bool] = lambda: False,
+    ) -> float | None:
+        """Average loss_of(batch) over the images of a validation list; None if a process was to stop meanwhile."""
+        store = self.stores[name]
+        batch_size = self.args.micro_batch_size or self.args.batch_size
+        batches = EvalBatches(
+            store,
+            img_size=self.args.img_size,
+            batch_size=min(batch_size, LARGEST_VALIDATION_BATCH),
+            targets=self.targets[name],
+            dist=self.dist,
+        )
+
+        def score(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+            return {"loss": loss_of(batch).double() * len(batch["images"])}
+
+        totals = {"loss": torch.zeros((), dtype=torch.float64, device=self.dist.device)}
+        sums = sum_over(batches, score, totals, self.dist, stopping)
+        if sums is None:
+            return None
+        return sums["loss"].item() / len(store)
+
+
+def add_split_arguments(parser: Parser) -> None:
+    """Add the flags that choose the images of a pre-training."""
+    arm = parser.flags("split", role="arm")
+    arm(
+        "--split",
+        choices=splits.split_names(),
+        default="animal",
+        help="which images to pre-train on; see `prepare.py splits`",
+    )
+    arm("--animal_fraction", type=float, help="share of animal images in the mixed split, 0 to 1 (default 0.5)")
+    arm(
+        "--num_images",
+        type=at_least(1, int),
+        help="size of the split (default: that of the animal split, so that arms are matched)",
+    )
+    arm(
+        "--animal_images",
+        choices=splits.ANIMAL_IMAGES,
+        default="per_category",
+        help="count an image once per animal category (the paper), once, or only if it has exactly one",
+    )
+    recipe = parser.flags("split", role="recipe")
+    recipe("--categories", nargs="+", help="COCO categories that take the place of the animals, for other studies")
+
+
+def select_images(args: argparse.Namespace) -> Split:
+    """List the images that the flags of a pre-training ask for."""
+    return splits.select_split(args.data_root, args.split, animal_fraction=args.animal_fraction, **split_options(args))
+
+
+def split_options(args: argparse.Namespace) -> dict:
+    """Give the flags that select_split and reference_size share."""
+    names = ("num_images", "animal_images", "categories", "split_seed", "cache_dir")
+    return {name: getattr(args, name) for name in names}
+
+
+def images_of_an_epoch(args: argparse.Namespace, split: Split) -> int:
+    """Count the images of a nominal epoch.
+
+    Splits of another size than the animal split train for as many updates as an arm of that size, unless --num_images
+    sets the size on purpose.
+    """
+    if args.split in splits.OWN_SIZE and args.num_images is None:
+        return splits.reference_size(args.data_root, **split_options(args))
+    return len(split.images)
+
+
+class Task(Objective):
+    """A downstream task: trained by finetune.py from a checkpoint or by baseline.py from random weights, tested once.
+
+    A task gives build_model, open, loss, validate and test, and the list of its training images.
+    """
+
+    model_kind = ""  # the kind of network in model_config, see models.BUILDERS
+    betas = (0.9, 0.999)
+    encoder = ("cls_token", "pos_embed", "patch_embed.", "blocks.", "norm.")  # prefixes of its parameters
+    no_decay = ("cls_token", "pos_embed", "decoder_pos_embed")  # besides all one-dimensional parameters
+
+    @staticmethod
+    def add_arguments(parser: Parser) -> None:
+        """Add the flags of every task."""
+        arm = parser.flags("labels", role="arm")
+        arm(
+            "--train_fraction",
+            type=engine.fraction,
+            default=1.0,
+            help="random part of the training images; 0.5 is the half arm",
+        )
+        arm(
+            "--equal_updates",
+            action=argparse.BooleanOptionalAction,
+            default=False,
+            help="as many updates as with all labels; the batch shrinks to the number of images if need be",
+        )
+
+    @staticmethod
+    def add_transfer_arguments(parser: Parser) -> None:
+        """Add the flags that only make sense when training starts from a checkpoint (finetune.py)."""
+
+    def __init__(self, args: argparse.Namespace, dist: Distributed):
+        super().__init__(args, dist)
+        self.frozen = self.encoder_is_frozen()
+        # Frozen features must not change from step to step.
+        self.drop_path = 0.0 if self.frozen else args.drop_path
+        torch.manual_seed(args.seed)
+        try:
+            self.model = self.build_model(drop_path=self.drop_path, **self.model_options())
+        except ValueError as error:
+            raise EngineError(str(error)) from None
+        self.init_sha256 = load_init(self.model, args.init, dist)
+        if self.frozen:
+            for name, parameter in self.model.named_parameters():
+                if name.startswith(self.encoder):
+                    parameter.requires_grad = False
+        self.split = self.training_split(args.train_fraction)
+        self.epoch_images = len(self.split.images)
+        if args.equal_updates:
+            self.epoch_images = len(self.training_split(1.0).images)
+        # A whole epoch is counted in updates, so few images may make smaller batches.
+        self.batch_size = min(args.batch_size, len(self.split.images))
+
+    def build_model(self, **options) -> nn.Module:
+        """Build the network of --model; options: drop_path and model_options()."""
+        raise NotImplementedError
+
+    def model_options(self) -> dict:
+        """Give what else defines the network besides its name and input size."""
+        return {}
+
+    def training_split(self, train_fraction: float) -> Split:
+        """List the training images, or the part of them that --train_fraction asks for."""
+        raise NotImplementedError
+
+    def encoder_is_frozen(self) -> bool:
+        """Tell whether only what follows the encoder is trained."""
+        return getattr(self.args, "freeze", "none") == "encoder"
+
+    def parameter_groups(self) -> list[dict]:
+        return engine.param_groups(self.model, self.args.weight_decay, self.args.layer_decay, self.no_decay)
+
+    def flops(self) -> float:
+        return self.model.flops(training=not self.frozen)
+
+    def identity(self) -> dict[str, str]:
+        return {"train": self.split.sha256, "init": self.init_sha256}
+
+    def export(self, weights: dict[str, Tensor]) -> dict:
+        config = {"img_size": self.args.img_size, "kind": self.model_kind, "name": self.args.model}
+        return {"model": weights, "model_config": {**config, **self.model_options()}}
+
+    @classmethod
+    def test(cls, model: nn.Module, img_size: int, setting: "TestSetting") -> dict[str, np.ndarray]:
+        """Score a trained network on the test images -> arrays of test.npz, one row per image (see mean_records)."""
+        raise NotImplementedError
+
+    @classmethod
+    def summary(cls, records: dict[str, np.ndarray]) -> str:
+        """Say in a line what test() found."""
+        sums = zip(records["score_names"], records["numerators"].sum(0), records["denominators"].sum(0), strict=True)
+        return ", ".join(f"{name} {numerator / denominator:.3f}" for name, numerator, denominator in sums)
+
+
+class TestSetting:
+    """How evaluate.py tests: where the data are, and on which device, batch size and precision."""
+
+    __test__ = False  # no test case, whatever its name says to pytest
+
+    def __init__(self, data_root: str, cache_dir: str, batch_size: int, dist: Distributed, precision: Precision):
+        self.data_root = data_root
+        self.cache_dir = cache_dir
+        self.batch_size = batch_size
+        self.dist = dist
+        self.precision = precision
+
+    def open_store(self, images: Sequence[str], size: int) -> ImageStore:
+        """Decode images at a size where the cache lacks them, and open them."""
+        options = {"cache_dir": self.cache_dir, "cache_size": size}
+        data.build_cache(self.data_root, images, progress=Progress, **options)
+        return ImageStore(self.data_root, images, device=self.dist.device, **options)
+
+
+def mean_records(ids: Sequence[str], **values: np.ndarray) -> dict[str, np.ndarray]:
+    """Make test records of scores that are means over images: name -> value of each image [n].
+
+    A score of the report is the sum of its numerators over that of its denominators, so intervals over images follow.
+    """
+    numerators = np.stack([np.asarray(value, np.float64) for value in values.values()], axis=1)
+    return {
+        "ids": np.array(ids),
+        "score_names": np.array(list(values)),
+        "numerators": numerators,
+        "denominators": np.ones_like(numerators),
+    }
+
+
+def sum_over(
+    batches: Iterable[dict[str, Tensor]],
+    score: Callable[[dict[str, Tensor]], dict[str, Tensor]],
+    totals: dict[str, Tensor],
+    dist: Distributed,
+    stopping: Callable[[], bool],
+) -> dict[str, Tensor] | None:
+    """Add score(batch) up over all batches of all processes, into totals (name -> zeros on the device).
+
+    None on every process if stopping() became true on one of them meanwhile. The one validation loop of the collection.
+    """
+    stopped = torch.zeros((), dtype=torch.int64, device=dist.device)
+    for batch in batches:
+        if stopping():
+            stopped += 1
+            break
+        for name, value in score(batch).items():
+            totals[name] += value
+    for total in totals.values():
+        dist.sum(total)
+    if dist.sum(stopped).item():
+        return None
+    return totals
+
+
+def load_init(model: nn.Module, path: str | None, dist: Distributed, part: str = "all") -> str | None:
+    """Load a checkpoint into a network and say what was taken; give its SHA-256, which defines the result."""
+    if path is None:
+        return None
+    report = load_pretrained(model, path, part)
+    if dist.is_main:
+        print(f"init: {report}", flush=True)
+    return hash_file(path)
+
+
+def open_store(
+    args: argparse.Namespace,
+    dist: Distributed,
+    images: Sequence[str],
+    kind: str = "image",
+    size: int | None = None,
+) -> ImageStore:
+    """Build the decoded cache of these images where it is missing, and open it, on the GPU if it fits.
+
+    kind: image or trimap; size: side of the decoded square (default: --cache_size).
+    """
+    size = size or args.cache_size
+    options = {"kind": kind, "cache_dir": args.cache_dir, "cache_size": size}
+    data.build_cache(args.data_root, images, progress=Progress, **options)  # shown by the process that builds
+    channels = 3 if kind == "image" else 1
+    on_device = fits_on_device(args, dist, len(set(images)) * size**2 * channels)
+    store = ImageStore(args.data_root, images, device=dist.device, on_device=on_device, **options)
+    if not len(store):
+        advice = "`python prepare.py verify` names the cause"
+        raise EngineError(f"none of the {len(images)} images of this split can be read; {advice}")
+    return store
+
+
+def fits_on_device(args: argparse.Namespace, dist: Distributed, size: int) -> bool:
+    """Decide whether decoded images of `size` bytes are kept on the GPU."""
+    if dist.device.type != "cuda" or args.cache_device == "cpu":
+        return False
+    if args.cache_device == "cuda":
+        return True
+    free, _ = torch.cuda.mem_get_info(dist.device)
+    return size < 0.5 * free  # the network gets the other half
+
+
+def block_activations(blocks: Iterable[nn.Module], tokens: int) -> int:
+    """Count the values that pre-norm blocks keep per image for the backward pass.
+
+    About 17 per token and feature (Korthikanti et al. 2022, section 4.1, without the attention matrix).
+    """
+    return sum(17 * tokens * block.norm1.weight.numel() for block in blocks)
+
+
+def chosen(flag: str, choices: Iterable[str], default: str, argv: Sequence[str] | None = None) -> str:
+    """Look up the value of a flag on the command line before the parser is made whose other flags depend on it."""
+    early = Parser(add_help=False, allow_abbrev=False)
+    early.add_argument(flag, choices=list(choices), default=default)
+    if argv is None:
+        argv = sys.argv[1:]
+    known, _ = early.parse_known_args([str(word) for word in argv])
+    return getattr(known, flag.lstrip("-"))

@@ -1,0 +1,377 @@
+"""The study's task: segment Oxford-IIIT Pet photos into pet, background and border, as their trimaps do.
+
+Training, validation, test records, reference predictors and masks of any photo. finetune.py, baseline.py and evaluate.py
+are its command lines.
+"""
+
+import argparse
+import functools
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+
+import augment
+import data
+import splits
+from batches import Augmentation, EvalBatches, Examples, TrainBatches, uniform
+from engine import Distributed, Parser, Progress, fraction
+from metrics import BACKGROUND, BORDER, CLASSES, PET, dataset_scores
+from models import build_segmenter
+from objective import Task, TestSetting, block_activations, open_store, sum_over
+from runs import RunFolder
+
+NUM_CLASSES = len(CLASSES)
+VALIDATION_BATCH = 64
+PANELS = 6  # test images shown in the report
+REFERENCES = ("all_animal", "all_background", "mean_mask", "stride32")
+
+
+def confusion(truth: Tensor, pred: Tensor, classes: int = NUM_CLASSES) -> Tensor:
+    """Count pixels per image by class: truth, pred [B, H, W] integers -> int64 [B, classes, classes], rows = truth."""
+    labels = torch.arange(classes, device=truth.device)[:, None]
+    truth_hot = (truth.flatten(1)[:, None] == labels).double()
+    pred_hot = (pred.flatten(1)[:, None] == labels).double()
+    return (truth_hot @ pred_hot.mT).long()  # free of synchronisation, and exact: autocast leaves float64 alone
+
+
+def boundary_band(mask: Tensor, width: int) -> Tensor:
+    """Find a mask's pixels within `width` pixels of its outline or the image's edge: bool [B, H, W] -> bool [B, H, W]."""
+    outside = F.pad(1 - mask.float(), (width,) * 4, value=1.0)[:, None]
+    window = 2 * width + 1
+    near = F.max_pool2d(outside, (window, 1), 1)
+    near = F.max_pool2d(near, (1, window), 1)
+    return mask & (near[:, 0] > 0)
+
+
+def boundaries(truth: Tensor, pred: Tensor) -> Tensor:
+    """Count the boundaries' (intersection, union) of {pet} and of {pet or border}: classes [B, H, W] -> int64 [B, 2, 2].
+
+    A boundary is the band of 2 % of the image's diagonal along a mask's outline (Cheng et al. 2021, Boundary IoU).
+    """
+    height, width = truth.shape[-2:]
+    band_width = max(1, round(0.02 * (height**2 + width**2) ** 0.5))
+    counts = []
+    for foreground in ((PET,), (PET, BORDER)):
+        in_truth = boundary_band(is_any(truth, foreground), band_width)
+        in_pred = boundary_band(is_any(pred, foreground), band_width)
+        intersection = (in_truth & in_pred).sum((1, 2))
+        union = (in_truth | in_pred).sum((1, 2))
+        counts.append(torch.stack([intersection, union], 1))
+    return torch.stack(counts, 1)
+
+
+def is_any(classes: Tensor, wanted: tuple[int, ...]) -> Tensor:
+    """Mark the pixels of some classes: [B, H, W] -> bool [B, H, W]."""
+    mask = classes == wanted[0]
+    for number in wanted[1:]:
+        mask = mask | (classes == number)
+    return mask
+
+
+def upsample(logits: Tensor, size: tuple[int, int]) -> Tensor:
+    """Resize logits [B, K, h, w] bilinearly to (H, W)."""
+    return F.interpolate(logits, size, mode="bilinear", align_corners=False)
+
+
+class Segmentation(Task):
+    """Predict the class of every pixel; the weights kept are those of the best validation IoU."""
+
+    name = "segment"
+    model_kind = "segmenter"
+    scores = {
+        "loss": "cross-entropy",
+        "accuracy": "pixel accuracy",
+        "iou": "IoU",
+        "iou_pet": "IoU pet",
+        "iou_background": "IoU background",
+        "iou_border": "IoU border",
+        "miou": "mIoU",
+    }
+    select = "iou"
+
+    @staticmethod
+    def add_arguments(parser: Parser) -> None:
+        """Add the flags of training on trimaps."""
+        Task.add_arguments(parser)
+        recipe = parser.flags("trimaps", role="recipe")
+        recipe(
+            "--crop_scale",
+            type=fraction,
+            default=0.5,
+            help="smallest crop as a share of the image's area; 1: the image as it is",
+        )
+        recipe(
+            "--flips",
+            action=argparse.BooleanOptionalAction,
+            default=True,
+            help="random horizontal and vertical flips",
+        )
+
+    @staticmethod
+    def add_transfer_arguments(parser: Parser) -> None:
+        """Add the choice of the head."""
+        network = parser.flags("model", role="network")
+        network(
+            "--head",
+            choices=["decoder", "linear"],
+            default="decoder",
+            help="linear: one layer on the frozen encoder's features, without decoder",
+        )
+
+    def __init__(self, args: argparse.Namespace, dist: Distributed):
+        super().__init__(args, dist)
+        self.val_split = splits.pets_split(args.data_root, "val")
+        if hasattr(self.model, "backbone"):  # convolutions are faster with channels last
+            self.memory_format = torch.channels_last
+
+    def encoder_is_frozen(self) -> bool:
+        return super().encoder_is_frozen() or self.model_options().get("head") == "linear"
+
+    def model_options(self) -> dict:
+        if "head" not in self.args:  # from random weights only the whole network makes sense
+            return {}
+        return {"head": self.args.head}
+
+    def build_model(self, **options) -> nn.Module:
+        return build_segmenter(self.args.model, img_size=self.args.img_size, **options)
+
+    def training_split(self, train_fraction: float) -> splits.Split:
+        chosen = {"train_fraction": train_fraction, "split_seed": self.args.split_seed}
+        return splits.pets_split(self.args.data_root, "train", **chosen)
+
+    def identity(self) -> dict[str, str]:
+        return {**super().identity(), "val": self.val_split.sha256}
+
+    def activation_values(self) -> int | None:
+        if not hasattr(self.model, "blocks"):
+            return None
+        tokens = self.model.num_patches + 1
+        decoder = getattr(self.model, "decoder_blocks", ())
+        return block_activations(self.model.blocks, tokens) + block_activations(decoder, tokens)
+
+    def open(self, run: RunFolder) -> TrainBatches:
+        args = self.args
+        self.val_store = open_store(args, self.dist, self.val_split.images, size=args.img_size)
+        truth = data.load_truth(args.data_root, self.val_store.images, args.img_size)
+        self.val_truth = truth.to(self.dist.device)
+        images = open_store(args, self.dist, self.split.images)
+        masks = open_store(args, self.dist, images.images, "trimap")
+        crop_scale = None if args.crop_scale == 1 else (args.crop_scale, 1.0)
+        draws = {}
+        if self.drop_path and hasattr(self.model, "blocks"):
+            draws["drop_path"] = uniform(len(self.model.blocks), 2)
+        return TrainBatches(
+            Examples(images, masks),
+            Augmentation(args.img_size, crop_scale, horizontal_flip=args.flips, vertical_flip=args.flips),
+            batch_size=self.batch_size,
+            seed=args.seed,
+            micro_batch_size=args.micro_batch_size,
+            draws=draws,
+            dist=self.dist,
+        )
+
+    def loss(self, network: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        images = batch["images"].contiguous(memory_format=self.memory_format)
+        logits = network(images, batch.get("drop_path"))
+        return F.cross_entropy(logits.float(), batch["masks"])
+
+    def validate(self, step: int, stopping: Callable[[], bool]) -> dict[str, float] | None:
+        """Score exactly the validation images, each once, against their trimaps at input size."""
+        batches = EvalBatches(
+            self.val_store,
+            img_size=self.args.img_size,
+            batch_size=VALIDATION_BATCH,
+            targets={"truth": self.val_truth},
+            dist=self.dist,
+        )
+        totals = {
+            "loss": torch.zeros((), dtype=torch.float64, device=self.dist.device),
+            "counts": torch.zeros(NUM_CLASSES, NUM_CLASSES, dtype=torch.int64, device=self.dist.device),
+        }
+        sums = sum_over(batches, self._score, totals, self.dist, stopping)
+        if sums is None:
+            return None
+        counts = sums["counts"].cpu().numpy()
+        found = dataset_scores(counts[None])
+        scores = {"loss": sums["loss"].item() / counts.sum()}
+        for name in self.scores:
+            if name != "loss":
+                scores[name] = float(found[name])
+        return scores
+
+    def _score(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        truth = batch["truth"].long()
+        logits = self.model(batch["images"]).float()
+        loss = F.cross_entropy(logits, truth, reduction="sum").double()
+        return {"loss": loss, "counts": confusion(truth, logits.argmax(1)).sum(0)}
+
+    @classmethod
+    def test(cls, model: nn.Module, img_size: int, setting: TestSetting) -> dict[str, np.ndarray]:
+        """Score the test images at input size and at each file's own size."""
+        return test_records(model, img_size, setting)
+
+    @classmethod
+    def summary(cls, records: dict[str, np.ndarray]) -> str:
+        loss = records["loss_sum"].sum() / records["pixels"].sum()
+        return f"loss {loss:.3f}, {summary_of(records['counts'])}"
+
+
+def summary_of(counts: np.ndarray) -> str:
+    """Say in a line how good counts [n, 3, 3] are."""
+    scores = dataset_scores(counts)
+    return f"IoU {scores['iou']:.3f}, accuracy {scores['accuracy']:.3f}, mIoU {scores['miou']:.3f}"
+
+
+# -- Test records -------------------------------------------------------------------------------------------------------
+
+
+@functools.lru_cache(maxsize=2)  # runs of one size share their images
+def open_test_set(setting: TestSetting, size: int) -> tuple[data.ImageStore, Tensor]:
+    """Open the test images at a size, with their trimaps uint8 [N, size, size]."""
+    images = splits.pets_split(setting.data_root, "test").images
+    store = setting.open_store(images, size)
+    return store, data.load_truth(setting.data_root, store.images, size)
+
+
+def choose_panels(ids: np.ndarray) -> np.ndarray:
+    """Choose the images that the report shows: spread over the alphabetical list, before any score is known."""
+    places = np.linspace(0, len(ids) - 1, min(PANELS, len(ids)))
+    return np.argsort(ids)[places.round().astype(int)]
+
+
+@torch.no_grad()
+def test_records(model: nn.Module, img_size: int, setting: TestSetting) -> dict[str, np.ndarray]:
+    """Score the test images -> arrays of test.npz; those named panel_* are the examples that the report shows.
+
+    Per image: counts [n, 3, 3], boundary [n, 2, 2] and loss_sum [n] at input size; counts_native and boundary_native at
+    the size of the file.
+    """
+    store, truth = open_test_set(setting, img_size)
+    ids = np.array([Path(image).stem for image in store.images])
+    shown = choose_panels(ids)
+    columns = defaultdict(list)
+    panels = {}
+    targets = {"truth": truth.to(setting.dist.device)}
+    batches = EvalBatches(
+        store, img_size=img_size, batch_size=setting.batch_size, targets=targets, dist=setting.dist
+    )
+    with Progress("testing", len(ids)) as progress:
+        for batch in batches:
+            target = batch["truth"].long()
+            with setting.precision.autocast():
+                logits = model(batch["images"]).float()
+            pred = logits.argmax(1)
+            columns["counts"].append(confusion(target, pred))
+            columns["boundary"].append(boundaries(target, pred))
+            pixel_loss = F.cross_entropy(logits, target, reduction="none").double()
+            columns["loss_sum"].append(pixel_loss.sum((1, 2)))
+            for place, entry in enumerate(batch["index"].tolist()):
+                native, large = at_native_size(logits[place], store.images[entry], setting)
+                columns["counts_native"].append(confusion(native, large))
+                columns["boundary_native"].append(boundaries(native, large))
+                if entry in shown:
+                    panels[entry] = (to_photo(batch["images"][place]), to_array(target[place]), to_array(pred[place]))
+            progress.update(len(target))
+    records = {name: torch.cat(parts).cpu().numpy() for name, parts in columns.items()}
+    records["ids"] = ids
+    records["img_size"] = np.array(img_size)
+    records["pixels"] = np.full(len(ids), truth[0].numel())
+    return records | stack_panels(ids, shown, panels)
+
+
+def at_native_size(logits: Tensor, image: str, setting: TestSetting) -> tuple[Tensor, Tensor]:
+    """Read an image's own trimap and enlarge its logits [3, h, w] -> (truth, prediction), both int64 [1, H, W].
+
+    Native sizes differ, so images go one by one here.
+    """
+    root = Path(setting.data_root)
+    trimap = data.read_trimap(root / data.trimap_path(image), root / image)
+    native = torch.from_numpy(trimap).to(logits.device).long()[None]
+    large = upsample(logits[None], tuple(native.shape[1:])).argmax(1)
+    return native, large
+
+
+def to_photo(image: Tensor) -> np.ndarray:
+    """Turn a normalised image [3, H, W] back into uint8 [H, W, 3]."""
+    return to_array(augment.denormalise(image).round().clamp(0, 255).permute(1, 2, 0))
+
+
+def to_array(tensor: Tensor) -> np.ndarray:
+    return tensor.byte().cpu().numpy()
+
+
+def stack_panels(ids: np.ndarray, shown: np.ndarray, panels: dict[int, tuple]) -> dict[str, np.ndarray]:
+    """Stack the examples in the order in which the report shows them."""
+    stacked = {"panel_ids": ids[shown]}
+    for place, name in enumerate(("panel_images", "panel_truth", "panel_pred")):
+        stacked[name] = np.stack([panels[entry][place] for entry in shown])
+    return stacked
+
+
+# -- What any network should beat ---------------------------------------------------------------------------------------
+
+
+def stride32_predictions(truth: Tensor, stride: int = 32, steps: int = 80) -> Tensor:
+    """Find the best masks that a coarse output can draw: truth [B, H, W] -> classes [B, H, W].
+
+    Logits at 1/stride of the size are fitted to each truth directly (Adam on the cross-entropy, started from the classes'
+    shares in each cell) and upsampled bilinearly. No network with that output does clearly better.
+    """
+    size = tuple(truth.shape[1:])
+    hot = F.one_hot(truth, NUM_CLASSES).permute(0, 3, 1, 2).float()
+    cells = [-(-side // stride) for side in size]
+    coarse = F.adaptive_avg_pool2d(hot, cells).clamp_min(0.01).log().requires_grad_()
+    optimizer = torch.optim.Adam([coarse], lr=0.3)
+    for _ in range(steps):
+        F.cross_entropy(upsample(coarse, size), truth, reduction="sum").backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return upsample(coarse.detach(), size).argmax(1)
+
+
+def mean_mask(masks: Tensor) -> Tensor:
+    """Find the most frequent class of each pixel: trimaps [N, H, W] -> classes [H, W]."""
+    shares = [(masks == number).float().mean(0) for number in range(NUM_CLASSES)]
+    return torch.stack(shares).argmax(0)
+
+
+def reference_records(data_root: str, img_size: int, device: torch.device) -> dict[str, np.ndarray]:
+    """Score predictors that look at no image, and the limit of a stride-32 output -> arrays of reference.npz."""
+    test = splits.pets_split(data_root, "test").images
+    train = splits.pets_split(data_root, "train").images
+    truth = data.load_truth(data_root, test, img_size)
+    usual = mean_mask(data.load_truth(data_root, train, img_size)).to(device)
+    counts = defaultdict(list)
+    for part in truth.split(VALIDATION_BATCH):
+        target = part.to(device).long()
+        guesses = {
+            "all_animal": torch.full_like(target, PET),
+            "all_background": torch.full_like(target, BACKGROUND),
+            "mean_mask": usual.expand_as(target),
+            "stride32": stride32_predictions(target),
+        }
+        for name, guess in guesses.items():
+            counts[f"counts_{name}"].append(confusion(target, guess).cpu())
+    records = {name: torch.cat(parts).numpy() for name, parts in counts.items()}
+    records["ids"] = np.array([Path(image).stem for image in test])
+    records["img_size"] = np.array(img_size)
+    return records
+
+
+# -- Any photo ----------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def predict(model: nn.Module, image: Image.Image, img_size: int, device: torch.device | str = "cpu") -> np.ndarray:
+    """Segment one image -> uint8 [H, W] at its own size: 0 pet, 1 background, 2 border."""
+    small = np.array(image.convert("RGB").resize((img_size, img_size), Image.Resampling.BICUBIC))
+    pixels = torch.from_numpy(small).to(device).permute(2, 0, 1)[None].float()
+    logits = model(augment.normalise(pixels)).float()
+    classes = upsample(logits, image.size[::-1]).argmax(1)
+    return to_array(classes[0])

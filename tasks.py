@@ -1,0 +1,6 @@
+"""The downstream tasks by name: what finetune.py, baseline.py and evaluate.py accept as --task. Name yours here."""
+
+from objective import Task
+from segmentation import Segmentation
+
+TASKS: dict[str, type[Task]] = {"segment": Segmentation}
