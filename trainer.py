@@ -23,13 +23,14 @@ import augment
 import data
 import engine
 import splits
-from engine import Distributed, EngineError, Precision, Progress, Run
+from engine import Distributed, EngineError, Precision, Progress
+from runs import RunFolder
 from weights import load_pretrained
 
 # Flags that change how a result is computed, not which result it is: they may differ when a run is continued.
 FREE_ARGUMENTS = {
     "data_root", "cache_dir", "cache_device", "output_dir", "device", "precision", "compile", "micro_batch_size", "resume",
-    "save_minutes", "log_every", "figure_every", "dry_run", "init",
+    "save_minutes", "log_every", "figure_every", "dry_run", "init", "roles",
 }  # fmt: skip
 POSITIVE = {"epochs", "batch_size", "img_size", "cache_size", "log_every", "micro_batch_size"}
 
@@ -80,7 +81,7 @@ def check_training_arguments(args: argparse.Namespace) -> None:
 
 
 class Trainer:
-    """Trains `model` for total_steps updates inside a `Run`, from its last checkpoint if it has one.
+    """Trains `model` for total_steps updates inside a `RunFolder`, from its last checkpoint if it has one.
 
     forward(network, micro_batch) -> scalar loss runs under autocast; network wraps model (compile, DDP).
     batches.run(first_step, last_step) yields a list of micro-batches per step, as a function of the step alone.
@@ -88,7 +89,7 @@ class Trainer:
     validation score whose highest value selects the weights to keep; None keeps the last.
     """
 
-    def __init__(self, run: Run, model: nn.Module, forward, batches, groups: list[dict], *, args, dist: Distributed,
+    def __init__(self, run: RunFolder, model: nn.Module, forward, batches, groups: list[dict], *, args, dist: Distributed,
                  precision: Precision, lr: float, betas: tuple, epoch_steps: int, flops: float, best=None):  # fmt: skip
         self.run, self.model, self.forward, self.batches, self.args = run, model, forward, batches, args
         self.dist, self.precision, self.lr, self.flops, self.best_key = dist, precision, lr, flops, best
@@ -349,7 +350,7 @@ def train(kind: str, args, dist: Distributed, precision: Precision, model: nn.Mo
     plan = functools.partial(print_plan, config, model, lr, mask_ratio, groups if args.dry_run else ())
     if args.dry_run:
         return plan() if dist.is_main else None
-    run = Run(args.output_dir, dist, config, args.resume, state_bytes=config["params"] * (16 if best else 12))
+    run = RunFolder(args.output_dir, dist, config, args.resume, state_bytes=config["params"] * (16 if best else 12))
     if run.finished:
         return print(f"{run.dir} is finished; nothing to do (--resume never starts over)") if dist.is_main else None
     if dist.is_main:
@@ -378,8 +379,9 @@ def describe_run(kind: str, args, dist: Distributed, precision: Precision, model
     title = title.read_text().splitlines()[0] if title.exists() else "MS COCO 2017 and Oxford-IIIT Pet"
     experiment = {k: v for k, v in sorted(vars(args).items()) if k not in FREE_ARGUMENTS}
     return {
-        "kind": kind, "args": vars(args), "experiment": {**experiment, "train": split.sha256, **inputs},
-        **engine.describe_environment(dist, precision), "params": sum(p.numel() for p in model.parameters()),
+        "kind": kind, "args": {k: v for k, v in vars(args).items() if k != "roles"},
+        "experiment": {**experiment, "train": split.sha256, **inputs}, **engine.describe_environment(dist, precision),
+        "params": sum(p.numel() for p in model.parameters()),
         "flops_per_image": flops, "updates": args.epochs * epoch_steps, "epoch_updates": epoch_steps,
         "batch_size": args.batch_size, "n_train": len(split.images), "n_unique": split.unique,
         "manifest": {"train": {k: v for k, v in split.manifest.items() if not isinstance(v, list)}},
