@@ -1,39 +1,39 @@
-"""Training engine: processes, precision, schedule, parameter groups, progress, and run directories that resume.
+"""Training engine: processes, precision, learning-rate schedule, parameter groups, progress, command line, safe file writes.
 
 Copy this one file to use it. It works as a single process and under `torchrun` alike:
 
-    dist = setup("auto")                                              # rank, world size, device
-    run = Run(output_dir, dist, config)                               # lock, config.json, log.jsonl, checkpoints
-    run.log("train", step=1, loss=0.9); run.save(state); state = run.load(); run.finish(weights, metrics)
+    dist = setup("auto")                        # rank, world size and device of this process
+    precision = Precision("auto", dist.device)  # bf16, fp16 with loss scaling, or fp32
+    launch(main, parser)                        # runs main(args); errors end in one line and an exit code
+
+`runs.py` adds the folder of a run: its lock, log and checkpoints.
 """
 
 import argparse
 import contextlib
 import errno
-import fcntl
-import hashlib
 import importlib.metadata
 import json
 import math
 import os
 import platform
-import shutil
+import re
 import signal
 import subprocess
 import sys
-import zipfile
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
 import torch.distributed
 from torch import nn
 from tqdm import tqdm
 
-# Dense bf16 / fp16 peak in FLOP/s by a part of the GPU's name (vendors' data sheets), for model FLOPs utilisation (MFU).
-PEAK_FLOPS = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "V100": 125e12, "RTX 4090": 165e12,
-              "L4": 121e12}  # fmt: skip
+# ---------------------------------------------------------------------------------------------------------------------
+# Errors and the start of a script
 
 
 class EngineError(ValueError):
@@ -44,50 +44,187 @@ class EngineError(ValueError):
         self.exit_code = exit_code
 
 
-class Parser(argparse.ArgumentParser):
-    """An argument parser that answers wrong use in one line, without repeating all flags."""
+class Failure(NamedTuple):
+    """How a script ends when it does not succeed."""
 
-    def error(self, message: str):
-        self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
+    message: str
+    exit_code: int
 
 
-def launch(main, parser: argparse.ArgumentParser) -> None:
-    """Run main(parsed arguments); SIGTERM, Ctrl-C and errors with an `exit_code` end in one line, without a traceback."""
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or the error's type if it has no message."""
+    lines = str(error).splitlines()
+    if lines:
+        return lines[0]
+    return type(error).__name__
+
+
+def explain(error: BaseException) -> Failure | None:
+    """Turn an error that a user can cause into a message and an exit code; None marks a defect of the program."""
+    if isinstance(error, KeyboardInterrupt):
+        if str(error):
+            return Failure(str(error), 143)
+        return Failure("interrupted", 130)
+    if isinstance(error, torch.OutOfMemoryError):
+        return Failure(f"out of device memory; lower --micro_batch_size ({first_line(error)})", 1)
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return Failure(f"the disk is full ({error.filename or error}); free some space and repeat the command", 1)
+    if hasattr(error, "exit_code"):
+        return Failure(str(error), error.exit_code)
+    if isinstance(error, (NotADirectoryError, IsADirectoryError, FileExistsError)) and error.filename:
+        return Failure(f"{error.filename}: {error.strerror}", 2)  # the path given is of the wrong kind
+    if isinstance(error, OSError) and error.filename:
+        return Failure(f"{error.filename}: {error.strerror}", 1)
+    return None
+
+
+def launch(main: Callable[[argparse.Namespace], object], parser: argparse.ArgumentParser) -> None:
+    """Run main(parsed arguments); an error that `explain` knows ends in one line on stderr, without a traceback."""
     args = parser.parse_args()
-    message, code = "", 0
-
-    def terminate(number, frame):
-        raise KeyboardInterrupt("SIGTERM; repeat the command to go on")
-
-    signal.signal(signal.SIGTERM, terminate)
+    exit_code = 0
+    signal.signal(signal.SIGTERM, _interrupt)
     try:
         main(args)
         if not torch.distributed.is_initialized():
             signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the work is done
             return
         torch.distributed.barrier()  # until the first process has written its last file
-    except KeyboardInterrupt as error:
-        message, code = (str(error), 143) if str(error) else ("interrupted", 130)
-    except torch.OutOfMemoryError as error:
-        message, code = f"out of device memory; lower --micro_batch_size ({str(error).splitlines()[0]})", 1
-    except Exception as error:
-        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-            message, code = f"the disk is full ({error.filename or error}); free some space and repeat the command", 1
-        elif hasattr(error, "exit_code"):
-            message, code = str(error), error.exit_code
-        elif isinstance(error, OSError) and error.filename:  # a folder that cannot be written, a file that has gone
-            wrong = isinstance(error, (NotADirectoryError, IsADirectoryError, FileExistsError))
-            message, code = f"{error.filename}: {error.strerror}", 2 if wrong else 1
-        else:
+    except (KeyboardInterrupt, Exception) as error:
+        failure = explain(error)
+        if failure is None:
             raise
-    rank = int(os.environ.get("RANK", 0))
-    told = code == 2 and int(os.environ.get("LOCAL_RANK", 0)) > 0  # wrong use is the same on every rank: say it once
-    if code and not told:
-        kind, where = "error" if code < 3 else "stopped", f" on rank {rank}" if rank else ""
-        print(f"{parser.prog}: {kind}{where}: {message}", file=sys.stderr, flush=True)
+        _report(failure, parser.prog)
+        exit_code = failure.exit_code
     sys.stdout.flush()
-    # Not sys.exit: interpreter shutdown would wait for collectives that others sit in, and gloo's threads may abort in it.
-    os._exit(code)
+    # sys.exit would wait at shutdown for collectives that other processes never leave, and gloo's threads may abort.
+    os._exit(exit_code)
+
+
+def _interrupt(number: int, frame: object) -> None:
+    """Handle SIGTERM like an interrupt from the keyboard."""
+    raise KeyboardInterrupt("SIGTERM; repeat the command to go on")
+
+
+def _report(failure: Failure, program: str) -> None:
+    """Print a failure on stderr; wrong use is the same in every process of a node, so only the first one prints it."""
+    rank = int(os.environ.get("RANK", 0))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    if failure.exit_code == 0:
+        return
+    if failure.exit_code == 2 and local_rank > 0:
+        return
+    kind = "error"
+    if failure.exit_code > 2:
+        kind = "stopped"
+    if rank > 0:
+        kind += f" on rank {rank}"
+    print(f"{program}: {kind}: {failure.message}", file=sys.stderr, flush=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Command line
+
+ROLES = {
+    "recipe": "how the network is trained; part of what defines the result",
+    "network": "belongs to a kind of network, such as its size or input",
+    "arm": "what an arm of the study varies",
+    "seed": "what a new seed changes",
+    "computation": "how a result is computed, not which result; may differ when a run is continued",
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser that knows the role of each flag (see ROLES) and answers wrong use in one line.
+
+    Flags made by plain add_argument have the role "recipe". Parsed namespaces have one more attribute, `roles`: a
+    dictionary from the name of each argument to its role.
+    """
+
+    def __init__(self, *args: Any, **options: Any):
+        self._titled_groups = {}
+        self._roles = {}
+        super().__init__(*args, **options)
+
+    def flags(self, title: str, role: str) -> Callable[..., argparse.Action]:
+        """Return an add_argument for the argument group `title`; the flags it adds have the given role.
+
+        The group is made on first use, so flags of several roles can share one. Raises ValueError for unknown roles.
+        """
+        if role not in ROLES:
+            raise ValueError(f"unknown role {role!r}; choose one of {', '.join(ROLES)}")
+        if title not in self._titled_groups:
+            self._titled_groups[title] = self.add_argument_group(title)
+        group = self._titled_groups[title]
+
+        def add(*names: str, **options: Any) -> argparse.Action:
+            action = group.add_argument(*names, **options)
+            self._roles[action.dest] = role
+            return action
+
+        return add
+
+    def parse_known_args(
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> tuple[argparse.Namespace, list[str]]:
+        """Parse the flags this parser knows; parse_args and the parsers of subcommands come through here too."""
+        parsed, unknown = super().parse_known_args(args, namespace)
+        roles = dict(getattr(parsed, "roles", {}))  # a subcommand has set the roles of its flags
+        roles.update(self._roles)
+        for dest in vars(parsed):
+            if dest != "roles":
+                roles.setdefault(dest, "recipe")
+        parsed.roles = roles
+        return parsed, unknown
+
+    def error(self, message: str) -> None:
+        """Leave with exit code 2 and one line, without repeating all flags."""
+        self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
+
+
+def at_least(minimum: float, kind: type = float) -> Callable[[str], float]:
+    """Return an argparse type: finite numbers of a kind (float or int) that are not below the minimum."""
+
+    def convert(text: str) -> float:
+        value = _number(text, kind)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise argparse.ArgumentTypeError(f"must be at least {minimum} and finite, got {text}")
+        if value < minimum:
+            raise argparse.ArgumentTypeError(f"must be at least {minimum}, got {text}")
+        return value
+
+    return convert
+
+
+def fraction(text: str) -> float:
+    """Convert the text of a flag to a number in (0, 1]."""
+    value = _number(text, float)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"must lie in (0, 1], got {text}")
+    return value
+
+
+def seed_number(text: str) -> int:
+    """Convert the text of a flag to a seed, an integer in [0, 2^32)."""
+    value = _number(text, int)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"must be at least 0, got {text}")
+    if value >= 2**32:
+        raise argparse.ArgumentTypeError(f"must be below 2^32, got {text}")
+    return value
+
+
+def _number(text: str, kind: type) -> float:
+    try:
+        return kind(text)
+    except ValueError:
+        expected = "a number"
+        if kind is int:
+            expected = "an integer"
+        raise argparse.ArgumentTypeError(f"must be {expected}, got {text!r}") from None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Processes
 
 
 @dataclass(frozen=True)
@@ -101,102 +238,231 @@ class Distributed:
 
     @property
     def is_main(self) -> bool:
+        """True in the first process, the one that writes files."""
         return self.rank == 0
 
     def gather(self, values: list[float]) -> torch.Tensor:
         """Collect a few numbers from every process -> float64 [world_size, len(values)] on the CPU."""
         mine = torch.tensor(values, dtype=torch.float64, device=self.device)
-        rows = [torch.empty_like(mine) for _ in range(self.world_size)] if self.world_size > 1 else [mine]
-        if self.world_size > 1:
-            torch.distributed.all_gather(rows, mine)
+        if self.world_size == 1:
+            return mine[None].cpu()
+        rows = [torch.empty_like(mine) for _ in range(self.world_size)]
+        torch.distributed.all_gather(rows, mine)
         return torch.stack(rows).cpu()
 
+    def gather_named(self, values: dict[str, float]) -> dict[str, torch.Tensor]:
+        """Collect named numbers from every process -> for each name a float64 [world_size] on the CPU."""
+        columns = self.gather(list(values.values())).T
+        return dict(zip(values, columns, strict=True))
+
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Add a tensor up over all processes."""
+        """Add a tensor up over all processes, in place."""
         if self.world_size > 1:
             torch.distributed.all_reduce(tensor)
         return tensor
 
 
 def setup(device: str = "auto") -> Distributed:
-    """Join the process group that `torchrun` describes in the environment, or be a single process; pick the device."""
-    env, gpus = os.environ, torch.cuda.device_count()
-    rank, local_rank, world_size = int(env.get("RANK", 0)), int(env.get("LOCAL_RANK", 0)), int(env.get("WORLD_SIZE", 1))
-    try:
-        chosen = torch.device(("cuda" if gpus else "cpu") if device == "auto" else device)
-    except RuntimeError:
-        raise EngineError(f"--device must be auto, cpu, cuda or cuda:N, got {device!r}") from None
-    if chosen.type not in ("cpu", "cuda"):
-        raise EngineError(f"--device must be auto, cpu, cuda or cuda:N, got {device!r}")
+    """Choose the device and join the process group that `torchrun` describes in the environment, if there is one.
+
+    Raises EngineError for a device that does not exist.
+    """
+    rank = int(os.environ.get("RANK", 0))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    chosen = _choose_device(device, local_rank)
     if chosen.type == "cuda":
-        index = local_rank if chosen.index is None else chosen.index
-        if index >= gpus:
-            advice = "use --device cpu or fewer processes"
-            raise EngineError(f"--device {chosen} needs GPU {index}, torch sees {gpus}; {advice}")
-        chosen = torch.device("cuda", index)
-        torch.cuda.set_device(chosen)
-        torch.backends.cudnn.benchmark = True
-        torch.set_float32_matmul_precision("high")  # TF32 for what stays in float32
+        _prepare_gpu(chosen)
+    dist = Distributed(rank, local_rank, world_size, chosen)
     if world_size > 1 and not torch.distributed.is_initialized():
-        # Workers that torchrun restarts must not meet the addresses that their killed predecessors left in the store.
-        store, *_ = next(torch.distributed.rendezvous("env://"))
-        store = torch.distributed.PrefixStore(f"attempt_{env.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-        backend, timeout = "nccl" if chosen.type == "cuda" else "gloo", timedelta(minutes=30)
-        torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
-    return Distributed(rank, local_rank, world_size, chosen)
+        _join_process_group(dist)
+    return dist
+
+
+def _choose_device(name: str, local_rank: int) -> torch.device:
+    """Turn --device into a device; a GPU without a number is the one of this process on its node."""
+    gpus = torch.cuda.device_count()
+    wrong = f"--device must be auto, cpu, cuda or cuda:N, got {name!r}"
+    if name == "auto" and gpus > 0:
+        name = "cuda"
+    elif name == "auto":
+        name = "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise EngineError(wrong) from None
+    if device.type == "cpu":
+        return device
+    if device.type != "cuda":
+        raise EngineError(wrong)
+    index = device.index
+    if index is None:
+        index = local_rank
+    if index >= gpus:
+        advice = "use --device cpu or fewer processes"
+        raise EngineError(f"--device {device} needs GPU {index}, torch sees {gpus}; {advice}")
+    return torch.device("cuda", index)
+
+
+def _prepare_gpu(device: torch.device) -> None:
+    torch.cuda.set_device(device)
+    torch.backends.cudnn.benchmark = True
+    torch.set_float32_matmul_precision("high")  # TF32 for what stays in float32
+
+
+def _join_process_group(dist: Distributed) -> None:
+    # Workers that torchrun restarts must not meet the addresses that their killed predecessors left in the store.
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    store, _, _ = next(torch.distributed.rendezvous("env://"))
+    store = torch.distributed.PrefixStore(f"attempt_{attempt}", store)
+    backend = "gloo"
+    if dist.device.type == "cuda":
+        backend = "nccl"
+    timeout = timedelta(minutes=30)
+    torch.distributed.init_process_group(
+        backend, store=store, rank=dist.rank, world_size=dist.world_size, timeout=timeout
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Precision and hardware
+
+
+AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}
 
 
 class Precision:
-    """Automatic mixed precision: bf16 (default where the GPU has it), fp16 with loss scaling, or fp32 (default on CPUs)."""
+    """Automatic mixed precision: bf16 (default where the GPU has it), fp16 with loss scaling, or fp32 (default on CPUs).
+
+    `name` is the precision chosen, `scaler` the gradient scaler (active for fp16 only). Raises EngineError for bf16 on
+    a GPU without it.
+    """
 
     def __init__(self, name: str, device: torch.device):
         on_gpu = device.type == "cuda"
-        bf16_gpu = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
+        gpu_has_bf16 = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
         if name == "auto":
-            name = ("bf16" if bf16_gpu else "fp16") if on_gpu else "fp32"
-        if name == "bf16" and on_gpu and not bf16_gpu:
+            name = self._default(on_gpu, gpu_has_bf16)
+        if name == "bf16" and on_gpu and not gpu_has_bf16:
             raise EngineError(f"--precision bf16: {hardware_name(device)} has no bfloat16 units; use --precision fp16")
-        self.name, self.device_type = name, device.type
-        self.dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}[name]
+        self.name = name
+        self.device_type = device.type
+        self.dtype = AUTOCAST_DTYPES[name]
         self.scaler = torch.amp.GradScaler(device.type, enabled=name == "fp16")
 
-    def autocast(self):
-        """Context in which the forward pass runs."""
-        return torch.autocast(self.device_type, self.dtype) if self.dtype else contextlib.nullcontext()
+    @staticmethod
+    def _default(on_gpu: bool, gpu_has_bf16: bool) -> str:
+        if not on_gpu:
+            return "fp32"
+        if gpu_has_bf16:
+            return "bf16"
+        return "fp16"
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        """Return the context in which the forward pass runs."""
+        if self.dtype is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device_type, self.dtype)
+
+
+# Peak of dense bf16 / fp16 matrix products with float32 accumulation in FLOP/s, from the vendor's data sheets and white
+# papers (half of the figures "with sparsity"). The keys are device names without vendor and memory size, see peak_of.
+PEAK_FLOPS = {
+    "B200": 2250e12,
+    "GH200": 989e12,
+    "GH200 HBM3e": 989e12,
+    "H200": 989e12,
+    "H200 NVL": 835e12,
+    "H100 HBM3": 989e12,  # SXM5
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "A100 SXM4": 312e12,
+    "A100 PCIe": 312e12,
+    "A40": 149.7e12,
+    "A30": 165e12,
+    "A10": 125e12,
+    "A10G": 70e12,
+    "L4": 121e12,
+    "L40": 181e12,
+    "L40S": 362e12,
+    "V100 SXM2": 125e12,
+    "V100 PCIe": 112e12,
+    "T4": 65e12,
+    "RTX A6000": 155e12,
+    "RTX 6000 Ada Generation": 364e12,
+    "GeForce RTX 3090": 71e12,
+    "GeForce RTX 4090": 165e12,
+    "GeForce RTX 5090": 209e12,
+}
+
+
+def peak_of(name: str) -> float | None:
+    """Look up the dense half-precision peak in FLOP/s by a GPU's full name; None if the GPU is not in PEAK_FLOPS.
+
+    Nothing is guessed: a laptop version, a slice of a GPU (MIG) or a variant with another suffix is a different GPU.
+    """
+    kept = []
+    for word in re.split(r"[\s-]+", name.lower()):
+        vendor = word in ("nvidia", "tesla")
+        memory_size = re.fullmatch(r"\d+gb?", word)
+        if not vendor and not memory_size:
+            kept.append(word)
+    model = " ".join(kept)
+    for known, peak in PEAK_FLOPS.items():
+        if known.lower() == model:
+            return peak
+    return None
 
 
 def peak_flops(device: torch.device, precision: str) -> float | None:
-    """Look up the GPU's dense half-precision peak in FLOP/s; None where it is unknown or does not apply."""
+    """Return the device's dense half-precision peak in FLOP/s; None where it is unknown or does not apply."""
     if device.type != "cuda" or precision == "fp32":
         return None
-    return next((v for part, v in PEAK_FLOPS.items() if part in torch.cuda.get_device_name(device)), None)
+    return peak_of(torch.cuda.get_device_name(device))
 
 
 def hardware_name(device: torch.device) -> str:
     """Name the GPU, or the CPU and its cores."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    name, info = platform.processor() or platform.machine(), Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), name)
-    return f"{name}, {os.cpu_count()} cores"
+    return f"{_cpu_name()}, {os.cpu_count()} cores"
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":")[1].strip()
+    return platform.processor() or platform.machine()
 
 
 def describe_environment(dist: Distributed, precision: Precision) -> dict:
-    """Versions, git revision, hardware and precision, for config.json."""
-    git, revision = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"], None
-    with contextlib.suppress(OSError, subprocess.CalledProcessError):
-        revision = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    """Collect versions, git revision, hardware and precision for config.json."""
     versions = {"python": platform.python_version(), "torch": torch.__version__}
     for package in ("torchvision", "numpy"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[package] = importlib.metadata.version(package)
     hardware = {"device": hardware_name(dist.device), "world_size": dist.world_size}
-    return {"versions": versions, "git": revision, "hardware": hardware, "precision": precision.name}
+    return {"versions": versions, "git": _git_revision(), "hardware": hardware, "precision": precision.name}
+
+
+def _git_revision() -> str | None:
+    folder = str(Path(__file__).parent)
+    command = ["git", "-C", folder, "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return result.stdout.strip()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Learning rate and parameter groups
 
 
 def lr_at(step: int, total_steps: int, warmup_steps: int, lr: float, min_lr: float = 0.0) -> float:
-    """Learning rate of a step (0-based): linear warm-up, then half a cosine from lr to min_lr (MAE paper, appendix A)."""
+    """Return the rate of a step (0-based): linear warm-up, then half a cosine to min_lr (MAE paper, appendix A)."""
     if step < warmup_steps:
         return lr * (step + 1) / warmup_steps
     progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
@@ -204,217 +470,120 @@ def lr_at(step: int, total_steps: int, warmup_steps: int, lr: float, min_lr: flo
 
 
 def layer_id(name: str, depth: int) -> int:
-    """Depth of a parameter for layer-wise decay: 0 embeddings, i + 1 encoder block i, depth + 1 all that follows.
+    """Number a parameter for layer-wise decay: 0 embeddings, i + 1 encoder block i, depth + 1 all that follows.
 
-    The decoder and the head follow the encoder, so they train at the full rate, by decision and not by accident.
+    The decoder and the head follow the encoder, so they train at the full rate.
     """
     if name in ("cls_token", "pos_embed") or name.startswith("patch_embed."):
         return 0
-    return int(name.split(".")[1]) + 1 if name.startswith("blocks.") else depth + 1
+    if name.startswith("blocks."):
+        block = int(name.split(".")[1])
+        return block + 1
+    return depth + 1
 
 
-def param_groups(model: nn.Module, weight_decay: float, layer_decay: float = 1.0, no_decay=()) -> list[dict]:
+def param_groups(
+    model: nn.Module, weight_decay: float, layer_decay: float = 1.0, no_decay: Collection[str] = ()
+) -> list[dict]:
     """Group trainable parameters by rate and decay; each group has `params`, `names`, `lr_scale`, `weight_decay`.
 
     One-dimensional parameters (norms, biases) and those named in no_decay are exempt from weight decay. lr_scale is
     layer_decay^(depth + 1 - layer_id), as in BEiT and MAE fine-tuning.
     """
-    depth, groups = len(getattr(model, "blocks", ())), {}
-    for name, p in model.named_parameters():
-        if p.requires_grad:
-            decay = 0.0 if p.ndim <= 1 or name in no_decay else weight_decay
-            scale = layer_decay ** (depth + 1 - layer_id(name, depth))
-            new = {"params": [], "names": [], "lr_scale": scale, "weight_decay": decay}
-            group = groups.setdefault((scale, decay), new)
-            group["params"].append(p)
-            group["names"].append(name)
+    depth = len(getattr(model, "blocks", ()))
+    groups = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        decay = weight_decay
+        if parameter.ndim <= 1 or name in no_decay:
+            decay = 0.0
+        scale = layer_decay ** (depth + 1 - layer_id(name, depth))
+        key = (scale, decay)
+        if key not in groups:
+            groups[key] = {"params": [], "names": [], "lr_scale": scale, "weight_decay": decay}
+        groups[key]["params"].append(parameter)
+        groups[key]["names"].append(name)
     return list(groups.values())
 
 
-class _Lines:
-    """A stream that shows tqdm's states as plain lines, where there is no terminal."""
+# ---------------------------------------------------------------------------------------------------------------------
+# Progress
 
-    flush = staticmethod(lambda: None)
+
+class _Lines:
+    """A stream that prints tqdm's states as plain lines, for output that is not a terminal."""
 
     def write(self, text: str) -> None:
         if text.strip():
             print(text.strip(), file=sys.stderr, flush=True)
+
+    def flush(self) -> None:
+        pass
 
 
 class Progress(tqdm):
     """Progress of long work with rate and time left: a bar on a terminal, a plain line every ten seconds otherwise."""
 
     def __init__(self, desc: str, total: int, unit: str = "img", initial: int = 0, quiet: bool = False):
-        options = {"dynamic_ncols": True, "mininterval": 0.2}
-        if not sys.stderr.isatty():
-            line = "{desc}: {n_fmt} of {total_fmt} {unit}, {rate_fmt}, {remaining} left{postfix}"
-            options = {"mininterval": 10, "miniters": 1, "file": _Lines(), "bar_format": line}
-        super().__init__(desc=desc, total=total, unit=unit, unit_scale=unit == "B", unit_divisor=1000, initial=initial,
-                         smoothing=0.05, disable=quiet, **options)  # fmt: skip
+        options = {"desc": desc, "total": total, "unit": unit, "initial": initial, "disable": quiet}
+        options["smoothing"] = 0.05
+        options["unit_scale"] = unit == "B"
+        options["unit_divisor"] = 1000
+        if sys.stderr.isatty():
+            options["dynamic_ncols"] = True
+            options["mininterval"] = 0.2
+        else:
+            options["file"] = _Lines()
+            options["mininterval"] = 10
+            options["miniters"] = 1
+            options["bar_format"] = "{desc}: {n_fmt} of {total_fmt} {unit}, {rate_fmt}, {remaining} left{postfix}"
+        super().__init__(**options)
 
     def update(self, n: int = 1, note: str = "") -> None:
-        """Count n more units; the last `note` is shown beside the rate."""
+        """Count n more units; the last `note` is shown after the rate."""
         if note:
             self.set_postfix_str(note, refresh=False)
         super().update(n)
 
 
-def write_atomic(path: Path, write) -> None:
-    """Let write(file) fill a temporary file, flush it to disk and rename it: readers see the whole or nothing."""
+# ---------------------------------------------------------------------------------------------------------------------
+# Files
+
+
+def write_atomic(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Let write(file) fill a temporary file, flush it to disk and rename it; readers never see half a file.
+
+    Raises OSError if the file cannot be written; the temporary file is removed and the old file stays.
+    """
     temporary = path.with_name(path.name + ".tmp")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with open(temporary, "wb") as f:
-            write(f)
-            f.flush()
-            os.fsync(f.fileno())
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
         if isinstance(error, RuntimeError):  # torch.save hides the system's reason
-            raise OSError(errno.ENOSPC, f"cannot write {path}: {str(error).splitlines()[0]}", str(path)) from None
+            raise OSError(errno.ENOSPC, f"cannot write {path}: {first_line(error)}", str(path)) from None
         raise
 
 
-def strict_json(content):
-    """Replace what JSON has no word for (NaN of a class that does not occur, infinity) by None, at any depth."""
+def strict_json(content: object) -> object:
+    """Replace NaN and infinity by None at any depth: JSON has no word for them. Tuples become lists."""
+    if isinstance(content, dict):
+        return {key: strict_json(value) for key, value in content.items()}
     if isinstance(content, (list, tuple)):
-        return [strict_json(v) for v in content]
-    whole = {k: strict_json(v) for k, v in content.items()} if isinstance(content, dict) else content
-    return None if isinstance(content, float) and not math.isfinite(content) else whole
+        return [strict_json(value) for value in content]
+    if isinstance(content, float) and not math.isfinite(content):
+        return None
+    return content
 
 
 def write_json(path: Path, content: dict) -> None:
-    write_atomic(path, lambda f: f.write((json.dumps(strict_json(content), indent=1) + "\n").encode()))
-
-
-class Run:
-    """One run in its own directory: lock, config.json, log.jsonl, last.pt while running, then model.pt and metrics.json.
-
-    config["experiment"] holds everything that defines the result; a directory of another experiment is refused by name.
-    `finished` is True when the run has ended before. resume = "never" starts over instead of continuing.
-    """
-
-    def __init__(self, output_dir: str, dist: Distributed, config: dict, resume: str = "auto", state_bytes: int = 0):
-        self.dir, self.dist, self.config = Path(output_dir), dist, config
-        self.finished, self.log_bytes, self._log, problem = False, 0, None, None
-        try:
-            if dist.is_main:
-                self._open(resume, state_bytes)
-        except (EngineError, OSError) as error:
-            problem = error
-        # All processes learn of a refusal, and that they train the same experiment: nodes could be out of step.
-        text = json.dumps(config["experiment"], sort_keys=True)
-        digest = int(hashlib.sha256(text.encode()).hexdigest()[:12], 16)
-        rows = dist.gather([self.finished, digest, problem is not None])
-        if problem:
-            raise problem
-        if rows[0, 2]:
-            raise EngineError(f"the first process cannot use --output_dir {self.dir}")
-        if (rows[:, 1] != digest).any():
-            raise EngineError("the processes were started with different flags or data; start them again together", 1)
-        self.finished = bool(rows[0, 0])
-
-    def _open(self, resume: str, state_bytes: int) -> None:
-        self._check(resume, state_bytes)
-        self.dir.mkdir(parents=True, exist_ok=True)
-        self._acquire_lock()
-        if resume == "never":
-            for name in ("last.pt", "last.prev.pt", "log.jsonl", "metrics.json", "model.pt"):
-                (self.dir / name).unlink(missing_ok=True)
-        self.finished = (self.dir / "metrics.json").exists()
-        if not self.finished:
-            write_json(self.dir / "config.json", self.config)
-
-    def _check(self, resume: str, state_bytes: int) -> None:
-        """Refuse a directory that holds something else, or a full disk, before anything is written."""
-        path, there = self.dir / "config.json", [p.name for p in self.dir.iterdir()] if self.dir.is_dir() else []
-        if self.dir.exists() and not self.dir.is_dir():
-            raise EngineError(f"--output_dir {self.dir} is a file")
-        foreign = sorted(set(there) - {".lock", "config.json.tmp"})
-        if foreign and not path.exists():
-            found = f"holds {foreign[0]} and is no run of this project"
-            raise EngineError(f"--output_dir {self.dir} {found}; choose another")
-        if path.exists():
-            try:
-                before = json.loads(path.read_text())["experiment"]
-            except (ValueError, KeyError):
-                raise EngineError(f"{path} cannot be read; choose another --output_dir or delete it") from None
-            now = json.loads(json.dumps(self.config["experiment"]))
-            changed = [k for k in sorted({*before, *now}) if before.get(k) != now.get(k)]
-            if changed and resume != "never":
-                more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
-                found = f"{changed[0]} was {before.get(changed[0])!r}, now {now.get(changed[0])!r}{more}"
-                advice = "choose another --output_dir, or --resume never to start over"
-                raise EngineError(f"--output_dir {self.dir} holds another experiment: {found}; {advice}")
-        # Three states must fit: the last one, the one before it, and the one being written.
-        parent = next(p for p in (self.dir, *self.dir.absolute().parents) if p.exists())
-        free, needed = shutil.disk_usage(parent).free, 3 * state_bytes
-        if free < needed and "last.pt" not in there:
-            room = f"{free / 1e9:.1f} GB free, checkpoints need {needed / 1e9:.1f} GB"
-            raise EngineError(f"{parent} has {room}; free some or choose another --output_dir", 1)
-
-    def _acquire_lock(self) -> None:
-        self._lock = open(self.dir / ".lock", "w")  # noqa: SIM115 (held as long as the process lives, freed by any death)
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            busy = f"another process is training in {self.dir}"
-            raise EngineError(f"{busy}; wait for it or choose another --output_dir") from None
-
-    def log(self, event: str, **fields) -> None:
-        """Append one object to log.jsonl (first process only)."""
-        if not self.dist.is_main:
-            return
-        if self._log is None:
-            self._log = open(self.dir / "log.jsonl", "ab")  # noqa: SIM115
-            self._log.truncate(self.log_bytes)  # what was logged after the checkpoint will be logged again
-        line = (json.dumps(strict_json({"event": event, **fields})) + "\n").encode()
-        self._log.write(line)
-        self._log.flush()
-        self.log_bytes += len(line)
-
-    def save(self, state: dict) -> None:
-        """Write last.pt (first process only); the one before it stays until the new one is complete, and after."""
-        if not self.dist.is_main:
-            return
-        last, fresh = self.dir / "last.pt", self.dir / "last.new.pt"
-        if self._log is not None:
-            os.fsync(self._log.fileno())
-        write_atomic(fresh, lambda f: torch.save({**state, "log_bytes": self.log_bytes}, f))
-        if last.exists():
-            os.replace(last, self.dir / "last.prev.pt")
-        os.replace(fresh, last)
-
-    def load(self) -> dict | None:
-        """Read the newest complete checkpoint, None if there is none; a damaged last.pt falls back to the one before.
-
-        Raises EngineError if checkpoints exist and none can be read: nothing is started over without being asked.
-        """
-        found = [p for p in (self.dir / "last.pt", self.dir / "last.prev.pt") if p.exists()]
-        for path in found:
-            try:
-                with zipfile.ZipFile(path) as archive:  # torch checks no sums, and reads noise for a folder
-                    if damaged := archive.testzip() or any(entry.external_attr for entry in archive.infolist()):
-                        raise ValueError(f"the checksum or kind of an entry is wrong: {damaged}")
-                state = torch.load(path, map_location="cpu", weights_only=True)
-                self.log_bytes = state["log_bytes"]
-                return state
-            except Exception as error:  # damaged archives are reported with many types, some as an invalid argument
-                if isinstance(error, (OSError, MemoryError)) and getattr(error, "errno", 0) != errno.EINVAL:
-                    raise  # the file may be whole
-                if self.dist.is_main:
-                    reason = (str(error).splitlines() or [type(error).__name__])[0]
-                    print(f"warning: {path} is damaged ({reason}); trying the checkpoint before it", file=sys.stderr)
-        if found:
-            raise EngineError(f"no checkpoint in {self.dir} can be read; --resume never starts the run over", 1)
-        return None
-
-    def finish(self, weights: dict, metrics: dict) -> None:
-        """Write model.pt, then metrics.json, which marks the run as finished; remove the training state."""
-        if self.dist.is_main:
-            write_atomic(self.dir / "model.pt", lambda f: torch.save(weights, f))
-            write_json(self.dir / "metrics.json", metrics)
-            for name in ("last.pt", "last.prev.pt"):
-                (self.dir / name).unlink(missing_ok=True)
+    """Write strict JSON atomically."""
+    text = json.dumps(strict_json(content), indent=1) + "\n"
+    write_atomic(path, lambda file: file.write(text.encode()))

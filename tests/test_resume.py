@@ -16,7 +16,8 @@ from stress import assert_same, command, stress
 
 import augment
 import engine
-from engine import Distributed, EngineError, Run
+from engine import Distributed, EngineError
+from runs import RunFolder
 
 ALONE = Distributed(0, 0, 1, torch.device("cpu"))
 CONFIG = {"experiment": {"blr": 0.1, "seed": 0}}
@@ -85,14 +86,14 @@ def test_a_stop_signal_outside_of_training_ends_in_one_line_too():
 
 
 def test_a_truncated_checkpoint_falls_back_to_the_one_before_with_a_warning(tmp_path, capsys):
-    first = Run(tmp_path / "run", ALONE, CONFIG)
+    first = RunFolder(tmp_path / "run", ALONE, CONFIG)
     for step in (1, 2):
         first.log("train", step=step)
         first.save({"step": step})
     last = tmp_path / "run" / "last.pt"
     os.truncate(last, last.stat().st_size // 2)
     first._lock.close()
-    second = Run(tmp_path / "run", ALONE, CONFIG)
+    second = RunFolder(tmp_path / "run", ALONE, CONFIG)
     assert second.load()["step"] == 1
     assert "last.pt is damaged" in capsys.readouterr().err
     second.log("train", step=2)
@@ -100,11 +101,11 @@ def test_a_truncated_checkpoint_falls_back_to_the_one_before_with_a_warning(tmp_
 
 
 def test_no_flipped_bit_in_a_checkpoint_goes_unnoticed_and_changes_what_is_read(tmp_path, capsys):
-    first, weights = Run(tmp_path / "run", ALONE, CONFIG), torch.arange(30) / 7
+    first, weights = RunFolder(tmp_path / "run", ALONE, CONFIG), torch.arange(30) / 7
     for step in (1, 2):
         first.save({"step": step, "weights": weights})
     first._lock.close()
-    last, reader = tmp_path / "run" / "last.pt", Run(tmp_path / "run", ALONE, CONFIG)
+    last, reader = tmp_path / "run" / "last.pt", RunFolder(tmp_path / "run", ALONE, CONFIG)
     content, fell_back = last.read_bytes(), 0
     for place in range(len(content)):
         for bit in (1 << place % 8, 0x10):
@@ -141,7 +142,7 @@ def test_a_full_disk_while_a_checkpoint_is_written_keeps_the_one_before(flags, t
 def test_a_full_disk_while_the_log_is_written_loses_nothing(flags, tmp_path, monkeypatch):
     args = [*flags, "--epochs", 4, "--save_minutes", 0]
     run("pretrain", *args, "--output_dir", tmp_path / "undisturbed")
-    log_line, calls = Run.log, []
+    log_line, calls = RunFolder.log, []
 
     def full(self, event, **fields):
         calls.append(1)
@@ -151,7 +152,7 @@ def test_a_full_disk_while_the_log_is_written_loses_nothing(flags, tmp_path, mon
             raise OSError(errno.ENOSPC, "No space left on device", str(self.dir / "log.jsonl"))
         log_line(self, event, **fields)
 
-    monkeypatch.setattr(Run, "log", full)
+    monkeypatch.setattr(RunFolder, "log", full)
     with pytest.raises(OSError, match="No space left"):
         run("pretrain", *args, "--output_dir", tmp_path / "full")
     gc.collect()
@@ -179,18 +180,18 @@ def test_a_full_disk_ends_in_one_line(monkeypatch, capsys):
 
 
 def test_a_second_process_is_refused_until_the_first_has_gone(tmp_path):
-    first = Run(tmp_path / "run", ALONE, CONFIG)
+    first = RunFolder(tmp_path / "run", ALONE, CONFIG)
     with pytest.raises(EngineError, match="another process is training"):
-        Run(tmp_path / "run", ALONE, CONFIG)
+        RunFolder(tmp_path / "run", ALONE, CONFIG)
     first._lock.close()  # what the system does for a killed process
-    Run(tmp_path / "run", ALONE, CONFIG)
+    RunFolder(tmp_path / "run", ALONE, CONFIG)
 
 
 def test_another_experiment_in_the_folder_is_named_and_nothing_is_changed(tmp_path):
-    Run(tmp_path / "run", ALONE, CONFIG)._lock.close()
+    RunFolder(tmp_path / "run", ALONE, CONFIG)._lock.close()
     before = {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir()}
     with pytest.raises(EngineError, match=r"blr was 0.1, now 0.2") as info:
-        Run(tmp_path / "run", ALONE, {"experiment": {"blr": 0.2, "seed": 0}})
+        RunFolder(tmp_path / "run", ALONE, {"experiment": {"blr": 0.2, "seed": 0}})
     assert info.value.exit_code == 2
     assert before == {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir()}
 
@@ -198,7 +199,7 @@ def test_another_experiment_in_the_folder_is_named_and_nothing_is_changed(tmp_pa
 def test_a_folder_of_something_else_is_refused(tmp_path):
     (tmp_path / "thesis.tex").write_text("precious")
     with pytest.raises(EngineError, match=r"thesis\.tex"):
-        Run(tmp_path, ALONE, CONFIG)
+        RunFolder(tmp_path, ALONE, CONFIG)
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
 
 
@@ -248,7 +249,7 @@ def test_the_log_is_whole_lines_of_strict_json(flags, tmp_path):
 
 
 def test_a_score_of_a_class_that_does_not_occur_is_null_in_every_file(tmp_path):
-    run_ = Run(tmp_path / "run", ALONE, CONFIG)
+    run_ = RunFolder(tmp_path / "run", ALONE, CONFIG)
     run_.log("val", iou_border=float("nan"), loss=0.5)
     run_.finish({}, {"best": {"iou_border": float("nan"), "rates": (1.0, float("inf"))}})
     assert log(tmp_path / "run", "val") == [{"event": "val", "iou_border": None, "loss": 0.5}]
@@ -256,7 +257,7 @@ def test_a_score_of_a_class_that_does_not_occur_is_null_in_every_file(tmp_path):
 
 
 def test_checkpoints_that_cannot_be_read_stop_the_run_instead_of_starting_it_over(tmp_path, monkeypatch):
-    first = Run(tmp_path / "run", ALONE, CONFIG)
+    first = RunFolder(tmp_path / "run", ALONE, CONFIG)
     first.log("train", step=1)
     first.save({"step": 1})
     first._lock.close()
@@ -268,11 +269,11 @@ def test_checkpoints_that_cannot_be_read_stop_the_run_instead_of_starting_it_ove
     with monkeypatch.context() as patch:
         patch.setattr(torch, "load", unreadable)  # the file may be whole
         with pytest.raises(OSError, match="Input/output"):
-            Run(tmp_path / "run", ALONE, CONFIG).load()
+            RunFolder(tmp_path / "run", ALONE, CONFIG).load()
     gc.collect()
     os.truncate(tmp_path / "run" / "last.pt", 100)
     with pytest.raises(EngineError, match=r"no checkpoint in .* can be read; --resume never starts the run over"):
-        Run(tmp_path / "run", ALONE, CONFIG).load()
+        RunFolder(tmp_path / "run", ALONE, CONFIG).load()
     assert (tmp_path / "run" / "log.jsonl").read_bytes() == content
 
 

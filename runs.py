@@ -1,0 +1,223 @@
+"""The folder of a run: its lock, configuration, log and checkpoints; an interrupted run continues from it.
+
+    run = RunFolder(output_dir, dist, config)   # lock and config.json
+    run.log("train", step=1, loss=0.9)          # one line of log.jsonl
+    run.save(state)                             # last.pt
+    state = run.load()                          # the newest complete checkpoint, or None
+    run.finish(weights, metrics)                # model.pt and metrics.json
+
+Copy this file together with `engine.py` to use it.
+"""
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import sys
+import zipfile
+from pathlib import Path
+
+import torch
+
+from engine import Distributed, EngineError, first_line, strict_json, write_atomic, write_json
+
+
+class RunFolder:
+    """One run in its own folder: .lock, config.json, log.jsonl, last.pt while running, then model.pt and metrics.json.
+
+    config["experiment"] holds everything that defines the result; a folder of another experiment is refused.
+    resume = "never" starts over instead of continuing. state_bytes is the expected size of one checkpoint.
+    `finished` is True if the run has ended before. Raises EngineError for a folder that cannot be used.
+    """
+
+    def __init__(self, output_dir: str, dist: Distributed, config: dict, resume: str = "auto", state_bytes: int = 0):
+        self.dir = Path(output_dir)
+        self.dist = dist
+        self.config = config
+        self.finished = False
+        self.log_bytes = 0
+        self._log = None
+        self._lock = None
+        problem = None
+        try:
+            if dist.is_main:
+                self._open(resume, state_bytes)
+        except (EngineError, OSError) as error:
+            problem = error
+        self._agree(problem)
+
+    def _open(self, resume: str, state_bytes: int) -> None:
+        """Check the folder before anything is written, then lock it and write config.json."""
+        self._check_kind()
+        self._check_content()
+        self._check_experiment(resume)
+        self._check_space(state_bytes)
+        self.dir.mkdir(parents=True, exist_ok=True)
+        self._acquire_lock()
+        if resume == "never":
+            for name in ("last.pt", "last.prev.pt", "log.jsonl", "metrics.json", "model.pt"):
+                (self.dir / name).unlink(missing_ok=True)
+        self.finished = (self.dir / "metrics.json").exists()
+        if not self.finished:
+            write_json(self.dir / "config.json", self.config)
+
+    def _agree(self, problem: Exception | None) -> None:
+        """Let all processes learn of a refusal, and check that they run the same experiment: nodes may be out of step."""
+        text = json.dumps(self.config["experiment"], sort_keys=True)
+        digest = int(hashlib.sha256(text.encode()).hexdigest()[:12], 16)  # 48 bits, exact in float64
+        gathered = self.dist.gather_named(
+            {"finished": self.finished, "experiment": digest, "refused": problem is not None}
+        )
+        if problem is not None:
+            raise problem
+        if gathered["refused"][0]:
+            raise EngineError(f"the first process cannot use --output_dir {self.dir}")
+        if (gathered["experiment"] != digest).any():
+            raise EngineError("the processes were started with different flags or data; start them again together", 1)
+        self.finished = bool(gathered["finished"][0])
+
+    def _check_kind(self) -> None:
+        if self.dir.exists() and not self.dir.is_dir():
+            raise EngineError(f"--output_dir {self.dir} is a file")
+
+    def _check_content(self) -> None:
+        """Refuse a folder that holds something other than a run."""
+        if not self.dir.is_dir() or (self.dir / "config.json").exists():
+            return
+        names = {path.name for path in self.dir.iterdir()}
+        foreign = sorted(names - {".lock", "config.json.tmp"})
+        if foreign:
+            reason = f"holds {foreign[0]} and is no run of this project"
+            raise EngineError(f"--output_dir {self.dir} {reason}; choose another")
+
+    def _check_experiment(self, resume: str) -> None:
+        """Refuse to continue a run whose experiment was a different one, naming the first difference."""
+        path = self.dir / "config.json"
+        if not path.exists():
+            return
+        try:
+            before = json.loads(path.read_text())["experiment"]
+        except (ValueError, KeyError, TypeError):
+            raise EngineError(f"{path} cannot be read; choose another --output_dir or delete it") from None
+        now = json.loads(json.dumps(self.config["experiment"]))
+        names = sorted({*before, *now})
+        changed = [name for name in names if before.get(name) != now.get(name)]
+        if not changed or resume == "never":
+            return
+        first = changed[0]
+        difference = f"{first} was {before.get(first)!r}, now {now.get(first)!r}"
+        if len(changed) > 1:
+            difference += f" (and {len(changed) - 1} more)"
+        advice = "choose another --output_dir, or --resume never to start over"
+        raise EngineError(f"--output_dir {self.dir} holds another experiment: {difference}; {advice}")
+
+    def _check_space(self, state_bytes: int) -> None:
+        """Refuse a disk that cannot hold the run's checkpoints, unless the run has written some already."""
+        if (self.dir / "last.pt").exists():
+            return
+        parent = self.dir.absolute()
+        while not parent.exists():
+            parent = parent.parent
+        free = shutil.disk_usage(parent).free
+        needed = 3 * state_bytes  # the last state, the one before it, and the one being written
+        if free < needed:
+            room = f"{free / 1e9:.1f} GB free, checkpoints need {needed / 1e9:.1f} GB"
+            raise EngineError(f"{parent} has {room}; free some or choose another --output_dir", 1)
+
+    def _acquire_lock(self) -> None:
+        self._lock = open(self.dir / ".lock", "w")  # noqa: SIM115 (held as long as the process lives, freed by any death)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            busy = f"another process is training in {self.dir}"
+            raise EngineError(f"{busy}; wait for it or choose another --output_dir") from None
+
+    def log(self, event: str, **fields: object) -> None:
+        """Append one object to log.jsonl (first process only)."""
+        if not self.dist.is_main:
+            return
+        if self._log is None:
+            self._log = open(self.dir / "log.jsonl", "ab")  # noqa: SIM115
+            self._log.truncate(self.log_bytes)  # what was logged after the checkpoint will be logged again
+        content = strict_json({"event": event, **fields})
+        line = (json.dumps(content) + "\n").encode()
+        self._log.write(line)
+        self._log.flush()
+        self.log_bytes += len(line)
+
+    def save(self, state: dict) -> None:
+        """Write last.pt (first process only); the checkpoint before it stays as last.prev.pt."""
+        if not self.dist.is_main:
+            return
+        last = self.dir / "last.pt"
+        fresh = self.dir / "last.new.pt"
+        if self._log is not None:
+            os.fsync(self._log.fileno())
+        content = {**state, "log_bytes": self.log_bytes}
+        write_atomic(fresh, lambda file: torch.save(content, file))
+        if last.exists():
+            os.replace(last, self.dir / "last.prev.pt")
+        os.replace(fresh, last)
+
+    def load(self) -> dict | None:
+        """Read the newest complete checkpoint, None if there is none; a damaged last.pt falls back to the one before.
+
+        Raises EngineError if checkpoints exist and none can be read: a run starts over only on request.
+        """
+        damaged = 0
+        for path in (self.dir / "last.pt", self.dir / "last.prev.pt"):
+            if not path.exists():
+                continue
+            try:
+                state = read_checkpoint(path)
+            except Exception as error:  # damaged archives are reported with many types
+                if may_be_intact(error):
+                    raise
+                damaged += 1
+                if self.dist.is_main:
+                    reason = first_line(error)
+                    print(f"warning: {path} is damaged ({reason}); trying the checkpoint before it", file=sys.stderr)
+            else:
+                self.log_bytes = state["log_bytes"]
+                return state
+        if damaged > 0:
+            raise EngineError(f"no checkpoint in {self.dir} can be read; --resume never starts the run over", 1)
+        return None
+
+    def finish(self, weights: dict, metrics: dict) -> None:
+        """Write model.pt, then metrics.json, which marks the run as finished; remove the training state."""
+        if not self.dist.is_main:
+            return
+        write_atomic(self.dir / "model.pt", lambda file: torch.save(weights, file))
+        write_json(self.dir / "metrics.json", metrics)
+        for name in ("last.pt", "last.prev.pt"):
+            (self.dir / name).unlink(missing_ok=True)
+
+
+def read_checkpoint(path: Path) -> dict:
+    """Verify and read a checkpoint that RunFolder.save wrote; damage raises errors of many types."""
+    verify_archive(path)
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    if "log_bytes" not in state:
+        raise ValueError("it holds no state of a run")
+    return state
+
+
+def verify_archive(path: Path) -> None:
+    """Raise ValueError if an entry of a zip archive is damaged; torch checks no sums, and takes noise for a folder."""
+    with zipfile.ZipFile(path) as archive:
+        damaged = archive.testzip()
+        for entry in archive.infolist():
+            if entry.external_attr != 0:
+                damaged = entry.filename
+    if damaged is not None:
+        raise ValueError(f"the checksum or kind of an entry is wrong: {damaged}")
+
+
+def may_be_intact(error: Exception) -> bool:
+    """Return True if reading failed for a reason other than the file's content, such as an unreachable disk."""
+    if not isinstance(error, (OSError, MemoryError)):
+        return False
+    return getattr(error, "errno", None) != errno.EINVAL  # zipfile seeks to nonsense places in damaged archives
