@@ -20,6 +20,7 @@ from PIL import Image
 import augment
 import data
 import splits
+from batches import EvalBatches
 from engine import EngineError, Parser, Precision, Progress, launch, setup, write_atomic
 from metrics import dataset_scores
 from weights import load_model
@@ -65,7 +66,7 @@ def test_records(model, store: data.ImageStore, truth: torch.Tensor, args, devic
     ids, parts, panels = np.array([Path(x).stem for x in store.images]), defaultdict(list), {}
     # Shown in the report: spread over the alphabetical list, chosen before any score is known.
     panel = np.argsort(ids)[np.linspace(0, len(ids) - 1, min(6, len(ids))).round().astype(int)]
-    batches = augment.EvalBatches(store, img_size=truth.shape[-1], batch_size=args.batch_size, device=device)
+    batches = EvalBatches(store, img_size=truth.shape[-1], batch_size=args.batch_size, device=device)
     with Progress("testing", len(ids)) as progress:
         for index, images in batches:
             target = truth[index].to(device).long()

@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import augment
 import data
 import splits
+from batches import EvalBatches
 from engine import Distributed, Parser, Precision, launch, setup
 from evaluate import confusion
 from metrics import dataset_scores
@@ -69,7 +69,7 @@ class Validation:
         device, dist = self.dist.device, self.dist
         counts = torch.zeros(3, 3, dtype=torch.int64, device=device)
         total = torch.zeros(2, dtype=torch.float64, device=device)  # loss, processes that stopped
-        batches = augment.EvalBatches(self.store, img_size=self.args.img_size, batch_size=64, rank=dist.rank,
+        batches = EvalBatches(self.store, img_size=self.args.img_size, batch_size=64, rank=dist.rank,
                                       world_size=dist.world_size, device=device)  # fmt: skip
         for index, images in batches:
             if stopping():

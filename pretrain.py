@@ -19,6 +19,7 @@ from PIL import Image
 
 import augment
 import splits
+from batches import EvalBatches
 from engine import EngineError, Parser, Precision, launch, setup
 from models import MODELS, build_mae, patchify, take_rows
 from trainer import add_training_arguments, build, check_training_arguments, open_store, train
@@ -65,7 +66,7 @@ class Validation:
         """Mean of loss_of(images, noise) over all images of a store; None if a process was to stop meanwhile."""
         store, total = self.stores[name], torch.zeros(3, dtype=torch.float64, device=self.dist.device)
         size = min(self.args.micro_batch_size or self.args.batch_size, 256)
-        batches = augment.EvalBatches(store, img_size=self.args.img_size, batch_size=size, rank=self.dist.rank,
+        batches = EvalBatches(store, img_size=self.args.img_size, batch_size=size, rank=self.dist.rank,
                                       world_size=self.dist.world_size, device=self.dist.device)  # fmt: skip
         for index, images in batches:
             if stopping():
@@ -112,7 +113,7 @@ class Validation:
         parts, ids, side, device = [], [], self.args.img_size, self.dist.device
         for name, store in self.stores.items():
             k = min(count, len(store))
-            _, images = next(iter(augment.EvalBatches(store, img_size=side, batch_size=k, device=device)))
+            _, images = next(iter(EvalBatches(store, img_size=side, batch_size=k, device=device)))
             masked, filled = self.model.reconstruct(images, self.args.mask_ratio, self.noise[name][:k])
             shown = [augment.denormalise(x).round().clamp(0, 255).byte() for x in (images, masked, filled)]
             parts.append([x.permute(0, 2, 3, 1).cpu() for x in shown])

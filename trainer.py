@@ -19,10 +19,10 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-import augment
 import data
 import engine
 import splits
+from batches import TrainBatches, share_of_batch
 from engine import Distributed, EngineError, Precision, Progress, Run
 from weights import load_pretrained
 
@@ -344,7 +344,7 @@ def train(kind: str, args, dist: Distributed, precision: Precision, model: nn.Mo
     lr, groups = args.blr * args.batch_size / 256, engine.param_groups(model, args.weight_decay, layer_decay, no_decay)
     if args.min_lr > lr:
         raise EngineError(f"--min_lr {args.min_lr} is above the rate {lr:.3g} that --blr and --batch_size give")
-    augment.share_of_batch(args.batch_size, dist.world_size, args.micro_batch_size, len(split.images))
+    share_of_batch(args.batch_size, dist.world_size, args.micro_batch_size, len(split.images))
     config = describe_run(kind, args, dist, precision, model, flops, epoch_steps, split, inputs)
     plan = functools.partial(print_plan, config, model, lr, mask_ratio, groups if args.dry_run else ())
     if args.dry_run:
@@ -356,7 +356,7 @@ def train(kind: str, args, dist: Distributed, precision: Precision, model: nn.Mo
         plan()
     images = open_store(args, dist, split.images)
     masks = open_store(args, dist, images.images, "trimap") if masked else None
-    batches = augment.TrainBatches(
+    batches = TrainBatches(
         images, masks, img_size=args.img_size, batch_size=args.batch_size, seed=args.seed, rank=dist.rank,
         world_size=dist.world_size, micro_batch_size=args.micro_batch_size, device=dist.device, **batch_options,
     )  # fmt: skip
