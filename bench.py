@@ -24,9 +24,9 @@ from statistics import median
 import torch
 import torch.nn.functional as F
 
-import augment
 import data
 import splits
+from batches import TrainBatches
 from engine import EngineError, Parser, Precision, hardware_name, launch, peak_flops, setup
 from models import MODELS, build_mae, build_segmenter
 
@@ -146,14 +146,14 @@ class Bench:
         for images, kind in ((self.photos + self.pets, "image"), (self.pets, "trimap")):
             data.build_cache(self.root, images, kind=kind, cache_dir=self.cache)
 
-    def batches(self, task: str, count: int, device: torch.device) -> augment.TrainBatches:
+    def batches(self, task: str, count: int, device: torch.device) -> TrainBatches:
         """Batches as the training scripts make them, held on a GPU; a list shorter than four batches is repeated."""
         kinds, images = (["image"], self.photos) if task == "pretrain" else (["image", "trimap"], self.pets)
         images, draw = images * -(-4 * count // len(images)), "noise" if task == "pretrain" else "drop_path"
         options = {"cache_dir": self.cache, "device": device, "on_device": device.type == "cuda"}
         stores = [data.ImageStore(self.root, images, kind=kind, **options) for kind in kinds]
         options = {"img_size": self.args.img_size, "batch_size": count, "seed": 0, "device": device}
-        return augment.TrainBatches(*stores, draws={draw: self.draws[draw]}, vertical_flip=len(kinds) > 1, **options)
+        return TrainBatches(*stores, draws={draw: self.draws[draw]}, vertical_flip=len(kinds) > 1, **options)
 
     def training_step(self, module: torch.nn.Module, loss, flops: float, source, compiled=None, optimizer=None):
         """Make a function that does one whole update: forward under autocast, backward, fused AdamW."""

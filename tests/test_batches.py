@@ -11,6 +11,7 @@ from PIL import Image
 
 import augment
 import data
+from batches import EvalBatches, TrainBatches
 
 QUIET = settings(deadline=None, database=None, max_examples=25)
 COUNT, SIZE = 23, 12
@@ -36,7 +37,7 @@ def stores(tmp_path_factory):
 
 def batches(stores, batch_size, seed=0, **options):
     options = dict(img_size=8, draws={"noise": (5,), "drop": (2, 3)}) | options
-    return augment.TrainBatches(*stores, batch_size=batch_size, seed=seed, **options)
+    return TrainBatches(*stores, batch_size=batch_size, seed=seed, **options)
 
 
 def numbers(batch) -> list[int]:
@@ -137,7 +138,7 @@ def test_crops_and_flips_can_be_switched_off(stores):
             return 4
 
     def seen(**options):
-        train = augment.TrainBatches(Half(), img_size=SIZE, batch_size=4, seed=0, **options)
+        train = TrainBatches(Half(), img_size=SIZE, batch_size=4, seed=0, **options)
         return augment.denormalise(torch.cat([b[0]["images"] for b in train.run(0, 8)])).round()
 
     plain = seen(crop=False, flip=False, vertical_flip=True)
@@ -153,7 +154,7 @@ def test_crops_and_flips_can_be_switched_off(stores):
 def test_evaluation_sees_every_image_exactly_once(stores, world, batch_size, img_size):
     seen = []
     for rank in range(world):
-        loader = augment.EvalBatches(stores[0], img_size=img_size, batch_size=batch_size, rank=rank, world_size=world)
+        loader = EvalBatches(stores[0], img_size=img_size, batch_size=batch_size, rank=rank, world_size=world)
         parts = list(loader)
         assert len(parts) == len(loader) and all(len(i) == batch_size for i, _ in parts[:-1])
         for index, images in parts:
@@ -165,10 +166,10 @@ def test_evaluation_sees_every_image_exactly_once(stores, world, batch_size, img
 
 def test_evaluation_with_more_processes_than_images_leaves_some_without(stores):
     options = dict(img_size=6, batch_size=4, world_size=COUNT + 2)
-    shares = [[i.tolist() for i, _ in augment.EvalBatches(stores[0], rank=r, **options)] for r in range(COUNT + 2)]
+    shares = [[i.tolist() for i, _ in EvalBatches(stores[0], rank=r, **options)] for r in range(COUNT + 2)]
     assert shares == [[[r]] for r in range(COUNT)] + [[], []]
     images = torch.full((2, 3, 9, 9), 100, dtype=torch.uint8)  # plain tensors are taken as well
-    assert [i.tolist() for i, _ in augment.EvalBatches(images, img_size=6, batch_size=4)] == [[0, 1]]
+    assert [i.tolist() for i, _ in EvalBatches(images, img_size=6, batch_size=4)] == [[0, 1]]
 
 
 @pytest.mark.parametrize(

@@ -109,14 +109,15 @@ def test_a_stop_signal_that_reaches_one_rank_only_stops_all_at_the_same_step(fla
 
 STOPS_IN_VALIDATION = """
 import os, signal, sys
-import augment, engine, pretrain
-batches, rank = augment.EvalBatches.__iter__, os.environ["RANK"]
+import engine, pretrain
+from batches import EvalBatches
+batches, rank = EvalBatches.__iter__, os.environ["RANK"]
 def interrupted(self):
     for number, batch in enumerate(batches(self)):
         if rank == "1" and number == 0:
             os.kill(os.getpid(), signal.SIGTERM)
         yield batch
-augment.EvalBatches.__iter__ = interrupted
+EvalBatches.__iter__ = interrupted
 try:
     pretrain.main(pretrain.get_args_parser().parse_args(sys.argv[1:]))
 except engine.EngineError as error:

@@ -14,8 +14,8 @@ import torch
 from small_runs import REPOSITORY, SMALL, drawn_root, log, mae_checkpoint, metrics, refusal, run
 from stress import assert_same, command, stress
 
-import augment
 import engine
+from batches import EvalBatches
 from engine import Distributed, EngineError
 from runs import RunFolder
 
@@ -57,7 +57,7 @@ def test_a_stop_request_does_not_wait_for_the_end_of_a_validation(
     args = [*flags, "--epochs", 3, "--batch_size", 4]
     args += ["--init", mae_checkpoint(tmp_path_factory)] if script == "finetune" else []
     run(script, *args, "--output_dir", tmp_path / "undisturbed")
-    batches, evaluated = augment.EvalBatches.__iter__, []
+    batches, evaluated = EvalBatches.__iter__, []
 
     def interrupted(self):
         evaluated.append(0)
@@ -68,7 +68,7 @@ def test_a_stop_request_does_not_wait_for_the_end_of_a_validation(
             evaluated[-1] += 1
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(EngineError, match="SIGTERM; checkpoint") as info:
-        patch.setattr(augment.EvalBatches, "__iter__", interrupted)
+        patch.setattr(EvalBatches, "__iter__", interrupted)
         run(script, *args, "--output_dir", tmp_path / "stopped")
     assert info.value.exit_code == 143 and evaluated[-1] == 0 < evaluated[0]
     assert len(log(tmp_path / "stopped", "val")) == validation - 1
