@@ -67,7 +67,7 @@ def main(args: argparse.Namespace) -> None:
         reason = "BatchNorm's statistics would change with it; lower --batch_size"
         raise EngineError(f"resnet50 takes no --micro_batch_size: {reason}")
     model, _ = build(build_segmenter, dist, args, **({} if resnet else {"drop_path": args.drop_path}))
-    flops = model.flops(args.img_size) if resnet else model.flops()
+    flops = model.flops()
     init = load_backbone(model, args.weights) if args.weights else None
     if resnet and dist.world_size > 1:
         if dist.device.type == "cuda":

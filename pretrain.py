@@ -136,7 +136,7 @@ def main(args: argparse.Namespace) -> None:
     precision = Precision(args.precision, dist.device)
     model, init = build(build_mae, dist, args, args.init, norm_pix_loss=args.norm_pix_loss)
     try:
-        flops = model.flops(args.mask_ratio)
+        flops = model.flops(mask_ratio=args.mask_ratio)
     except ValueError as error:
         raise EngineError(str(error)) from None
     split = splits.select_split(args.data_root, args.split, animal_fraction=args.animal_fraction, **options)

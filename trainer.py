@@ -410,7 +410,8 @@ def expected_memory(model: nn.Module, config: dict, mask_ratio: float) -> float 
     """
     if not hasattr(model, "blocks"):
         return None
-    tokens = {model.blocks: model.num_visible(mask_ratio) + 1, model.decoder_blocks: model.num_patches + 1}
+    decoder = getattr(model, "decoder_blocks", ())
+    tokens = {model.blocks: model.num_visible(mask_ratio) + 1, decoder: model.num_patches + 1}
     kept = sum(17 * n * block.norm1.weight.numel() for blocks, n in tokens.items() for block in blocks)
     images = config["args"]["micro_batch_size"] or config["batch_size"] // config["hardware"]["world_size"]
     return (16 * config["params"] + images * kept * (4 if config["precision"] == "fp32" else 2)) / 1e9
