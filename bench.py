@@ -186,11 +186,11 @@ class Bench:
         batch["masks"], same = (batch["images"][:, 0] * 3).long().clamp(max=2), itertools.repeat(batch)
         if task in ("pretrain", "scaling"):
             module = build_mae(self.args.model, img_size=self.args.img_size)
-            flops, loss = module.flops(), lambda network, b: network(b["images"], 0.75, b["noise"])[0]
+            flops, loss = module.flops(mask_ratio=0.75), lambda network, b: network(b["images"], 0.75, b["noise"])[0]
         else:
             resnet, size = task == "resnet50", self.args.img_size
             module = build_segmenter(task if resnet else self.args.model, img_size=size, drop_path=0.1)
-            flops, loss = module.flops(size) if resnet else module.flops(), pixel_loss
+            flops, loss = module.flops(), pixel_loss
         steps = {SYNTHETIC: self.training_step(module, loss, flops, same)}
         if task != "scaling" and not self.args.synthetic:
             source = (parts[0] for parts in self.batches(task, count, self.device).run(0, 10**9))
@@ -216,7 +216,8 @@ class Bench:
         module = build_mae(self.args.model, img_size=self.args.img_size)
         shapes = {"images": (3, self.args.img_size, self.args.img_size), "noise": (module.num_patches,)}
         same = itertools.repeat({k: torch.rand(count, *shape, device=self.device) for k, shape in shapes.items()})
-        parts = module, lambda network, b: network(b["images"], 0.75, b["noise"])[0], module.flops(), same
+        flops = module.flops(mask_ratio=0.75)
+        parts = module, lambda network, b: network(b["images"], 0.75, b["noise"])[0], flops, same
         weights = [p for p in module.to(self.device).parameters() if p.requires_grad]
         adamw = {n: torch.optim.AdamW(weights, lr=1e-5, **how) for n, how in alternatives.OPTIMIZERS.items()}
         fused, other = torch.optim.AdamW(weights, lr=1e-5, fused=True), not self.args.compile

@@ -1,66 +1,126 @@
-"""Masked Autoencoder, its segmentation form and a ResNet-50 baseline, in plain PyTorch. Copy this one file to use them.
+"""Vision Transformers: encoder, Masked Autoencoder, segmenters and classifiers, and ResNet-50 baselines, in plain PyTorch.
 
-    model = build_mae("mae_base", img_size=224)                       # Table 1 of the paper, 111.9 M parameters
+    model = build_mae("mae_base", img_size=224)                        # He et al., Table 1: 111.9 M parameters
     loss, pred, mask = model(images, mask_ratio=0.75)                  # images: [B, 3, 224, 224], normalised
-    segmenter = build_segmenter("mae_base", num_classes=3)
+    logits = build_segmenter("mae_base", num_classes=3)(images)        # [B, 3, 224, 224]
+    features = build_vit("mae_base")(images)                           # [B, 197, 768], class token first
 
-The architecture is that of He et al., "Masked Autoencoders Are Scalable Vision Learners" (2021), with the state-dict keys of
-facebookresearch/mae, so published weights load; the code is written independently (theirs is CC-BY-NC). Shapes: B images,
-C channels, H x W pixels, p patch size, L patches, K of them, N tokens (L + 1 with the class token), D features.
+This file can be copied alone. The architecture is that of He et al., "Masked Autoencoders Are Scalable Vision Learners"
+(2021), with the state-dict keys of facebookresearch/mae, so published weights load; the code is written independently
+(theirs is CC-BY-NC). Shapes: B images, C channels, H x W pixels, p patch size, L patches, K of them, N tokens (L + 1 with
+the class token), D features. Layers:
+
+    ViT                     encoder; alone, it computes features
+      MaskedAutoencoder     + decoder: pre-training
+        MAESegmenter        the same network without masking: one class per pixel
+      LinearSegmenter       + one linear layer per patch: one class per pixel
+      Classifier            + one linear layer per image: one class per image
+    ResNet50Segmenter, ResNet50Classifier
+
+The networks that are fine-tuned share one call, `network(images, drop_path=None) -> logits`, and the attributes `img_size`
+(height, width), `num_classes` and `fresh_keys`: prefixes of the state-dict keys that are never taken from a checkpoint.
 """
+
+import copy
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-# Named sizes. mae_base is Table 1 of the paper; mae_tiny is for demonstrations and tests on CPUs.
+# Named sizes. mae_base, mae_large and mae_huge are those of He et al.; mae_tiny is for demonstrations and tests on CPUs.
 MODELS = {
-    "mae_tiny": dict(embed_dim=192, depth=4, num_heads=3, decoder_embed_dim=128, decoder_depth=2, decoder_num_heads=4),
-    "mae_small": dict(
-        embed_dim=384, depth=12, num_heads=6, decoder_embed_dim=256, decoder_depth=4, decoder_num_heads=8
-    ),
-    "mae_base": dict(embed_dim=768, depth=12, num_heads=12),
-    "mae_large": dict(embed_dim=1024, depth=24, num_heads=16),
-    "mae_huge": dict(embed_dim=1280, depth=32, num_heads=16, patch_size=14),
+    "mae_tiny": {
+        "embed_dim": 192,
+        "depth": 4,
+        "num_heads": 3,
+        "decoder_embed_dim": 128,
+        "decoder_depth": 2,
+        "decoder_num_heads": 4,
+    },
+    "mae_small": {
+        "embed_dim": 384,
+        "depth": 12,
+        "num_heads": 6,
+        "decoder_embed_dim": 256,
+        "decoder_depth": 4,
+        "decoder_num_heads": 8,
+    },
+    "mae_base": {"embed_dim": 768, "depth": 12, "num_heads": 12},
+    "mae_large": {"embed_dim": 1024, "depth": 24, "num_heads": 16},
+    "mae_huge": {"embed_dim": 1280, "depth": 32, "num_heads": 16, "patch_size": 14},
 }
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Patches and positions
 
 
 def patchify(images: torch.Tensor, patch_size: int) -> torch.Tensor:
     """Cut images [B, C, H, W] into flattened patches [B, L, p*p*C], row by row, channels last within a patch."""
-    (B, C, H, W), p = images.shape, patch_size
-    return images.reshape(B, C, H // p, p, W // p, p).permute(0, 2, 4, 3, 5, 1).reshape(B, -1, p * p * C)
+    B, C, H, W = images.shape
+    p = patch_size
+    patches = images.reshape(B, C, H // p, p, W // p, p)
+    patches = patches.permute(0, 2, 4, 3, 5, 1)  # [B, H/p, W/p, p, p, C]
+    return patches.reshape(B, -1, p * p * C)
 
 
 def unpatchify(patches: torch.Tensor, patch_size: int, grid: tuple[int, int]) -> torch.Tensor:
     """Put patches [B, L, p*p*C] back together to images [B, C, H, W]; grid = (H / p, W / p)."""
-    B, p, (h, w) = patches.shape[0], patch_size, grid
-    return patches.reshape(B, h, w, p, p, -1).permute(0, 5, 1, 3, 2, 4).reshape(B, -1, h * p, w * p)
+    B = patches.shape[0]
+    p = patch_size
+    rows, columns = grid
+    images = patches.reshape(B, rows, columns, p, p, -1)
+    images = images.permute(0, 5, 1, 3, 2, 4)  # [B, C, H/p, p, W/p, p]
+    return images.reshape(B, -1, rows * p, columns * p)
 
 
 def sincos_pos_embed(dim: int, grid: tuple[int, int]) -> torch.Tensor:
-    """Compute fixed 2-D sine-cosine positions [1, 1 + L, D]: a zero row, then half the features for column, half for row."""
+    """Compute fixed 2-D sine-cosine position embeddings [1, 1 + L, D].
+
+    The class token's row is zero. Of the others, the first half of the features encodes the column, the second the row.
+    Raises ValueError unless dim is divisible by 4.
+    """
     if dim % 4:
         raise ValueError(f"embed_dim must be divisible by 4 for 2-D sine-cosine positions, got {dim}")
     omega = 10000.0 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim / 4))
     rows, columns = torch.meshgrid(torch.arange(grid[0]), torch.arange(grid[1]), indexing="ij")
-    angles = torch.stack([columns.flatten(), rows.flatten()])[..., None] * omega  # [2, L, D/4]
-    table = torch.cat([angles.sin(), angles.cos()], dim=-1).permute(1, 0, 2).flatten(1)  # [L, D]
-    return torch.cat([torch.zeros(1, dim), table.float()])[None]
+    coordinates = torch.stack([columns.flatten(), rows.flatten()])  # [2, L]
+    angles = coordinates[..., None] * omega  # [2, L, D/4]
+    table = torch.cat([angles.sin(), angles.cos()], dim=-1)
+    table = table.permute(1, 0, 2).flatten(1)  # [L, D]
+    cls_row = torch.zeros(1, dim)
+    return torch.cat([cls_row, table.float()])[None]
 
 
 def interpolate_pos_embed(pos_embed: torch.Tensor, source: tuple[int, int], target: tuple[int, int]) -> torch.Tensor:
     """Resize position embeddings [1, 1 + L, D] from one patch grid to another (bicubic); the class token's row is kept."""
-    cls_row, table = pos_embed[:, :1], pos_embed[:, 1:]
-    table = table.float().reshape(1, *source, -1).permute(0, 3, 1, 2)
+    cls_row = pos_embed[:, :1].float()
+    table = pos_embed[:, 1:].float()
+    table = table.reshape(1, *source, -1).permute(0, 3, 1, 2)  # [1, D, rows, columns]
     table = F.interpolate(table, size=target, mode="bicubic", align_corners=False)
-    return torch.cat([cls_row.float(), table.permute(0, 2, 3, 1).flatten(1, 2)], dim=1).to(pos_embed.dtype)
+    table = table.permute(0, 2, 3, 1).flatten(1, 2)  # [1, L, D]
+    return torch.cat([cls_row, table], dim=1).to(pos_embed.dtype)
 
 
 def take_rows(x: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """Pick rows ids [B, K] of x [B, L, D] -> [B, K, D]. One index_select on contiguous rows: faster than gather."""
+    """Select rows ids [B, K] of x [B, L, D] -> [B, K, D]."""
     B, L, D = x.shape
-    flat = ids + torch.arange(B, device=ids.device)[:, None] * L
-    return x.reshape(B * L, D).index_select(0, flat.flatten()).view(B, -1, D)
+    # One index_select on contiguous rows is faster than gather with an expanded index.
+    offsets = torch.arange(B, device=ids.device)[:, None] * L
+    flat_ids = (ids + offsets).flatten()
+    return x.reshape(B * L, D).index_select(0, flat_ids).view(B, -1, D)
+
+
+def as_image_size(img_size: int | tuple[int, int]) -> tuple[int, int]:
+    """Return (height, width) of an image size that is given as one number or as a pair."""
+    if isinstance(img_size, int):
+        return img_size, img_size
+    height, width = img_size
+    return height, width
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Transformer blocks
 
 
 class PatchEmbed(nn.Module):
@@ -69,18 +129,19 @@ class PatchEmbed(nn.Module):
     Applied as a matrix product, so that only the visible patches are embedded.
     """
 
-    def __init__(self, patch_size: int, in_chans: int, embed_dim: int):
+    def __init__(self, patch_size: int, in_chans: int, embed_dim: int) -> None:
         super().__init__()
         self.proj = nn.Conv2d(in_chans, embed_dim, kernel_size=patch_size, stride=patch_size)
 
     def forward(self, patches: torch.Tensor) -> torch.Tensor:
-        return F.linear(patches, self.proj.weight.permute(0, 2, 3, 1).flatten(1), self.proj.bias)
+        weight = self.proj.weight.permute(0, 2, 3, 1).flatten(1)  # channels last, as in `patchify`
+        return F.linear(patches, weight, self.proj.bias)
 
 
 class Attention(nn.Module):
     """Multi-head self-attention on [B, N, D]."""
 
-    def __init__(self, dim: int, num_heads: int):
+    def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
         if dim % num_heads:
             raise ValueError(f"embed_dim {dim} is not divisible by num_heads {num_heads}")
@@ -88,88 +149,253 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
+    def split_heads(self, x: torch.Tensor) -> torch.Tensor:
+        """Reshape [B, N, D] -> [B, heads, N, D/heads]."""
+        B, N, _ = x.shape
+        return x.view(B, N, self.num_heads, -1).transpose(1, 2)
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        B, N, D = x.shape
-        # Splitting the last dimension, not a permuted view: the backward pass then writes one gradient in its final layout.
-        q, k, v = (t.view(B, N, self.num_heads, -1).transpose(1, 2) for t in self.qkv(x).chunk(3, dim=-1))
-        x = F.scaled_dot_product_attention(q, k, v)  # [B, heads, N, D/heads]
-        return self.proj(x.transpose(1, 2).reshape(B, N, D))
+        # Three chunks instead of one permuted view: the backward pass then writes the gradient in its final layout.
+        q, k, v = self.qkv(x).chunk(3, dim=-1)
+        attended = F.scaled_dot_product_attention(self.split_heads(q), self.split_heads(k), self.split_heads(v))
+        return self.proj(attended.transpose(1, 2).reshape(x.shape))
 
 
 class Mlp(nn.Module):
     """Two linear layers with a GELU between them, on [B, N, D]."""
 
-    def __init__(self, dim: int, hidden: int):
+    def __init__(self, dim: int, hidden: int) -> None:
         super().__init__()
-        self.fc1, self.fc2 = nn.Linear(dim, hidden), nn.Linear(hidden, dim)
+        self.fc1 = nn.Linear(dim, hidden)
+        self.fc2 = nn.Linear(hidden, dim)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.fc2(F.gelu(self.fc1(x)))
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block; `scale` [B, 2] multiplies the two residual branches (stochastic depth)."""
+    """Pre-norm transformer block on [B, N, D]."""
 
-    def __init__(self, dim: int, num_heads: int, mlp_ratio: float = 4.0):
+    def __init__(self, dim: int, num_heads: int, mlp_ratio: float = 4.0) -> None:
         super().__init__()
-        self.norm1, self.attn = nn.LayerNorm(dim, eps=1e-6), Attention(dim, num_heads)
-        self.norm2, self.mlp = nn.LayerNorm(dim, eps=1e-6), Mlp(dim, int(dim * mlp_ratio))
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = Attention(dim, num_heads)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio))
 
     def forward(self, x: torch.Tensor, scale: torch.Tensor | None = None) -> torch.Tensor:
+        """Transform x [B, N, D]; scale [B, 2]: factors of the two residual branches (stochastic depth)."""
         attended = self.attn(self.norm1(x))
-        x = x + (attended if scale is None else attended * scale[:, 0, None, None])
+        if scale is not None:
+            attended = attended * scale[:, 0, None, None]
+        x = x + attended
         transformed = self.mlp(self.norm2(x))
-        return x + (transformed if scale is None else transformed * scale[:, 1, None, None])
+        if scale is not None:
+            transformed = transformed * scale[:, 1, None, None]
+        return x + transformed
 
 
-class MaskedAutoencoder(nn.Module):
-    """Masked Autoencoder with a ViT encoder on the visible patches and a light ViT decoder (He et al. 2021, section 3).
+def make_blocks(depth: int, dim: int, num_heads: int, mlp_ratio: float) -> nn.ModuleList:
+    """Stack `depth` transformer blocks."""
+    return nn.ModuleList(Block(dim, num_heads, mlp_ratio) for _ in range(depth))
 
-    img_size: height and width in pixels, one number or a pair, divisible by patch_size. norm_pix_loss: regress pixels
-    normalised by each patch's own mean and variance (He et al., Table 1d).
+
+def init_weights(module: nn.Module) -> None:
+    """Initialise as facebookresearch/mae does: xavier-uniform weights (the patch projection as a matrix), zero biases."""
+    if isinstance(module, (nn.Linear, nn.Conv2d)):
+        nn.init.xavier_uniform_(module.weight.flatten(1))
+        nn.init.zeros_(module.bias)
+
+
+def drop_path_rates(highest: float, depth: int) -> torch.Tensor:
+    """Compute the stochastic-depth rate of each block [depth], growing linearly from 0 to `highest`, in [0, 1)."""
+    if not 0 <= highest < 1:
+        raise ValueError(f"drop_path must lie in [0, 1), got {highest}")
+    return torch.linspace(0, highest, depth)
+
+
+def drop_path_scales(draws: torch.Tensor, rates: torch.Tensor) -> torch.Tensor:
+    """Turn uniform draws [B, depth, 2] into factors [depth, B, 2]: 0 with probability rates[i], else 1 / (1 - rates[i])."""
+    rates = rates[None, :, None]
+    kept = (draws >= rates).to(draws.dtype)
+    return (kept / (1 - rates)).transpose(0, 1)
+
+
+def matrix_product_flops(module: nn.Module, tokens: int) -> int:
+    """Count the operations of a module's matrix products on a sequence of tokens, 2 per multiply-add."""
+    weights = sum(p.numel() for p in module.parameters() if p.ndim > 1)
+    attended = sum(m.proj.in_features for m in module.modules() if isinstance(m, Attention))
+    return 2 * tokens * weights + 4 * tokens**2 * attended
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Encoder
+
+
+class ViT(nn.Module):
+    """Vision Transformer encoder with fixed sine-cosine positions (Dosovitskiy et al. 2021; He et al. 2021).
+
+    img_size: height and width in pixels, one number or a pair, divisible by patch_size. drop_path: stochastic depth of the
+    last block, in [0, 1), growing linearly from 0 at the first. initialize: False leaves PyTorch's initial values; a
+    subclass passes it, adds its layers and then calls `initialize_weights` once.
     """
 
+    fresh_keys: tuple[str, ...] = ()
+
     def __init__(
-        self, img_size: int | tuple[int, int] = 224, patch_size: int = 16, in_chans: int = 3, embed_dim: int = 768,
-        depth: int = 12, num_heads: int = 12, decoder_embed_dim: int = 512, decoder_depth: int = 8,
-        decoder_num_heads: int = 16, mlp_ratio: float = 4.0, norm_pix_loss: bool = True,
-    ):  # fmt: skip
+        self,
+        img_size: int | tuple[int, int] = 224,
+        patch_size: int = 16,
+        in_chans: int = 3,
+        embed_dim: int = 768,
+        depth: int = 12,
+        num_heads: int = 12,
+        mlp_ratio: float = 4.0,
+        drop_path: float = 0.0,
+        initialize: bool = True,
+    ) -> None:
         super().__init__()
-        H, W = (img_size, img_size) if isinstance(img_size, int) else img_size
-        if H % patch_size or W % patch_size or min(H, W) < patch_size:
-            raise ValueError(f"img_size {H} x {W} is not divisible by patch_size {patch_size}")
-        self.img_size, self.patch_size, self.norm_pix_loss = (H, W), patch_size, norm_pix_loss
-        self.grid = (H // patch_size, W // patch_size)
+        height, width = as_image_size(img_size)
+        if height % patch_size or width % patch_size or min(height, width) < patch_size:
+            raise ValueError(f"img_size {height} x {width} is not divisible by patch_size {patch_size}")
+        self.img_size = (height, width)
+        self.patch_size = patch_size
+        self.embed_dim = embed_dim
+        self.grid = (height // patch_size, width // patch_size)
 
         self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         self.pos_embed = nn.Parameter(sincos_pos_embed(embed_dim, self.grid), requires_grad=False)
-        self.blocks = nn.ModuleList(Block(embed_dim, num_heads, mlp_ratio) for _ in range(depth))
+        self.blocks = make_blocks(depth, embed_dim, num_heads, mlp_ratio)
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
+
+        # Without stochastic depth there is no buffer, which DistributedDataParallel would broadcast at every step.
+        drop_rates = drop_path_rates(drop_path, depth)
+        self.register_buffer("drop_rates", drop_rates if drop_path > 0 else None, persistent=False)
+        if initialize:
+            self.initialize_weights()
+
+    def initialize_weights(self) -> None:
+        """Initialise every layer as facebookresearch/mae does."""
+        self.apply(init_weights)
+        nn.init.normal_(self.cls_token, std=0.02)
+
+    @property
+    def num_patches(self) -> int:
+        """Number of patches L of an image."""
+        return self.grid[0] * self.grid[1]
+
+    def num_visible(self, mask_ratio: float) -> int:
+        """Count the patches of an image that stay visible at a mask ratio in [0, 1). Raises ValueError if none does."""
+        visible = int(self.num_patches * (1 - mask_ratio))
+        if not 0 <= mask_ratio < 1 or visible == 0:
+            raise ValueError(f"mask_ratio must lie in [0, 1) and leave a patch visible, got {mask_ratio}")
+        return visible
+
+    def forward(self, images: torch.Tensor, drop_path: torch.Tensor | None = None) -> torch.Tensor:
+        """Encode images [B, C, H, W] -> normalised features [B, 1 + L, D], class token first; see `forward_features`."""
+        return self.forward_features(images, drop_path)
+
+    def forward_features(self, images: torch.Tensor, drop_path: torch.Tensor | None = None) -> torch.Tensor:
+        """Encode all patches of images [B, C, H, W] -> [B, 1 + L, D].
+
+        drop_path: uniform draws [B, depth, 2] that decide which residual branches are dropped; None: no branch.
+        """
+        scales = None
+        if drop_path is not None and self.drop_rates is not None:
+            scales = drop_path_scales(drop_path, self.drop_rates)
+        return self.forward_encoder(patchify(images, self.patch_size), drop_path=scales)
+
+    def forward_encoder(
+        self, patches: torch.Tensor, ids: torch.Tensor | None = None, drop_path: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Encode patches [B, K, p*p*C] at positions ids [B, K] (None: all, in image order) -> [B, 1 + K, D].
+
+        drop_path: factors of the residual branches [depth, B, 2], see `drop_path_scales`; None: all are 1.
+        """
+        x = self.patch_embed(patches)
+        positions = self.pos_embed[:, 1:]
+        if ids is not None:
+            positions = F.embedding(ids, positions[0])
+        x = x + positions
+        cls_token = (self.cls_token + self.pos_embed[:, :1]).expand(x.shape[0], -1, -1)
+        x = torch.cat([cls_token.to(x.dtype), x], dim=1)
+        for i, block in enumerate(self.blocks):
+            if drop_path is None:
+                x = block(x)
+            else:
+                x = block(x, drop_path[i])
+        return self.norm(x)
+
+    def flops(self, training: bool = True, mask_ratio: float = 0.0) -> float:
+        """Count floating-point operations per image, 2 per multiply-add, matrix products only.
+
+        The reference formulation is counted (all patches embedded), so that rates compare with other code. training: add
+        the backward pass, which costs twice the forward pass, less the gradient of the input pixels.
+        """
+        tokens = self.num_visible(mask_ratio) + 1
+        embedding = matrix_product_flops(self.patch_embed, self.num_patches)
+        forward = embedding + matrix_product_flops(self.blocks, tokens) + self.head_flops(tokens)
+        if training:
+            return 3 * forward - embedding
+        return forward
+
+    def head_flops(self, tokens: int) -> float:
+        """Count the forward operations of the layers that follow the encoder, which returns `tokens` tokens an image."""
+        return 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pre-training
+
+
+class MaskedAutoencoder(ViT):
+    """Masked Autoencoder with a ViT encoder on the visible patches and a light ViT decoder (He et al. 2021, section 3).
+
+    norm_pix_loss: regress pixels normalised by each patch's own mean and variance (He et al., Table 1d). out_chans: channels
+    that the decoder predicts per pixel, default in_chans. The other arguments are those of `ViT`; drop_path acts in
+    `forward_features` only.
+    """
+
+    def __init__(
+        self,
+        img_size: int | tuple[int, int] = 224,
+        patch_size: int = 16,
+        in_chans: int = 3,
+        embed_dim: int = 768,
+        depth: int = 12,
+        num_heads: int = 12,
+        decoder_embed_dim: int = 512,
+        decoder_depth: int = 8,
+        decoder_num_heads: int = 16,
+        mlp_ratio: float = 4.0,
+        norm_pix_loss: bool = True,
+        out_chans: int | None = None,
+        drop_path: float = 0.0,
+    ) -> None:
+        super().__init__(
+            img_size, patch_size, in_chans, embed_dim, depth, num_heads, mlp_ratio, drop_path, initialize=False
+        )
+        if out_chans is None:
+            out_chans = in_chans
+        self.norm_pix_loss = norm_pix_loss
 
         self.decoder_embed = nn.Linear(embed_dim, decoder_embed_dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_embed_dim))
         self.decoder_pos_embed = nn.Parameter(sincos_pos_embed(decoder_embed_dim, self.grid), requires_grad=False)
-        blocks = (Block(decoder_embed_dim, decoder_num_heads, mlp_ratio) for _ in range(decoder_depth))
-        self.decoder_blocks = nn.ModuleList(blocks)
+        self.decoder_blocks = make_blocks(decoder_depth, decoder_embed_dim, decoder_num_heads, mlp_ratio)
         self.decoder_norm = nn.LayerNorm(decoder_embed_dim, eps=1e-6)
-        self.decoder_pred = nn.Linear(decoder_embed_dim, patch_size**2 * in_chans)
-        self.apply(init_weights)
-        nn.init.normal_(self.cls_token, std=0.02)
+        self.decoder_pred = nn.Linear(decoder_embed_dim, patch_size**2 * out_chans)
+        self.initialize_weights()
+
+    def initialize_weights(self) -> None:
+        """Initialise every layer as facebookresearch/mae does."""
+        super().initialize_weights()
         nn.init.normal_(self.mask_token, std=0.02)
 
-    @property
-    def num_patches(self) -> int:
-        return self.grid[0] * self.grid[1]
-
-    def num_visible(self, mask_ratio: float) -> int:
-        """Count the patches of an image that stay visible at a mask ratio in [0, 1)."""
-        visible = int(self.num_patches * (1 - mask_ratio))
-        if not 0 <= mask_ratio < 1 or not visible:
-            raise ValueError(f"mask_ratio must lie in [0, 1) and leave a patch visible, got {mask_ratio}")
-        return visible
-
-    def forward(self, images: torch.Tensor, mask_ratio: float = 0.75, noise: torch.Tensor | None = None):
+    def forward(
+        self, images: torch.Tensor, mask_ratio: float = 0.75, noise: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Mask, encode, decode and score images [B, C, H, W] -> (loss, pred [B, L, p*p*C] in image order, mask [B, L]).
 
         noise [B, L] in [0, 1) fixes the masking: the patches of lowest noise stay visible (mask 0), ties broken by position.
@@ -179,49 +405,46 @@ class MaskedAutoencoder(nn.Module):
         B, L, _ = patches.shape
         visible = self.num_visible(mask_ratio)
         if visible == L:
-            pred = self.forward_decoder(self.forward_encoder(patches))
-            loss = self.forward_loss(patches, pred) + 0 * self.mask_token.sum()  # DDP waits for every gradient
-            return loss, pred, images.new_zeros(B, L)
+            return self.forward_unmasked(patches)
         if noise is None:
             noise = torch.rand(B, L, device=images.device)
         order = torch.argsort(noise, dim=1, stable=True)  # [B, L], visible patches first
-        latent = self.forward_encoder(take_rows(patches, order[:, :visible]), order[:, :visible])
-        # Attention does not mind the order of its tokens, so the decoder runs on the shuffled sequence: no unshuffle of
-        # features, and the masked patches, the only ones the loss needs, are one slice.
+        visible_ids = order[:, :visible]
+        masked_ids = order[:, visible:]
+        latent = self.forward_encoder(take_rows(patches, visible_ids), visible_ids)
+        # Self-attention is permutation-equivariant, so the decoder runs on the shuffled sequence: its features need no
+        # unshuffling, and the masked patches, the only ones in the loss, are one slice.
         pred = self.forward_decoder(latent, order)
-        loss = self.forward_loss(take_rows(patches, order[:, visible:]), pred[:, visible:])
+        loss = self.forward_loss(take_rows(patches, masked_ids), pred[:, visible:])
         restore = torch.argsort(order, dim=1)
-        return loss, take_rows(pred, restore), (restore >= visible).to(images.dtype)
+        mask = (restore >= visible).to(images.dtype)
+        return loss, take_rows(pred, restore), mask
 
-    def forward_encoder(self, patches, ids=None, drop_path=None) -> torch.Tensor:
-        """Encode patches [B, K, p*p*C] at positions ids [B, K] (None: all, in image order) -> [B, 1 + K, D].
-
-        drop_path: factors of the residual branches, [depth, B, 2] (see `drop_path_scales`), or None.
-        """
-        x = self.patch_embed(patches)
-        positions = self.pos_embed[:, 1:]
-        x = x + (positions if ids is None else F.embedding(ids, positions[0]))
-        cls_token = (self.cls_token + self.pos_embed[:, :1]).expand(x.shape[0], -1, -1)
-        x = torch.cat([cls_token.to(x.dtype), x], dim=1)
-        for i, block in enumerate(self.blocks):
-            x = block(x, None if drop_path is None else drop_path[i])
-        return self.norm(x)
+    def forward_unmasked(self, patches: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Reconstruct all patches [B, L, p*p*C] from all of them -> (loss, pred, mask) as `forward` does."""
+        pred = self.forward_decoder(self.forward_encoder(patches))
+        loss = self.forward_loss(patches, pred)
+        # The mask token takes no part, but DistributedDataParallel waits for the gradient of every parameter.
+        loss = loss + 0 * self.mask_token.sum()
+        return loss, pred, patches.new_zeros(patches.shape[:2])
 
     def forward_decoder(self, latent: torch.Tensor, order: torch.Tensor | None = None) -> torch.Tensor:
         """Decode [B, 1 + K, D] -> [B, L, p*p*C]; masked positions are order[:, K:], and the output follows `order`."""
         x = self.decoder_embed(latent)
         positions = self.decoder_pos_embed
         if order is not None:
-            masked = self.mask_token.to(x.dtype).expand(x.shape[0], order.shape[1] + 1 - x.shape[1], -1)
-            x = torch.cat([x, masked], dim=1)
-            positions = F.embedding(F.pad(order + 1, (1, 0)), positions[0])  # row 0 belongs to the class token
+            num_masked = order.shape[1] + 1 - x.shape[1]
+            mask_tokens = self.mask_token.to(x.dtype).expand(x.shape[0], num_masked, -1)
+            x = torch.cat([x, mask_tokens], dim=1)
+            rows = F.pad(order + 1, (1, 0))  # row 0 belongs to the class token
+            positions = F.embedding(rows, positions[0])
         x = x + positions
         for block in self.decoder_blocks:
             x = block(x)
         return self.decoder_pred(self.decoder_norm(x)[:, 1:])
 
     def forward_loss(self, patches: torch.Tensor, pred: torch.Tensor) -> torch.Tensor:
-        """Mean squared error of pred [B, K, p*p*C] against the pixels of patches [B, K, p*p*C] in float32."""
+        """Compute the mean squared error of pred [B, K, p*p*C] against the pixels of patches [B, K, p*p*C] in float32."""
         target = patches.float()
         if self.norm_pix_loss:
             mean, std = self.patch_statistics(target)
@@ -230,137 +453,264 @@ class MaskedAutoencoder(nn.Module):
 
     @staticmethod
     def patch_statistics(patches: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean and standard deviation of each patch [B, K, p*p*C] -> two [B, K, 1]; the variance is unbiased, plus 1e-6."""
+        """Compute mean and standard deviation of each patch [B, K, p*p*C] -> two [B, K, 1].
+
+        The variance is the unbiased one plus 1e-6.
+        """
         variance, mean = torch.var_mean(patches, dim=-1, keepdim=True)
         return mean, (variance + 1e-6).sqrt()
 
     @torch.no_grad()
-    def reconstruct(self, images: torch.Tensor, mask_ratio: float = 0.75, noise: torch.Tensor | None = None):
+    def reconstruct(
+        self, images: torch.Tensor, mask_ratio: float = 0.75, noise: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Reconstruct images [B, C, H, W] -> (masked input, reconstruction), both [B, C, H, W] in the images' own units.
 
         Masked pixels of the input are 0 (grey, when images are normalised). The reconstruction keeps the visible patches
         and fills in predicted ones; a prediction of normalised pixels is put back by each patch's own statistics.
         """
         _, pred, mask = self(images, mask_ratio, noise)
-        patches, pred, mask = patchify(images, self.patch_size).float(), pred.float(), mask[..., None]
+        patches = patchify(images, self.patch_size).float()
+        pred = pred.float()
+        mask = mask[..., None]
         if self.norm_pix_loss:
             mean, std = self.patch_statistics(patches)
             pred = pred * std + mean
         masked = patches * (1 - mask)
-        return tuple(unpatchify(x, self.patch_size, self.grid) for x in (masked, masked + pred * mask))
+        filled = masked + pred * mask
+        return unpatchify(masked, self.patch_size, self.grid), unpatchify(filled, self.patch_size, self.grid)
 
-    def flops(self, mask_ratio: float = 0.75, training: bool = True) -> float:
-        """Count floating-point operations per image, 2 per multiply-add, matrix products only.
-
-        The reference formulation is counted (all patches embedded), so that rates compare with other code. The backward
-        pass costs twice the forward pass, less the gradient of the input pixels.
-        """
-
-        def products(tokens: int, *parts: nn.Module) -> float:
-            weights = sum(p.numel() for part in parts for p in part.parameters() if p.ndim > 1)
-            attended = sum(m.proj.in_features for part in parts for m in part.modules() if isinstance(m, Attention))
-            return 2 * tokens * weights + 4 * tokens**2 * attended
-
-        L, tokens = self.num_patches, self.num_visible(mask_ratio) + 1
-        embed = products(L, self.patch_embed)
-        forward = embed + products(tokens, self.blocks, self.decoder_embed)
-        forward += products(L + 1, self.decoder_blocks, self.decoder_pred)
-        return 3 * forward - embed if training else forward
+    def head_flops(self, tokens: int) -> float:
+        decoder_tokens = self.num_patches + 1
+        embedding = matrix_product_flops(self.decoder_embed, tokens)
+        blocks = matrix_product_flops(self.decoder_blocks, decoder_tokens)
+        return embedding + blocks + matrix_product_flops(self.decoder_pred, decoder_tokens)
 
 
-def init_weights(module: nn.Module) -> None:
-    """Initialise as facebookresearch/mae does: xavier-uniform weights (the patch projection as a matrix), zero biases."""
-    if isinstance(module, (nn.Linear, nn.Conv2d)):
-        nn.init.xavier_uniform_(module.weight.flatten(1) if module.weight.dim() > 2 else module.weight)
-        nn.init.zeros_(module.bias)
+# ---------------------------------------------------------------------------------------------------------------------
+# Fine-tuning
 
 
 class MAESegmenter(MaskedAutoencoder):
-    """The same network with masking off: the decoder's last layer predicts num_classes per pixel (the paper, section 2.1).
+    """Masked Autoencoder without masking, whose decoder predicts num_classes per pixel (the study, section 2.1).
 
-    With 3 classes that layer has the key and the shape of the pixel predictor, hence `fresh_keys`: prefixes of keys never
-    taken from a checkpoint. head "linear" is one linear layer on the encoder's features in place of the decoder; drop_path:
-    stochastic depth of the last encoder block, growing linearly from 0 at the first.
+    With 3 classes the last layer has the key and the shape of the pixel predictor, so it is named in `fresh_keys`. Position
+    embeddings are trained. sizes: further arguments of `MaskedAutoencoder`.
     """
 
     fresh_keys = ("decoder_pred.",)
 
-    def __init__(self, num_classes: int = 3, head: str = "decoder", drop_path: float = 0.0, **sizes):
-        super().__init__(**sizes)
-        if head not in ("decoder", "linear"):
-            raise ValueError(f"head must be decoder or linear, got {head!r}")
-        if not 0 <= drop_path < 1:
-            raise ValueError(f"drop_path must lie in [0, 1), got {drop_path}")
-        self.head, self.num_classes = head, num_classes
-        self.register_buffer("drop_rates", torch.linspace(0, drop_path, len(self.blocks)), persistent=False)
+    def __init__(self, num_classes: int = 3, drop_path: float = 0.0, **sizes: Any) -> None:
+        super().__init__(out_chans=num_classes, drop_path=drop_path, **sizes)
+        self.num_classes = num_classes
         self.pos_embed.requires_grad = True
-        if head == "linear":
-            self.decoder_embed, self.decoder_blocks, self.decoder_norm = nn.Identity(), nn.ModuleList(), nn.Identity()
-            self.mask_token = self.decoder_pos_embed = None
-        else:
-            self.decoder_pos_embed.requires_grad = True
-            self.mask_token.requires_grad = False  # without masking nothing uses it; kept for its key
-        features = self.norm.weight.numel() if head == "linear" else self.decoder_pred.in_features
-        self.decoder_pred = nn.Linear(features, self.patch_size**2 * num_classes)
+        self.decoder_pos_embed.requires_grad = True
+        self.mask_token.requires_grad = False  # unused without masking; kept for its key
+        # Segmenters once replaced the pixel predictor by a new layer. Drawing the layer a second time takes the same
+        # numbers from the random stream, so a seed still gives the initial weights of recorded runs.
+        self.decoder_pred.reset_parameters()
         init_weights(self.decoder_pred)
 
     def forward(self, images: torch.Tensor, drop_path: torch.Tensor | None = None) -> torch.Tensor:
-        """Predict logits [B, num_classes, H, W]; drop_path [B, depth, 2]: uniform draws that decide what is dropped."""
-        scales = None if drop_path is None else drop_path_scales(drop_path, self.drop_rates)
-        x = self.forward_encoder(patchify(images, self.patch_size), drop_path=scales)
-        x = self.decoder_pred(x[:, 1:]) if self.head == "linear" else self.forward_decoder(x)
-        return unpatchify(x, self.patch_size, self.grid)
-
-    def flops(self, mask_ratio: float = 0.0, training: bool = True) -> float:
-        return super().flops(mask_ratio, training)
+        """Predict class logits [B, num_classes, H, W] of images [B, C, H, W]; drop_path: see `forward_features`."""
+        latent = self.forward_features(images, drop_path)
+        return unpatchify(self.forward_decoder(latent), self.patch_size, self.grid)
 
 
-def drop_path_scales(draws: torch.Tensor, rates: torch.Tensor) -> torch.Tensor:
-    """Turn draws [B, depth, 2] into factors [depth, B, 2]: 0 with probability rates[i], else 1 / (1 - rates[i])."""
-    rates = rates[None, :, None]
-    return ((draws >= rates).to(draws.dtype) / (1 - rates)).transpose(0, 1)
+class LinearSegmenter(ViT):
+    """ViT encoder and one linear layer that predicts num_classes for each pixel of a patch from the patch's features.
+
+    Its layer has the key of the Masked Autoencoder's pixel predictor. Position embeddings are trained, unless the caller
+    freezes the encoder. sizes: further arguments of `ViT`.
+    """
+
+    fresh_keys = ("decoder_pred.",)
+
+    def __init__(self, num_classes: int = 3, drop_path: float = 0.0, **sizes: Any) -> None:
+        super().__init__(drop_path=drop_path, **sizes)
+        self.num_classes = num_classes
+        self.pos_embed.requires_grad = True
+        self.decoder_pred = nn.Linear(self.embed_dim, self.patch_size**2 * num_classes)
+        init_weights(self.decoder_pred)
+
+    def forward(self, images: torch.Tensor, drop_path: torch.Tensor | None = None) -> torch.Tensor:
+        """Predict class logits [B, num_classes, H, W] of images [B, C, H, W]; drop_path: see `forward_features`."""
+        features = self.forward_features(images, drop_path)
+        return unpatchify(self.decoder_pred(features[:, 1:]), self.patch_size, self.grid)
+
+    def head_flops(self, tokens: int) -> float:
+        return matrix_product_flops(self.decoder_pred, tokens)  # the class token is counted, as for `MAESegmenter`
 
 
-class ResNet50Segmenter(nn.Module):
-    """torchvision's ResNet-50 without its fully connected layer; features projected to classes and upsampled (section 2.2).
+class Classifier(ViT):
+    """ViT encoder and one linear layer that predicts num_classes for an image.
+
+    pooling: "mean" averages the normalised patch tokens, "cls" takes the class token. Position embeddings are trained.
+    sizes: further arguments of `ViT`.
+    """
+
+    fresh_keys = ("head.",)
+
+    def __init__(self, num_classes: int, pooling: str = "mean", drop_path: float = 0.0, **sizes: Any) -> None:
+        if pooling not in ("mean", "cls"):
+            raise ValueError(f"pooling must be mean or cls, got {pooling!r}")
+        super().__init__(drop_path=drop_path, **sizes)
+        self.num_classes = num_classes
+        self.pooling = pooling
+        self.pos_embed.requires_grad = True
+        self.head = nn.Linear(self.embed_dim, num_classes)
+        init_weights(self.head)
+
+    def forward(self, images: torch.Tensor, drop_path: torch.Tensor | None = None) -> torch.Tensor:
+        """Predict class logits [B, num_classes] of images [B, C, H, W]; drop_path: see `forward_features`."""
+        return self.head(self.pool(self.forward_features(images, drop_path)))
+
+    def pool(self, features: torch.Tensor) -> torch.Tensor:
+        """Reduce features [B, 1 + L, D] to one vector per image [B, D]."""
+        if self.pooling == "cls":
+            return features[:, 0]
+        return features[:, 1:].mean(dim=1)
+
+    def head_flops(self, tokens: int) -> float:
+        return matrix_product_flops(self.head, 1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# ResNet-50
+
+
+class ResNet50(nn.Module):
+    """torchvision's ResNet-50 without its fully connected layer, with random weights: the base of the two baselines."""
+
+    fresh_keys: tuple[str, ...] = ()
+    num_features = 2048  # channels of the last stage
+
+    def __init__(self, img_size: int | tuple[int, int] = 224) -> None:
+        super().__init__()
+        from torchvision.models import resnet50  # imported here so that the other networks need torch alone
+
+        self.img_size = as_image_size(img_size)
+        self.backbone = resnet50(weights=None)
+        del self.backbone.fc
+
+    def forward_features(self, images: torch.Tensor) -> torch.Tensor:
+        """Compute feature maps [B, 2048, H/32, W/32] of images [B, 3, H, W]."""
+        net = self.backbone
+        x = net.maxpool(net.relu(net.bn1(net.conv1(images))))
+        return net.layer4(net.layer3(net.layer2(net.layer1(x))))
+
+    def flops(self, training: bool = True, mask_ratio: float = 0.0) -> float:
+        """Count floating-point operations per image as `ViT.flops` does, by a run on the meta device.
+
+        mask_ratio is part of the common signature; without patches only 0 is possible. Raises ValueError otherwise.
+        """
+        from torch.utils.flop_counter import FlopCounterMode
+
+        if mask_ratio != 0:
+            raise ValueError(f"ResNet-50 masks no patches: mask_ratio must be 0, got {mask_ratio}")
+        height, width = self.img_size
+        network = copy.deepcopy(self).to("meta").eval()
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            network(torch.zeros(1, 3, height, width, device="meta"))
+        forward = counter.get_total_flops()
+        if not training:
+            return forward
+        output_pixels = ((height + 1) // 2) * ((width + 1) // 2)  # the first convolution has a stride of 2
+        first_layer = 2 * self.backbone.conv1.weight.numel() * output_pixels
+        return 3 * forward - first_layer
+
+
+class ResNet50Segmenter(ResNet50):
+    """ResNet-50 whose last features are projected to classes and upsampled (the study, section 2.2).
 
     Its output has a stride of 32 pixels, which bounds how fine its masks can be.
     """
 
-    def __init__(self, num_classes: int = 3):
-        super().__init__()
-        from torchvision.models import resnet50  # the only use of torchvision here
-
-        self.backbone = resnet50(weights=None)
-        self.classifier = nn.Conv2d(self.backbone.fc.in_features, num_classes, kernel_size=1)
-        self.backbone.fc = nn.Identity()
+    def __init__(self, num_classes: int = 3, img_size: int | tuple[int, int] = 224) -> None:
+        super().__init__(img_size)
+        self.num_classes = num_classes
+        self.classifier = nn.Conv2d(self.num_features, num_classes, kernel_size=1)
 
     def forward(self, images: torch.Tensor, drop_path: None = None) -> torch.Tensor:
         """Predict class logits [B, num_classes, H, W] of images [B, 3, H, W]; drop_path is accepted and ignored."""
-        b = self.backbone
-        x = b.maxpool(b.relu(b.bn1(b.conv1(images))))
-        x = self.classifier(b.layer4(b.layer3(b.layer2(b.layer1(x)))))
-        return F.interpolate(x.float(), size=images.shape[-2:], mode="bilinear", align_corners=False)
-
-    def flops(self, img_size: int = 224, training: bool = True) -> float:
-        """Count floating-point operations per image, as `MaskedAutoencoder.flops` does, by running on the meta device."""
-        from torch.utils.flop_counter import FlopCounterMode
-
-        with torch.device("meta"):
-            copy, image = ResNet50Segmenter(self.classifier.out_channels), torch.zeros(1, 3, img_size, img_size)
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
-            copy.eval()(image)
-        first = 2 * self.backbone.conv1.weight.numel() * (img_size // 2) ** 2
-        return 3 * counter.get_total_flops() - first if training else counter.get_total_flops()
+        logits = self.classifier(self.forward_features(images))
+        return F.interpolate(logits.float(), size=images.shape[-2:], mode="bilinear", align_corners=False)
 
 
-def build_mae(name: str = "mae_base", **overrides) -> MaskedAutoencoder:
+class ResNet50Classifier(ResNet50):
+    """ResNet-50 with average pooling and a new linear layer to num_classes."""
+
+    fresh_keys = ("head.",)
+
+    def __init__(self, num_classes: int, img_size: int | tuple[int, int] = 224) -> None:
+        super().__init__(img_size)
+        self.num_classes = num_classes
+        self.head = nn.Linear(self.num_features, num_classes)
+
+    def forward(self, images: torch.Tensor, drop_path: None = None) -> torch.Tensor:
+        """Predict class logits [B, num_classes] of images [B, 3, H, W]; drop_path is accepted and ignored."""
+        pooled = self.backbone.avgpool(self.forward_features(images)).flatten(1)
+        return self.head(pooled)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Builders. Each takes the name of a size in MODELS; further keyword arguments replace those of the named size.
+
+
+def build_mae(name: str = "mae_base", **overrides: Any) -> MaskedAutoencoder:
     """Build a Masked Autoencoder of a named size; overrides are arguments of `MaskedAutoencoder`."""
-    return MaskedAutoencoder(**{**MODELS[name], **overrides})
+    sizes = MODELS[name] | overrides
+    return MaskedAutoencoder(**sizes)
 
 
-def build_segmenter(name: str = "mae_base", num_classes: int = 3, img_size: int = 224, **overrides) -> nn.Module:
-    """Build a segmenter: a `MAESegmenter` of a named size, or name = "resnet50"."""
+def build_vit(name: str = "mae_base", **overrides: Any) -> ViT:
+    """Build the encoder of a named size alone; overrides are arguments of `ViT`."""
+    sizes = encoder_sizes(name) | overrides
+    return ViT(**sizes)
+
+
+def build_segmenter(
+    name: str = "mae_base",
+    num_classes: int = 3,
+    img_size: int | tuple[int, int] = 224,
+    head: str = "decoder",
+    drop_path: float = 0.0,
+    **overrides: Any,
+) -> MAESegmenter | LinearSegmenter | ResNet50Segmenter:
+    """Build a segmenter of a named size, or name = "resnet50", which has neither heads to choose from nor drop_path.
+
+    head: "decoder" is a `MAESegmenter`, "linear" a `LinearSegmenter`. Raises ValueError for another head.
+    """
+    if head not in ("decoder", "linear"):
+        raise ValueError(f"head must be decoder or linear, got {head!r}")
     if name == "resnet50":
-        return ResNet50Segmenter(num_classes)
-    return MAESegmenter(num_classes=num_classes, img_size=img_size, **{**MODELS[name], **overrides})
+        return ResNet50Segmenter(num_classes, img_size)
+    if head == "linear":
+        sizes = encoder_sizes(name) | overrides
+        return LinearSegmenter(num_classes, drop_path, img_size=img_size, **sizes)
+    sizes = MODELS[name] | overrides
+    return MAESegmenter(num_classes, drop_path, img_size=img_size, **sizes)
+
+
+def build_classifier(
+    name: str = "mae_base",
+    num_classes: int = 37,
+    img_size: int | tuple[int, int] = 224,
+    pooling: str = "mean",
+    drop_path: float = 0.0,
+    **overrides: Any,
+) -> Classifier | ResNet50Classifier:
+    """Build a classifier of a named size, or name = "resnet50", which has neither pooling to choose nor drop_path."""
+    if name == "resnet50":
+        return ResNet50Classifier(num_classes, img_size)
+    sizes = encoder_sizes(name) | overrides
+    return Classifier(num_classes, pooling, drop_path, img_size=img_size, **sizes)
+
+
+def encoder_sizes(name: str) -> dict[str, int]:
+    """Return the arguments of `ViT` for a named size."""
+    return {key: value for key, value in MODELS[name].items() if not key.startswith("decoder_")}
+
+
+# The "kind" in the model_config of a checkpoint -> the function that builds its network.
+BUILDERS = {"mae": build_mae, "vit": build_vit, "segmenter": build_segmenter, "classifier": build_classifier}

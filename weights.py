@@ -1,9 +1,10 @@
-"""Reading checkpoints safely, and loading weights that other projects published into the models of models.py.
+"""Reading checkpoints safely, and loading weights that other projects published into the networks of models.py.
 
 print(load_pretrained(build_segmenter("mae_base"), "mae_pretrain_vit_base.pth"))     # what was loaded, what is new
 model, checkpoint = load_model("runs/study/seed0/finetune_animal/model.pt")
 """
 
+import math
 import os
 import pickle
 import re
@@ -12,7 +13,13 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from models import MODELS, build_mae, build_segmenter, interpolate_pos_embed
+from models import BUILDERS, MODELS, interpolate_pos_embed
+
+PARTS = ("all", "encoder")  # what `load_pretrained` can be asked to load
+ENCODER_KEYS = ("cls_token", "pos_embed", "patch_embed.", "blocks.", "norm.", "backbone.")
+POSITION_KEYS = ("pos_embed", "decoder_pos_embed")
+
+State = dict[str, torch.Tensor]
 
 
 class CheckpointError(ValueError):
@@ -23,12 +30,12 @@ class CheckpointError(ValueError):
 
 @dataclass
 class LoadReport:
-    """What `load_pretrained` did, by state-dict key; new_head starts fresh on purpose."""
+    """What `load_pretrained` did, by state-dict key."""
 
     source: str
     layout: str
     loaded: list[str]
-    new_head: list[str]
+    new_head: list[str]  # never taken from a checkpoint, starts fresh on purpose
     missing: list[str]
     unexpected: list[str]
     interpolated: list[str]  # position embeddings fitted to another grid
@@ -36,15 +43,27 @@ class LoadReport:
     def __str__(self) -> str:
         parts = []
         for name in ("loaded", "new_head", "missing", "unexpected"):
-            keys = getattr(self, name)
-            modules = ", ".join(sorted({k.split(".")[0] for k in keys}))
-            parts.append(f"{name.replace('_', ' ')} {f'{len(keys)} ({modules})' if keys else 'none'}")
-        parts += [f"positions interpolated: {', '.join(self.interpolated)}"] if self.interpolated else []
-        parts += ["the decoder starts fresh"] if any(k.startswith("decoder_blocks") for k in self.missing) else []
+            parts.append(name.replace("_", " ") + " " + summarise_keys(getattr(self, name)))
+        if self.interpolated:
+            parts.append("positions interpolated: " + ", ".join(self.interpolated))
+        if any(key.startswith("decoder_blocks") for key in self.missing):
+            parts.append("the decoder starts fresh")
         return f"{self.source} ({self.layout}): " + "; ".join(parts)
 
 
-def read_checkpoint(path: str) -> dict:
+def summarise_keys(keys: list[str]) -> str:
+    """Describe state-dict keys by their number and the modules that they belong to."""
+    if not keys:
+        return "none"
+    modules = sorted({key.split(".")[0] for key in keys})
+    return f"{len(keys)} ({', '.join(modules)})"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading
+
+
+def read_checkpoint(path: str | os.PathLike) -> dict:
     """Read a checkpoint file to CPU memory without running any code in it; CheckpointError if that cannot be done."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
@@ -62,50 +81,170 @@ def read_checkpoint(path: str) -> dict:
     return content
 
 
-def load_pretrained(model: nn.Module, source: str | os.PathLike | dict) -> LoadReport:
-    """Load what fits of a pre-trained MAE into a model of models.py, and report it.
+def load_model(path: str | os.PathLike) -> tuple[nn.Module, dict]:
+    """Rebuild a model from a checkpoint that this project's scripts wrote -> (model in eval mode, the full checkpoint)."""
+    content = read_checkpoint(path)
+    config = content.get("model_config")
+    if not isinstance(config, dict) or "model" not in content:
+        raise CheckpointError(f"{path} was not written by this project's training scripts (it has no model_config)")
+    try:
+        model = build_from_config(config)
+        model.load_state_dict(content["model"])
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(f"{path} does not fit the model it names: {reason}") from None
+    return model.eval(), content
+
+
+def build_from_config(config: dict) -> nn.Module:
+    """Build the network that a checkpoint's model_config describes: its kind, its name and the builder's arguments."""
+    arguments = {}
+    for key, value in config.items():
+        if isinstance(value, list):  # JSON knows no tuples
+            value = tuple(value)
+        arguments[key] = value
+    build = BUILDERS[arguments.pop("kind")]
+    name = arguments.pop("name")
+    return build(name, **arguments)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Loading into another network
+
+
+def load_pretrained(model: nn.Module, source: str | os.PathLike | dict, part: str = "all") -> LoadReport:
+    """Load what fits of a pre-trained network into a network of models.py, and report it.
 
     source: a path or a loaded dictionary: checkpoints of this project, facebookresearch/mae's full or encoder-only files,
-    timm's ViT or transformers' ViTMAE state dicts. Position embeddings are interpolated to the model's grid. The last
-    layer of a `MAESegmenter` is never taken from a checkpoint: its key and shape equal the pixel predictor's.
-    Raises CheckpointError if nothing is in common or a shape differs.
+    timm's ViT or transformers' ViTMAE state dicts. part: "encoder" leaves a decoder in the checkpoint aside, "all" takes
+    it. Position embeddings are interpolated to the model's grid. Keys under the model's `fresh_keys` are never taken from
+    a checkpoint: a class head may have the key and the shape of the pixel predictor.
+    Raises CheckpointError if nothing is in common or a shape differs, and leaves the model untouched then.
     """
-    named = isinstance(source, (str, os.PathLike))
-    name, content = (str(source), read_checkpoint(source)) if named else ("state dict", source)
+    if part not in PARTS:
+        raise ValueError(f"part must be one of {', '.join(PARTS)}, got {part!r}")
+    name = "state dict"
+    content = source
+    if not isinstance(source, dict):
+        name = str(source)
+        content = read_checkpoint(source)
+    config = model_config_of(content)
     layout, state = reference_keys(content)
-    own, config = model.state_dict(), content.get("model_config", {})
-    # A segmenter's class head is no pixel predictor.
-    swapped = config.get("kind") == "segmenter" and hasattr(model, "norm_pix_loss")
-    new_head = [k for k in own if k.startswith(getattr(model, "fresh_keys", ("decoder_pred.",) if swapped else ()))]
-    shared = [k for k in own if k in state and k not in new_head]
-    if not any(k.startswith(("blocks.", "backbone.")) for k in shared):
-        keys = ", ".join(list(state)[:3]) or "none"
-        raise CheckpointError(f"{name} has no layer in common with the model (its keys: {keys} ...)")
-    interpolated, pixels = [], config.get("img_size")  # without it, the positions of a square image are supposed
-    grid = [side // model.patch_size for side in ([pixels] * 2 if isinstance(pixels, int) else pixels or ())]
-    for key in shared:
-        table = key in ("pos_embed", "decoder_pos_embed") and state[key].ndim == 3
-        if table and state[key].shape[2] == own[key].shape[2]:
-            rows = state[key].shape[1] - 1
-            source_grid = tuple(grid) if grid and grid[0] * grid[1] == rows else (int(rows**0.5),) * 2
-            if source_grid != model.grid and source_grid[0] * source_grid[1] == rows:
-                state[key] = interpolate_pos_embed(state[key], source_grid, model.grid)
-                interpolated.append(key)
-        if state[key].shape != own[key].shape:
-            found = f"{key} is {list(state[key].shape)}, the model needs {list(own[key].shape)}"
-            dim = state["cls_token"].shape[-1:] if "cls_token" in state else ()
-            same = "cls_token" in own and dim == own["cls_token"].shape[-1:]
-            sizes = [] if same else [size for size in MODELS if (MODELS[size]["embed_dim"],) == dim]
-            hints = [f"; it fits --model {size}" for size in sizes]
-            raise CheckpointError(f"{name} is of another model size: {found}{''.join(hints[:1])}")
-    depths = [len({k.split(".")[1] for k in keys if k.startswith("blocks.")}) for keys in (state, own)]
-    if depths[0] != depths[1]:
-        found = f"{depths[0]} encoder blocks, the model needs {depths[1]}"
-        raise CheckpointError(f"{name} is of another model size: {found}")
-    model.load_state_dict({k: state[k] for k in shared}, strict=False)
-    missing = [k for k in own if k not in state and k not in new_head]
-    return LoadReport(name, layout, shared, new_head, missing, [k for k in state if k not in own], interpolated)
+    if part == "encoder":
+        state = {key: value for key, value in state.items() if key.startswith(ENCODER_KEYS)}
 
+    own = model.state_dict()
+    new_head = match_fresh_keys(own, model, config)
+    shared = [key for key in own if key in state and key not in new_head]
+    check_common_layers(name, state, shared)
+    interpolated = fit_positions(state, own, shared, model, config)
+    check_shapes(name, state, own, shared)
+    check_depth(name, state, own)
+    model.load_state_dict({key: state[key] for key in shared}, strict=False)
+
+    missing = [key for key in own if key not in state and key not in new_head]
+    unexpected = [key for key in state if key not in own]
+    return LoadReport(name, layout, shared, new_head, missing, unexpected, interpolated)
+
+
+def model_config_of(content: dict) -> dict:
+    """Return the description of the network in one of this project's checkpoints, or {} for other files."""
+    config = content.get("model_config")
+    if isinstance(config, dict):
+        return config
+    return {}
+
+
+def match_fresh_keys(own: State, model: nn.Module, config: dict) -> list[str]:
+    """List the model's keys that are never taken from this checkpoint."""
+    prefixes = tuple(model.fresh_keys)
+    if config.get("kind") == "segmenter":
+        prefixes += ("decoder_pred.",)  # it predicts classes there, pixels in a Masked Autoencoder
+    return [key for key in own if key.startswith(prefixes)]
+
+
+def check_common_layers(name: str, state: State, shared: list[str]) -> None:
+    """Refuse a checkpoint that has no encoder layer in common with the model."""
+    if any(key.startswith(("blocks.", "backbone.")) for key in shared):
+        return
+    keys = ", ".join(list(state)[:3]) or "none"
+    raise CheckpointError(f"{name} has no layer in common with the model (its keys: {keys} ...)")
+
+
+def fit_positions(state: State, own: State, shared: list[str], model: nn.Module, config: dict) -> list[str]:
+    """Interpolate the position embeddings in `state` to the model's grid -> the keys that it changed."""
+    interpolated = []
+    for key in shared:
+        if key not in POSITION_KEYS or not is_position_table(state[key], own[key].shape[2]):
+            continue
+        num_patches = state[key].shape[1] - 1
+        grid = source_grid(num_patches, config, model.patch_size)
+        if grid is not None and grid != model.grid:
+            state[key] = interpolate_pos_embed(state[key], grid, model.grid)
+            interpolated.append(key)
+    return interpolated
+
+
+def is_position_table(tensor: torch.Tensor, dim: int) -> bool:
+    """Say whether a tensor has the shape [1, 1 + L, dim] of position embeddings, with L >= 1."""
+    return tensor.ndim == 3 and tensor.shape[0] == 1 and tensor.shape[1] >= 2 and tensor.shape[2] == dim
+
+
+def source_grid(num_patches: int, config: dict, patch_size: int) -> tuple[int, int] | None:
+    """Infer the patch grid (rows, columns) of a checkpoint; a square where it does not say, None if that is impossible."""
+    img_size = config.get("img_size")
+    if isinstance(img_size, int):
+        img_size = (img_size, img_size)
+    if isinstance(img_size, (list, tuple)) and len(img_size) == 2:
+        rows, columns = (side // patch_size for side in img_size)
+        if rows * columns == num_patches:
+            return rows, columns
+    side = math.isqrt(num_patches)
+    if side * side == num_patches:
+        return side, side
+    return None
+
+
+def check_shapes(name: str, state: State, own: State, shared: list[str]) -> None:
+    """Refuse a checkpoint with a shape that differs, and name the model size that it fits."""
+    for key in shared:
+        if state[key].shape == own[key].shape:
+            continue
+        found = f"{key} is {list(state[key].shape)}, the model needs {list(own[key].shape)}"
+        hint = ""
+        size = size_of(state)
+        if size is not None and size != size_of(own):
+            hint = f"; it fits --model {size}"
+        raise CheckpointError(f"{name} is of another model size: {found}{hint}")
+
+
+def size_of(state: State) -> str | None:
+    """Return the named size whose width is that of the class token, if there is one."""
+    if "cls_token" not in state or state["cls_token"].ndim == 0:
+        return None
+    width = state["cls_token"].shape[-1]
+    for name, sizes in MODELS.items():
+        if sizes["embed_dim"] == width:
+            return name
+    return None
+
+
+def check_depth(name: str, state: State, own: State) -> None:
+    """Refuse a checkpoint whose encoder has another number of blocks."""
+    found = count_blocks(state)
+    needed = count_blocks(own)
+    if found != needed:
+        message = f"{found} encoder blocks, the model needs {needed}"
+        raise CheckpointError(f"{name} is of another model size: {message}")
+
+
+def count_blocks(state: State) -> int:
+    """Count the encoder blocks in a state dict."""
+    return len({key.split(".")[1] for key in state if key.startswith("blocks.")})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Layouts of other projects
 
 _TRANSFORMERS_NAMES = [  # (pattern of transformers' ViTMAE key, key of facebookresearch/mae); both of its generations
     (r"^vit\.embeddings\.cls_token$", "cls_token"),
@@ -126,41 +265,61 @@ _TRANSFORMERS_NAMES = [  # (pattern of transformers' ViTMAE key, key of facebook
 ]
 
 
-def reference_keys(content: dict) -> tuple[str, dict[str, torch.Tensor]]:
+def reference_keys(content: dict) -> tuple[str, State]:
     """Find the weights in a checkpoint and rename them to facebookresearch/mae's keys -> (layout, state dict)."""
-    state = next((content[k] for k in ("model", "state_dict") if isinstance(content.get(k), dict)), content)
-    layout = "this project" if "model_config" in content else "facebookresearch/mae or timm keys"
-    plain = [(k, v) for k, v in state.items() if isinstance(k, str) and isinstance(v, torch.Tensor)]
-    dense = {k: v for k, v in plain if v.layout == torch.strided and v.device.type == "cpu" and not v.is_complex()}
-    state = {re.sub(r"^(?:module\.|_orig_mod\.)+", "", k): v for k, v in dense.items()}
+    state = strip_wrappers(find_tensors(content))
     if "embeddings.cls_token" in state:  # transformers' ViTMAEModel alone
-        state = {f"vit.{k}": v for k, v in state.items()}
-    if "vit.embeddings.cls_token" not in state:
-        return layout, state
+        state = {f"vit.{key}": value for key, value in state.items()}
+    if "vit.embeddings.cls_token" in state:
+        return "transformers ViTMAE", join_qkv(rename_transformers_keys(state))
+    if "model_config" in content:
+        return "this project", state
+    return "facebookresearch/mae or timm keys", state
+
+
+def find_tensors(content: dict) -> State:
+    """Collect the dense, real tensors with a name from a checkpoint or from the state dict inside it."""
+    state = content
+    for key in ("model", "state_dict"):
+        if isinstance(content.get(key), dict):
+            state = content[key]
+            break
+    return {key: value for key, value in state.items() if isinstance(key, str) and is_plain_tensor(value)}
+
+
+def is_plain_tensor(value: object) -> bool:
+    """Say whether a value is a tensor that can be a weight: dense, real and on the CPU."""
+    if not isinstance(value, torch.Tensor):
+        return False
+    return value.layout == torch.strided and value.device.type == "cpu" and not value.is_complex()
+
+
+def strip_wrappers(state: State) -> State:
+    """Remove the prefixes that DistributedDataParallel and torch.compile put in front of keys."""
+    return {re.sub(r"^(?:module\.|_orig_mod\.)+", "", key): value for key, value in state.items()}
+
+
+def rename_transformers_keys(state: State) -> State:
+    """Rename transformers' keys to facebookresearch/mae's; query, key and value become attn.q, attn.k and attn.v."""
     renamed = {}
     for key, value in state.items():
         for pattern, name in _TRANSFORMERS_NAMES:
             key = re.sub(pattern, name, key)
         renamed[key] = value
-    for key in [k for k in renamed if ".attn.q." in k]:
-        names = [key.replace(".attn.q.", f".attn.{part}.") for part in "qkv"]
-        if lost := [name for name in names if name not in renamed]:
-            raise CheckpointError(f"the checkpoint lacks {lost[0]}; download or copy it again")
-        parts = [renamed.pop(name) for name in names]
-        renamed[key.replace(".attn.q.", ".attn.qkv.")] = torch.cat(parts)
-    return "transformers ViTMAE", renamed
+    return renamed
 
 
-def load_model(path: str) -> tuple[nn.Module, dict]:
-    """Rebuild a model from a checkpoint that this project's scripts wrote -> (model in eval mode, the whole checkpoint)."""
-    content = read_checkpoint(path)
-    config = content.get("model_config")
-    if not isinstance(config, dict) or "model" not in content:
-        raise CheckpointError(f"{path} was not written by this project's training scripts (it has no model_config)")
-    sizes = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items() if k not in ("kind", "name")}
-    try:
-        model = (build_mae if config["kind"] == "mae" else build_segmenter)(config["name"], **sizes)
-        model.load_state_dict(content["model"])
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise CheckpointError(f"{path} does not fit the model it names: {str(error).splitlines()[0]}") from None
-    return model.eval(), content
+def join_qkv(state: State) -> State:
+    """Concatenate attn.q, attn.k and attn.v to attn.qkv. Raises CheckpointError if one of the three is missing."""
+    joined = dict(state)
+    for query in state:
+        if ".attn.q." not in query:
+            continue
+        parts = []
+        for letter in "qkv":
+            key = query.replace(".attn.q.", f".attn.{letter}.")
+            if key not in state:
+                raise CheckpointError(f"the checkpoint lacks {key}; download or copy it again")
+            parts.append(joined.pop(key))
+        joined[query.replace(".attn.q.", ".attn.qkv.")] = torch.cat(parts)
+    return joined

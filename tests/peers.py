@@ -70,7 +70,8 @@ def peers_of(task: str, name: str, own: nn.Module, loss) -> dict:
     with the linear head, the same network on both sides.
     """
     if task == "pretrain":
-        peer = transformers_mae(own), lambda net, batch: net(batch["images"], noise=batch["noise"]).loss, own.flops()
+        flops = own.flops(mask_ratio=0.75)
+        peer = transformers_mae(own), lambda net, batch: net(batch["images"], noise=batch["noise"]).loss, flops
         return {"transformers ViTMAE (SDPA), synthetic": peer}
     if task == "finetune":
         linear = build_segmenter(name, img_size=own.img_size[0], head="linear", drop_path=0.1)

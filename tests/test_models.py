@@ -7,14 +7,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_models import SMALL, spread
 
 from models import (
     MODELS,
     MAESegmenter,
     MaskedAutoencoder,
+    ResNet50Segmenter,
     build_mae,
     build_segmenter,
+    drop_path_scales,
     interpolate_pos_embed,
     patchify,
     sincos_pos_embed,
@@ -23,9 +24,22 @@ from models import (
 )
 from weights import load_pretrained, reference_keys
 
+SMALL = dict(img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2)
+SMALL |= dict(decoder_embed_dim=16, decoder_depth=1, decoder_num_heads=2)
+
 
 def relative_error(a: torch.Tensor, b: torch.Tensor) -> float:
     return ((a - b).norm() / b.norm().clamp_min(1e-30)).item()
+
+
+def spread(model: torch.nn.Module, seed: int = 0, std: float = 0.05) -> torch.nn.Module:
+    """Give every parameter (biases and norms too) a random value, so that no term is hidden by a zero or a one."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * std)
+    return model
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -394,6 +408,24 @@ def test_bfloat16_autocast_trains_close_to_float32(build):
     assert gradients.keys() == coarse.keys()
     assert all(torch.isfinite(g).all() for g in coarse.values())
     assert relative_error(coarse["blocks.0.mlp.fc1.weight"], gradients["blocks.0.mlp.fc1.weight"]) < 0.1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The file itself
+
+
+def test_models_work_when_the_file_is_copied_alone(tmp_path):
+    import shutil
+    import subprocess
+    import sys
+
+    import models
+
+    shutil.copy(models.__file__, tmp_path)
+    code = "import sys, models, torch; models.build_mae('mae_tiny', img_size=32)(torch.zeros(1, 3, 32, 32)); "
+    code += "print('torchvision' in sys.modules, 'engine' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.stdout.split() == ["False", "False"], done.stderr
 
 
 def test_without_masks_every_trainable_parameter_still_has_a_gradient():
