@@ -136,8 +136,8 @@ ROLES = {
 class Parser(argparse.ArgumentParser):
     """An argument parser that knows the role of each flag (see ROLES) and answers wrong use in one line.
 
-    Flags made by plain add_argument have the role "recipe". Parsed namespaces have one more attribute, `roles`: a
-    dictionary from the name of each argument to its role.
+    Flags made by plain add_argument have the role "recipe". Parsed namespaces have two more attributes: `roles`, a
+    dictionary from the name of each argument to its role, and `script`, the name of the script without its suffix.
     """
 
     def __init__(self, *args: Any, **options: Any):
@@ -171,9 +171,10 @@ class Parser(argparse.ArgumentParser):
         roles = dict(getattr(parsed, "roles", {}))  # a subcommand has set the roles of its flags
         roles.update(self._roles)
         for dest in vars(parsed):
-            if dest != "roles":
+            if dest not in ("roles", "script"):
                 roles.setdefault(dest, "recipe")
         parsed.roles = roles
+        parsed.script = Path(self.prog.split()[0]).stem  # a subcommand's prog is "script.py command"
         return parsed, unknown
 
     def error(self, message: str) -> None:

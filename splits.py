@@ -19,6 +19,7 @@ from pathlib import Path, PurePosixPath
 from data import locked, require, seeded_rng, show_path
 
 SPLITS = ("animal", "non_animal", "mixed", "all", "pets")
+OWN_SIZE = ("all", "pets")
 ANIMAL_IMAGES = ("per_category", "unique", "single")
 KEYS = {"images": ("id", "file_name"), "annotations": ("id", "image_id", "category_id"),
         "categories": ("id", "name", "supercategory")}  # fmt: skip
@@ -215,3 +216,7 @@ def pets_split(data_root, part: str, *, train_fraction: float = 1.0, split_seed:
         chosen = _first(chosen, max(1, round(train_fraction * len(chosen))), "training images", split_seed, 4)
         definition |= {"train_fraction": train_fraction, "split_seed": split_seed}
     return _make_split([f"oxford-iiit-pet/images/{name}.jpg" for name in chosen], definition)
+
+
+def split_names():
+    return list(SPLITS)

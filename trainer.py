@@ -390,23 +390,25 @@ class Trainer:
         seconds_per_image = self.clock.seconds_per_image()
         seconds_unsaved = time.monotonic() - self.clock.saved_at
         every = self.dist.gather_named(
-            stop=self.stop_signal,
-            save=seconds_unsaved >= 60 * self.args.save_minutes,
-            bad_step=self.meter.first_bad_step.item(),
-            pace=seconds_per_image,
-            loss_sum=self.meter.losses.item(),
+            {
+                "stop": self.stop_signal,
+                "save": seconds_unsaved >= 60 * self.args.save_minutes,
+                "bad_step": self.meter.first_bad_step.item(),
+                "pace": seconds_per_image,
+                "loss_sum": self.meter.losses.item(),
+            }
         )
-        first_bad_step = min(every["bad_step"])
+        first_bad_step = every["bad_step"].min().item()
         if math.isfinite(first_bad_step):
             self._refuse_non_finite("loss", int(first_bad_step))
-        self._plan_next_look(max(every["pace"]))
-        self._keep_sums(every["loss_sum"])
+        self._plan_next_look(every["pace"].max().item())
+        self._keep_sums(every["loss_sum"].tolist())
         if norm is not None:
             self._log_line(norm, 1 / seconds_per_image)
         with self.clock.paused():
             if val_due:
                 self._validate()
-            stop = int(max(every["stop"]))
+            stop = int(every["stop"].max())
             save_due = bool(every["save"][0]) and (self.args.save_minutes > 0 or val_due)
             unfinished = self.state.step < self.plan.total_steps
             self.state.seconds = self.clock.seconds()
@@ -493,8 +495,8 @@ class Trainer:
         if scores is None:  # stopped halfway: the run continues with this validation
             self.state.seconds = self.clock.seconds()
             self._save()
-            stop = self.dist.gather_named(stop=self.stop_signal)["stop"]
-            self._leave(int(max(stop)))
+            stop = self.dist.gather_named({"stop": self.stop_signal})["stop"]
+            self._leave(int(stop.max()))
         for name, value in scores.items():
             if name.startswith("loss") and not math.isfinite(value):
                 self._refuse_non_finite("validation loss", self.state.step)

@@ -5,6 +5,7 @@ model, checkpoint = load_model("runs/study/seed0/finetune_animal/model.pt")
 """
 
 import math
+import hashlib
 import os
 import pickle
 import re
@@ -79,6 +80,15 @@ def read_checkpoint(path: str | os.PathLike) -> dict:
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds a {type(content).__name__}, not a checkpoint")
     return content
+
+
+def hash_file(path: str | os.PathLike) -> str:
+    """Compute the SHA-256 of a file's content."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 24):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def load_model(path: str | os.PathLike) -> tuple[nn.Module, dict]:
