@@ -7,15 +7,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small_models import SMALL, SMALL_ENCODER, encode, encoder_only, relative_error, spread, transformers_mae
 
 from models import (
     MODELS,
     MAESegmenter,
     MaskedAutoencoder,
-    ResNet50Segmenter,
+    ViT,
     build_mae,
-    build_segmenter,
-    drop_path_scales,
+    build_vit,
     interpolate_pos_embed,
     patchify,
     sincos_pos_embed,
@@ -24,41 +24,18 @@ from models import (
 )
 from weights import load_pretrained, reference_keys
 
-SMALL = dict(img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2)
-SMALL |= dict(decoder_embed_dim=16, decoder_depth=1, decoder_num_heads=2)
-
-
-def relative_error(a: torch.Tensor, b: torch.Tensor) -> float:
-    return ((a - b).norm() / b.norm().clamp_min(1e-30)).item()
-
-
-def spread(model: torch.nn.Module, seed: int = 0, std: float = 0.05) -> torch.nn.Module:
-    """Give every parameter (biases and norms too) a random value, so that no term is hidden by a zero or a one."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn(parameter.shape, generator=generator) * std)
-    return model
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Peers
 
 
-def peer_mae(img_size=32, patch_size=8, norm_pix_loss=True, mask_ratio=0.75, sizes=SMALL):
-    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
-    dim, decoder_dim = sizes["embed_dim"], sizes["decoder_embed_dim"]
-    config = transformers.ViTMAEConfig(
-        image_size=img_size, patch_size=patch_size, hidden_size=dim, num_hidden_layers=sizes["depth"],
-        num_attention_heads=sizes["num_heads"], intermediate_size=4 * dim, decoder_hidden_size=decoder_dim,
-        decoder_num_hidden_layers=sizes["decoder_depth"], decoder_num_attention_heads=sizes["decoder_num_heads"],
-        decoder_intermediate_size=4 * decoder_dim, norm_pix_loss=norm_pix_loss, mask_ratio=mask_ratio, layer_norm_eps=1e-6,
-    )  # fmt: skip
-    return transformers.ViTMAEForPreTraining(config)
-
-
-WIDER = dict(embed_dim=48, depth=3, num_heads=3, decoder_embed_dim=32, decoder_depth=2, decoder_num_heads=4)
+WIDER = {
+    "embed_dim": 48,
+    "depth": 3,
+    "num_heads": 3,
+    "decoder_embed_dim": 32,
+    "decoder_depth": 2,
+    "decoder_num_heads": 4,
+}
 
 
 @pytest.mark.parametrize(
@@ -73,11 +50,12 @@ WIDER = dict(embed_dim=48, depth=3, num_heads=3, decoder_embed_dim=32, decoder_d
 )
 def test_loss_prediction_and_every_gradient_equal_transformers(img_size, patch_size, mask_ratio, norm_pix_loss, sizes):
     torch.manual_seed(img_size)
-    peer = spread(peer_mae(img_size, patch_size, norm_pix_loss, mask_ratio, sizes))
-    sizes = {**sizes, "img_size": img_size, "patch_size": patch_size, "norm_pix_loss": norm_pix_loss}
-    model = MaskedAutoencoder(**sizes)
+    sizes = {**sizes, "img_size": img_size, "patch_size": patch_size}
+    peer = spread(transformers_mae(norm_pix_loss, mask_ratio, **sizes))
+    model = MaskedAutoencoder(norm_pix_loss=norm_pix_loss, **sizes)
     assert load_pretrained(model, peer.state_dict()).missing == []
-    images, noise = torch.randn(3, 3, img_size, img_size), torch.rand(3, model.num_patches)
+    images = torch.randn(3, 3, img_size, img_size)
+    noise = torch.rand(3, model.num_patches)
 
     loss, pred, mask = model(images, mask_ratio, noise)
     loss.backward()
@@ -103,18 +81,17 @@ def test_loss_prediction_and_every_gradient_equal_transformers(img_size, patch_s
 def timm_features(model, images):
     timm = pytest.importorskip("timm", reason="timm is not installed")
     vit = timm.create_model(
-        "vit_base_patch16_224", depth=len(model.blocks), embed_dim=model.norm.weight.numel(), num_classes=0,
-        num_heads=model.blocks[0].attn.num_heads, img_size=model.img_size, patch_size=model.patch_size,
-    )  # fmt: skip
-    state = {k: v for k, v in model.state_dict().items() if not k.startswith(("decoder", "mask_token"))}
-    vit.load_state_dict(state)  # strict: timm's encoder has exactly these keys and shapes
+        "vit_base_patch16_224",
+        img_size=model.img_size,
+        patch_size=model.patch_size,
+        embed_dim=model.embed_dim,
+        depth=len(model.blocks),
+        num_heads=model.blocks[0].attn.num_heads,
+        num_classes=0,
+    )
+    vit.load_state_dict(encoder_only(model.state_dict()))  # strict: timm's encoder has exactly these keys and shapes
     with torch.no_grad():
         return vit.eval().forward_features(images)
-
-
-def encode(model, images, **kwargs):
-    with torch.no_grad():
-        return model.forward_encoder(patchify(images, model.patch_size), **kwargs)
 
 
 @pytest.mark.parametrize("sizes", [dict(depth=12, decoder_depth=1), dict(depth=2, embed_dim=96, num_heads=3)])
@@ -138,6 +115,27 @@ def test_features_without_masking_equal_the_plain_vit_and_the_loss_is_finite():
     assert relative_error(seen[0], timm_features(model, images)) <= 1e-5
 
 
+@pytest.mark.parametrize("img_size", [32, (24, 40)])
+def test_an_encoder_alone_gives_timms_features_and_those_of_the_autoencoder(img_size):
+    torch.manual_seed(0)
+    model = spread(ViT(**{**SMALL_ENCODER, "img_size": img_size}))
+    images = torch.randn(2, 3, *model.img_size)
+    with torch.no_grad():
+        features = model(images)
+    assert features.shape == (2, 1 + model.num_patches, 32)
+    assert relative_error(features, timm_features(model, images)) <= 1e-5
+    autoencoder = MaskedAutoencoder(**{**SMALL, "img_size": img_size})
+    autoencoder.load_state_dict(model.state_dict(), strict=False)
+    assert torch.equal(encode(autoencoder, images), features)
+
+
+def test_a_named_encoder_has_the_keys_and_the_width_of_the_named_autoencoder():
+    model, autoencoder = build_vit("mae_tiny", img_size=32), build_mae("mae_tiny", img_size=32)
+    assert list(model.state_dict()) == list(encoder_only(autoencoder.state_dict()))
+    assert model.embed_dim == 192
+    assert build_vit("mae_tiny", img_size=32, depth=2, drop_path=0.2).drop_rates.tolist() == pytest.approx([0, 0.2])
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Size, initialisation, positions, cost
 
@@ -151,29 +149,38 @@ def test_mae_base_has_the_published_number_of_parameters():
 
 def test_flops_of_the_base_model_equal_the_count_by_hand():
     with torch.device("meta"):
-        mae, segmenter = build_mae("mae_base"), build_segmenter("mae_base")
-    assert mae.flops() / 1e9 == pytest.approx(58.456, abs=1e-3)
-    assert mae.flops(training=False) / 1e9 == pytest.approx(19.562, abs=1e-3)
-    assert segmenter.flops() / 1e9 == pytest.approx(137.730, abs=1e-3)
-    assert segmenter.flops(training=False) / 1e9 == pytest.approx(45.987, abs=1e-3)
+        model = build_mae("mae_base")
+    assert model.flops(mask_ratio=0.75) / 1e9 == pytest.approx(58.456, abs=1e-3)
+    assert model.flops(training=False, mask_ratio=0.75) / 1e9 == pytest.approx(19.562, abs=1e-3)
 
 
-@pytest.mark.parametrize("head", ["decoder", "linear"])
-def test_flops_of_a_segmenter_equal_the_products_that_torch_counts(head):
-    from torch.utils.flop_counter import FlopCounterMode
-
-    model = MAESegmenter(head=head, **SMALL)
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(torch.randn(1, 3, 32, 32))
-    attention = sum(4 * 17**2 * d for d in [32] * 2 + [16] * (head == "decoder"))  # 4 N^2 D a block
-    projections = sum(v for k, v in counter.get_flop_counts()["Global"].items() if "attention" not in str(k))
-    last = 2 * 192 * model.decoder_pred.in_features  # the class token's row, counted by the reference formulation
-    assert model.flops(training=False) == pytest.approx(projections + attention + last)
+def test_flops_of_an_encoder_are_those_of_the_autoencoder_without_its_decoder():
+    encoder, autoencoder = ViT(**SMALL_ENCODER), MaskedAutoencoder(**SMALL)
+    for ratio, tokens in ((0.0, 17), (0.75, 5)):
+        decoder = autoencoder.flops(training=False, mask_ratio=ratio) - encoder.flops(training=False, mask_ratio=ratio)
+        products = 2 * tokens * 32 * 16 + 2 * 17 * (12 * 16**2 + 16 * 192)  # embedding; one block of 12 D^2, prediction
+        assert decoder == products + 4 * 17**2 * 16
 
 
 def test_initialisation_follows_the_published_formulas():
     torch.manual_seed(0)
     model = MaskedAutoencoder()
+    check_initialisation(model)
+    check_token(model.mask_token)
+
+
+def test_an_encoder_alone_is_initialised_alike():
+    torch.manual_seed(0)
+    check_initialisation(ViT())
+
+
+def check_token(token):
+    assert token.std().item() == pytest.approx(0.02, rel=0.15)
+    assert abs(token.mean().item()) < 5 * 0.02 / math.sqrt(token.numel())
+
+
+def check_initialisation(model):
+    check_token(model.cls_token)
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.LayerNorm):
             assert (module.weight == 1).all()
@@ -186,9 +193,6 @@ def test_initialisation_follows_the_published_formulas():
             assert 0.999 * bound < weight.abs().max() <= bound, name
             assert weight.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.01), name
             assert abs(weight.mean().item()) < 5 * bound / math.sqrt(3 * weight.numel()), name
-    for token in (model.cls_token, model.mask_token):
-        assert token.std().item() == pytest.approx(0.02, rel=0.15)
-        assert abs(token.mean().item()) < 5 * 0.02 / math.sqrt(token.numel())
 
 
 def slow_position(dim: int, row: int, column: int) -> list[float]:
@@ -206,13 +210,11 @@ def test_position_embeddings_equal_the_slow_formula(dim, grid):
     np.testing.assert_allclose(sincos_pos_embed(dim, grid)[0].numpy(), np.array(rows), atol=1e-6)
 
 
-def test_position_embeddings_are_fixed_in_pretraining_and_trained_in_finetuning():
-    model, segmenter = MaskedAutoencoder(**SMALL), MAESegmenter(**SMALL)
+def test_position_embeddings_are_fixed_in_pretraining():
+    model = MaskedAutoencoder(**SMALL)
     assert not model.pos_embed.requires_grad
     assert not model.decoder_pos_embed.requires_grad
-    assert segmenter.pos_embed.requires_grad
-    assert segmenter.decoder_pos_embed.requires_grad
-    assert not segmenter.mask_token.requires_grad
+    assert not ViT(**SMALL_ENCODER).pos_embed.requires_grad
 
 
 def test_interpolated_positions_keep_the_class_row_and_reproduce_the_same_grid():
@@ -370,7 +372,6 @@ def test_inputs_need_not_be_square():
     assert pred.shape == (2, 15, 192)
     assert mask.sum() == 2 * 12
     assert [x.shape for x in model.reconstruct(images)] == [images.shape] * 2
-    assert MAESegmenter(**{**SMALL, "img_size": (24, 40)})(images).shape == (2, 3, 24, 40)
 
 
 def test_weights_move_to_a_non_square_input_by_interpolating_positions():
@@ -432,3 +433,13 @@ def test_without_masks_every_trainable_parameter_still_has_a_gradient():
     model = build_mae("mae_tiny", img_size=32)
     model(torch.randn(2, 3, 32, 32), mask_ratio=0)[0].backward()  # else several processes would wait for each other
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+def test_an_autoencoder_may_predict_other_channels_than_it_reads():
+    model = MaskedAutoencoder(**SMALL, out_chans=5)
+    assert model.decoder_pred.out_features == 8 * 8 * 5
+    assert model.forward_decoder(encode(model, torch.randn(1, 3, 32, 32))).shape == (1, 16, 8 * 8 * 5)
+
+
+def test_an_autoencoder_has_no_buffers_that_processes_would_broadcast_at_every_step():
+    assert list(MaskedAutoencoder(**SMALL).buffers()) == []

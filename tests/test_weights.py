@@ -5,12 +5,21 @@ import pickle
 
 import pytest
 import torch
+from small_models import SMALL, SMALL_ENCODER, encode, encoder_only, transformers_mae
 
-from models import MAESegmenter, MaskedAutoencoder, build_mae, build_segmenter, patchify
+from models import (
+    BUILDERS,
+    Classifier,
+    LinearSegmenter,
+    MAESegmenter,
+    MaskedAutoencoder,
+    ViT,
+    build_mae,
+    build_segmenter,
+    build_vit,
+    patchify,
+)
 from weights import CheckpointError, load_model, load_pretrained, read_checkpoint
-
-SMALL = dict(img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2)
-SMALL |= dict(decoder_embed_dim=16, decoder_depth=1, decoder_num_heads=2)
 
 
 @pytest.fixture
@@ -29,10 +38,6 @@ def outputs(model) -> tuple[torch.Tensor, torch.Tensor]:
     with torch.no_grad():
         features = model.forward_encoder(patchify(images, 8))
         return features, model.forward_decoder(features)
-
-
-def encoder_only(state: dict) -> dict:
-    return {k: v for k, v in state.items() if not k.startswith(("decoder", "mask_token"))}
 
 
 def old_transformers_name(key: str) -> str:
@@ -112,12 +117,7 @@ def test_an_encoder_only_file_gives_the_same_features_and_says_that_the_decoder_
 
 
 def test_transformers_own_state_dict_has_the_key_names_that_are_understood(trained):
-    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
-    config = transformers.ViTMAEConfig(
-        image_size=32, patch_size=8, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=128,
-        decoder_hidden_size=16, decoder_num_hidden_layers=1, decoder_num_attention_heads=2, decoder_intermediate_size=64,
-    )  # fmt: skip
-    keys = set(transformers.ViTMAEForPreTraining(config).state_dict())
+    keys = set(transformers_mae(**SMALL).state_dict())
     assert keys in (set(transformers_state(trained, 4)), set(transformers_state(trained, 5)))
 
 
@@ -182,6 +182,98 @@ def test_a_refused_checkpoint_leaves_the_model_untouched(trained):
     with pytest.raises(CheckpointError, match="another model size"):
         load_pretrained(model, trained.state_dict())
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Encoders alone, in and out
+
+NETWORKS = {
+    "encoder": lambda: ViT(**SMALL_ENCODER),
+    "autoencoder": lambda: MaskedAutoencoder(**SMALL),
+    "segmenter": lambda: MAESegmenter(**SMALL),
+    "linear segmenter": lambda: LinearSegmenter(**SMALL_ENCODER),
+    "classifier": lambda: Classifier(5, **SMALL_ENCODER),
+}
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_a_checkpoint_of_an_encoder_loads_into_every_network(network, trained):
+    state = encoder_only(trained.state_dict())
+    config = {"kind": "vit", "name": "mae_tiny", "img_size": 32}
+    model = NETWORKS[network]()
+    before = model.state_dict()
+    before = {key: value.clone() for key, value in before.items()}
+    report = load_pretrained(model, {"model": state, "model_config": config})
+    assert report.layout == "this project"
+    assert set(report.loaded) == set(state)
+    assert report.unexpected == []
+    images = torch.randn(2, 3, 32, 32)
+    assert torch.equal(encode(model, images), encode(trained, images))
+    for key in (*report.missing, *report.new_head):
+        assert torch.equal(model.state_dict()[key], before[key])
+    assert ("the decoder starts fresh" in str(report)) == hasattr(model, "decoder_blocks")
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_part_encoder_leaves_the_decoder_of_a_checkpoint_aside(network, trained):
+    model = NETWORKS[network]()
+    encoder = set(encoder_only(trained.state_dict()))
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    report = load_pretrained(model, trained.state_dict(), part="encoder")
+    assert set(report.loaded) == encoder
+    assert report.unexpected == []
+    assert set(report.missing + report.new_head) == set(before) - encoder
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, trained.state_dict()[key] if key in encoder else before[key]), key
+
+
+def test_part_encoder_fits_a_model_with_another_decoder(trained):
+    model = MaskedAutoencoder(**{**SMALL, "decoder_embed_dim": 32, "img_size": 64})
+    report = load_pretrained(model, trained.state_dict(), part="encoder")
+    assert report.interpolated == ["pos_embed"]
+    assert "the decoder starts fresh" in str(report)
+
+
+def test_an_unknown_part_is_refused(trained):
+    with pytest.raises(ValueError, match="part must be one of all, encoder, got 'decoder'"):
+        load_pretrained(MaskedAutoencoder(**SMALL), trained.state_dict(), part="decoder")
+
+
+@pytest.mark.parametrize("network", ["segmenter", "linear segmenter", "classifier"])
+def test_a_fine_tuned_network_is_a_source_of_its_encoder(network, trained):
+    source = NETWORKS[network]()
+    load_pretrained(source, trained.state_dict())
+    kind = "classifier" if network == "classifier" else "segmenter"
+    content = {"model": source.state_dict(), "model_config": {"kind": kind, "img_size": 32}}
+    images = torch.randn(2, 3, 32, 32)
+    for make in NETWORKS.values():
+        model = make()
+        report = load_pretrained(model, content)
+        assert not any(key.startswith(("decoder_pred", "head")) for key in report.loaded)
+        assert torch.equal(encode(model, images), encode(trained, images))
+
+
+def test_an_encoder_alone_reads_a_full_checkpoint_and_names_what_it_has_no_place_for():
+    source = build_mae("mae_tiny", img_size=32)
+    report = load_pretrained(build_vit("mae_tiny", img_size=64), source.state_dict())
+    assert report.interpolated == ["pos_embed"]
+    assert report.missing == report.new_head == []
+    assert all(key.startswith(("decoder", "mask_token")) for key in report.unexpected)
+
+
+def test_resnet50_reads_this_projects_own_checkpoint():
+    source, model = build_segmenter("resnet50", img_size=64), build_segmenter("resnet50", img_size=64)
+    config = {"kind": "segmenter", "name": "resnet50", "img_size": 64}
+    report = load_pretrained(model, {"model": source.state_dict(), "model_config": config})
+    assert (report.missing, report.unexpected, report.new_head) == ([], [], [])
+
+
+@pytest.mark.parametrize("table", [torch.zeros(2, 17, 32), torch.zeros(1, 0, 32), torch.zeros(17, 32)])
+def test_position_embeddings_of_an_odd_shape_are_refused_in_one_line(table, trained):
+    state = trained.state_dict() | {"pos_embed": table}
+    with pytest.raises(CheckpointError, match="pos_embed is") as caught:
+        load_pretrained(MaskedAutoencoder(**SMALL), state)
+    assert "\n" not in str(caught.value)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -277,18 +369,27 @@ def test_non_tensor_weights_are_ignored_and_named_as_nothing_in_common():
         {"kind": "mae", "name": "mae_tiny", "img_size": [32, 48], "norm_pix_loss": False},
         {"kind": "segmenter", "name": "mae_tiny", "img_size": 32, "num_classes": 4, "drop_path": 0.1},
         {"kind": "segmenter", "name": "mae_tiny", "img_size": 32, "head": "linear"},
+        {"kind": "segmenter", "name": "resnet50", "img_size": 32},
+        {"kind": "vit", "name": "mae_tiny", "img_size": [32, 48]},
+        {"kind": "classifier", "name": "mae_tiny", "img_size": 32, "num_classes": 5, "pooling": "cls"},
+        {"kind": "classifier", "name": "resnet50", "img_size": 32, "num_classes": 5},
     ],
 )
 def test_a_model_is_rebuilt_from_its_own_checkpoint(config, tmp_path):
     sizes = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items() if k not in ("kind", "name")}
-    model = (build_mae if config["kind"] == "mae" else build_segmenter)(config["name"], **sizes).eval()
+    model = BUILDERS[config["kind"]](config["name"], **sizes).eval()
     path = tmp_path / "model.pt"
     torch.save({"model": model.state_dict(), "model_config": config, "step": 7}, path)
     rebuilt, content = load_model(str(path))
     images = torch.randn(1, 3, *model.img_size)
     with torch.no_grad():
-        own, expected = (m(images, 0) if config["kind"] == "mae" else (m(images),) for m in (rebuilt, model))
-    assert torch.equal(own[0], expected[0])
+        if config["kind"] == "mae":
+            own = rebuilt.reconstruct(images, 0)[1]
+            expected = model.reconstruct(images, 0)[1]
+        else:
+            own = rebuilt(images)
+            expected = model(images)
+    assert torch.equal(own, expected)
     assert content["step"] == 7
     assert not rebuilt.training
 
@@ -303,6 +404,7 @@ def test_a_model_is_rebuilt_from_its_own_checkpoint(config, tmp_path):
         {"model": {}, "model_config": {"kind": "mae", "name": "mae_tiny", "img_size": 32}},
         {"model": {}, "model_config": {"kind": "mae", "name": "mae_tiny", "img_size": 33}},
         {"model": {}, "model_config": {}},
+        {"model": {}, "model_config": {"kind": "painter", "name": "mae_tiny"}},
         {"model": [], "model_config": {"kind": "mae", "name": "mae_tiny"}},
     ],
 )
