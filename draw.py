@@ -12,7 +12,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
@@ -95,7 +95,7 @@ def blur(array: np.ndarray, radius: float) -> np.ndarray:
     return np.float32(image.filter(ImageFilter.GaussianBlur(float(radius)))) / 255
 
 
-def pick(rng: Rng, options: Sequence, shares: Sequence[float] | None = None):
+def pick(rng: Rng, options: Sequence, shares: Sequence[float] | None = None) -> Any:
     """Draw one of the options, with equal probabilities unless `shares` names others."""
     return options[rng.choice(len(options), p=shares)]
 
@@ -205,11 +205,11 @@ class Frame:
 
 
 class Layers(NamedTuple):
-    """A painted figure, in 0..1: coat [h, w, 3], crisp details [h, w, 4] with their alpha, alpha of both [h, w]."""
+    """A painted figure, in 0..1."""
 
-    coat: np.ndarray
-    details: np.ndarray
-    alpha: np.ndarray
+    coat: np.ndarray  # [h, w, 3]
+    details: np.ndarray  # [h, w, 4], with their alpha
+    alpha: np.ndarray  # [h, w], of both
 
 
 class Tone(NamedTuple):
@@ -277,7 +277,7 @@ def pattern_share(pattern: str, x: np.ndarray, y: np.ndarray, cloud: np.ndarray)
 
 
 def add_pattern(rng: Rng, body: np.ndarray, pattern: str, coat: np.ndarray, extent: float) -> np.ndarray:
-    """Paint a pattern in the coat's second colour onto a body [h, w, 3]; extent: size of the figure in pixels."""
+    """Paint a pattern in the coat's second colour onto a body [h, w, 3] of `extent` pixels."""
     h, w = body.shape[:2]
     y, x = pixel_grid(h, w)
     cloud = draw_noise(rng, CLOUD, h, w)
@@ -334,10 +334,10 @@ def draw_figure(rng: Rng, canvas: np.ndarray, look: Look, height: float, foot: F
 
 
 class Scene(NamedTuple):
-    """A picture in the making: canvas [H, W, 3] in 0..1; horizon: where the floor begins, as a share of the height."""
+    """A picture in the making."""
 
-    canvas: np.ndarray
-    horizon: float
+    canvas: np.ndarray  # [H, W, 3] in 0..1
+    horizon: float  # where the floor begins, as a share of the height
 
 
 @dataclass(frozen=True)
@@ -396,7 +396,10 @@ def draw_ground(rng: Rng) -> Scene:
 
 
 def scatter_clutter(rng: Rng, scene: Scene) -> None:
-    """Draw up to three cushions and stones in the colours of fur, so that colour alone identifies no animal."""
+    """Draw up to three cushions and stones in the colours of fur.
+
+    So colour alone does not identify an animal.
+    """
     h, w = scene.canvas.shape[:2]
     for _ in range(rng.integers(0, 4)):
         figure = pick(rng, CLUTTER)
@@ -508,7 +511,10 @@ def draw_coco(seed: int, stream: int, index: int) -> CocoPhoto:
 
 
 def run_lengths(mask: np.ndarray) -> list[int]:
-    """Encode a mask bool [H, W] as COCO's uncompressed runs of 0 and 1, down the columns; the first run is of 0."""
+    """Encode a mask bool [H, W] as COCO's uncompressed run lengths.
+
+    Runs of 0 and 1 in turn, down the columns; the first one is of 0 and may be empty.
+    """
     pixels = mask.ravel(order="F")
     starts = np.flatnonzero(np.diff(pixels, prepend=False))
     return np.diff(starts, prepend=0, append=pixels.size).tolist()
@@ -565,11 +571,11 @@ def write_coco(folder: Path, part: str, count: int, seed: int, stream: int, upda
 
 
 class PetPhoto(NamedTuple):
-    """A photo of a pet with its breed; trimap: uint8 [H, W], 1 pet, 2 background, 3 a thin band between them."""
+    """A photo of a pet with its breed and trimap."""
 
     breed: Breed
     image: Image.Image
-    trimap: np.ndarray
+    trimap: np.ndarray  # uint8 [H, W]: 1 pet, 2 background, 3 a thin band between them
 
 
 class Pose(NamedTuple):
@@ -620,7 +626,10 @@ def draw_pet(seed: int, index: int) -> PetPhoto:
 
 
 def write_pets(folder: Path, count: int, seed: int, update: Callable[[], None]) -> None:
-    """Draw `count` pets into folder/images with trimaps and list.txt as published; `update()` is called after each."""
+    """Draw `count` pets into folder/images, with trimaps and list.txt in the published format.
+
+    `update()` is called after each.
+    """
     images = folder / "images"
     annotations = folder / "annotations"
     trimaps = annotations / "trimaps"
@@ -670,7 +679,10 @@ def make_sheet(rows: list[list[Image.Image]]) -> Image.Image:
 
 
 def write_sheets(out: Path, seed: int, columns: int = 6) -> list[Path]:
-    """Write coco.png and pets.png into a folder: two rows of photos, each above the same photos with their labels."""
+    """Write the sheets coco.png and pets.png into a folder; return their paths.
+
+    Each has two rows of photos, and below each row the same photos with their labels.
+    """
     coco_rows = []
     pet_rows = []
     for first in (0, columns):

@@ -116,12 +116,15 @@ def image_iou_each(counts: ArrayLike, smooth: float = 0.001) -> np.ndarray:
 
 
 def image_iou(counts: ArrayLike, smooth: float = 0.001) -> np.ndarray:
-    """Average image_iou_each over the images of counts [n, 3, 3]: the score that the original study reports."""
+    """Average image_iou_each over counts [n, 3, 3]: the score that the original study reports."""
     return image_iou_each(counts, smooth).mean(0)
 
 
 def boundary_iou(boundary: ArrayLike) -> dict[str, dict[str, np.ndarray]]:
-    """Score boundaries [n, 2, 2] (mask; intersection, union): {"dataset", "image"} to {"pet", "pet_or_border"}.
+    """Score boundaries [n, 2, 2] of n images, over the data set and as a mean over images.
+
+    boundary[i]: for each of two masks, pet and pet or border, its intersection and union in pixels. Returns the keys
+    "dataset" and "image", each with "pet" and "pet_or_border".
 
     Boundary IoU: Cheng et al., CVPR 2021. Images without a boundary in either mask do not enter the mean over images.
     """
@@ -309,7 +312,7 @@ CHUNK = 2_000_000  # weights at a time, which bounds the memory
 
 
 def _resampled_sums(records: np.ndarray, resamples: int, seed: int) -> Iterator[np.ndarray]:
-    """Draw n of the records [n, ...] with replacement, `resamples` times: their sums [rows, ...], in pieces."""
+    """Sum n records drawn from [n, ...] with replacement, `resamples` times: [rows, ...], in pieces."""
     rng = np.random.default_rng(seed)
     n = len(records)
     flat = records.reshape(n, -1)
