@@ -441,8 +441,8 @@ def install(
 ) -> None:
     """Download and extract what the data sets ("coco", "pets") lack under data_root.
 
-    Complete folders are left alone. mirror: address of a folder with the archives, None for the publishers'; keep: keep the archives; progress: factory of
-    context managers with update(n). Raises DownloadError.
+    Complete folders are left alone. mirror: address of a folder with the archives, None for the publishers'; keep: keep
+    the archives; progress: factory of context managers with update(n). Raises DownloadError.
     """
     data_root = Path(data_root)
     chosen = [archive for archive in archives if archive.dataset in datasets]

@@ -111,7 +111,9 @@ def image_iou_each(counts: ArrayLike, smooth: float = 0.001) -> np.ndarray:
     """
     c = _as_counts(counts)
     intersection = c[..., PET, PET]
-    union = c[..., PET, :].sum(-1) + c[..., PET].sum(-1) - intersection
+    truth = c[..., PET, :].sum(-1)
+    predicted = c[..., PET].sum(-1)
+    union = truth + predicted - intersection
     return (intersection + smooth) / (union + smooth)
 
 
@@ -151,7 +153,8 @@ def t_cdf(t: float, df: float) -> float:
     negligible = 40 / math.sqrt(df)  # beyond 40 standard deviations the density vanishes
     half = min(angle, negligible) / 2
     density = np.cos(half * (NODES + 1)) ** (df - 1)
-    factor = math.exp(math.lgamma((df + 1) / 2) - math.lgamma(df / 2)) / math.sqrt(math.pi)
+    log_gammas = math.lgamma((df + 1) / 2) - math.lgamma(df / 2)
+    factor = math.exp(log_gammas) / math.sqrt(math.pi)
     area = factor * half * float(WEIGHTS @ density)
     return 0.5 + math.copysign(min(0.5, area), t)
 
@@ -180,7 +183,8 @@ def t_interval(values: ArrayLike, level: float = 0.95) -> Interval:
     centre = float(x.mean())
     half_width = math.nan
     if n > 1:
-        half_width = t_quantile(0.5 + level / 2, n - 1) * float(x.std(ddof=1)) / math.sqrt(n)
+        deviation = float(x.std(ddof=1))
+        half_width = t_quantile(0.5 + level / 2, n - 1) * deviation / math.sqrt(n)
     return Interval(centre, centre - half_width, centre + half_width)
 
 
@@ -257,7 +261,8 @@ def _noncentral_t_tail(threshold: float, df: float, shift: float) -> float:
             continue
         chi = start + half * (NODES + 1)
         density = np.exp(log_factor + (df - 1) * np.log(chi) - chi**2 / 2)
-        total += half * float(WEIGHTS @ (density * _normal_cdf(shift - slope * chi)))
+        beyond = _normal_cdf(shift - slope * chi)
+        total += half * float(WEIGHTS @ (density * beyond))
     return total
 
 
@@ -269,7 +274,9 @@ def t_test_power(effect: float, pairs: int, level: float = 0.05) -> float:
     df = pairs - 1
     threshold = t_quantile(1 - level / 2, df)
     shift = effect * math.sqrt(pairs)
-    return _noncentral_t_tail(threshold, df, shift) + _noncentral_t_tail(threshold, df, -shift)
+    upper = _noncentral_t_tail(threshold, df, shift)
+    lower = _noncentral_t_tail(threshold, df, -shift)
+    return upper + lower
 
 
 @cache
@@ -341,7 +348,8 @@ def bootstrap(
     resampled = [statistic(sums) for sums in _resampled_sums(x, resamples, seed)]
     tails = [0.5 - level / 2, 0.5 + level / 2]
     limits = np.nanquantile(np.concatenate(resampled), tails, axis=0)
-    low, high = value + (limits - value) * math.sqrt(n / max(n - 1, 1))
+    widening = math.sqrt(n / max(n - 1, 1))
+    low, high = value + (limits - value) * widening
     return Interval(value, low, high)
 
 
