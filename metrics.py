@@ -118,7 +118,7 @@ def image_iou_each(counts: ArrayLike, smooth: float = 0.001) -> np.ndarray:
 
 
 def image_iou(counts: ArrayLike, smooth: float = 0.001) -> np.ndarray:
-    """Average image_iou_each over counts [n, 3, 3]: the score that the original study reports."""
+    """Average image_iou_each over counts [n, 3, 3], as the original study averages its images."""
     return image_iou_each(counts, smooth).mean(0)
 
 
