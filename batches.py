@@ -18,6 +18,7 @@ from torch import Tensor
 from augment import crop_resize, crop_resize_nearest, normalise, random_boxes
 from data import DataError, ImageStore, require, seeded_rng
 
+CPU = torch.device("cpu")
 PREFETCH = 2  # batches that the host prepares ahead of the one in use
 
 # Streams of random numbers: each purpose has its own, so that one more draw changes no other.
@@ -30,7 +31,7 @@ NAMED_STREAM = 2
 class Alone:
     """A single process: the default in place of an engine.Distributed."""
 
-    device: torch.device = torch.device("cpu")
+    device: torch.device = CPU
     rank: int = 0
     world_size: int = 1
 

@@ -21,7 +21,7 @@ from data import ImageStore
 from engine import Distributed, EngineError, Parser, Precision, Progress, at_least
 from runs import RunFolder
 from splits import Split
-from weights import hash_file, load_pretrained
+from weights import ENCODER_KEYS, hash_file, load_pretrained
 
 LARGEST_VALIDATION_BATCH = 256
 
@@ -103,8 +103,9 @@ class Objective:
 class Pretraining(Objective):
     """An objective of pretrain.py: trained on a split of COCO, judged on fixed animal and non-animal images of val2017.
 
-    A subclass gives build_model, loss and export; further random numbers for the loss come from draws() in training and
-    from validation_targets() in validation, where they are the same for every arm, seed and machine.
+    A subclass gives build_model and loss; further random numbers for the loss come from draws() in training and from
+    validation_targets() in validation, where they are the same for every arm, seed and machine. The encoder kept in
+    model.pt is the part of the network that has the keys of models.ViT.
     """
 
     scores = {"loss_animal": "loss on animal images", "loss_non_animal": "loss on non-animal images"}
@@ -175,10 +176,7 @@ class Pretraining(Objective):
         return self.loss(self.model, batch)
 
     def mean_over(
-        self,
-        name: str,
-        loss_of: Callable[[dict[str, Tensor]], Tensor],
-        stopping: Callable[[], bool] = lambda: False,
+        self, name: str, loss_of: Callable[[dict[str, Tensor]], Tensor], stopping: Callable[[], bool] = lambda: False
     ) -> float | None:
         """Average loss_of(batch) over the images of a validation list; None if a process was to stop meanwhile."""
         store = self.stores[name]
@@ -199,6 +197,11 @@ class Pretraining(Objective):
         if sums is None:
             return None
         return sums["loss"].item() / len(store)
+
+    def export(self, weights: dict[str, Tensor]) -> dict:
+        encoder = {key: value for key, value in weights.items() if key.startswith(ENCODER_KEYS)}
+        config = {"img_size": self.args.img_size, "kind": "vit", "name": self.args.model}
+        return {"model": encoder, "model_config": config}
 
 
 def add_split_arguments(parser: Parser) -> None:
@@ -256,7 +259,6 @@ class Task(Objective):
 
     model_kind = ""  # the kind of network in model_config, see models.BUILDERS
     betas = (0.9, 0.999)
-    encoder = ("cls_token", "pos_embed", "patch_embed.", "blocks.", "norm.")  # prefixes of its parameters
     no_decay = ("cls_token", "pos_embed", "decoder_pos_embed")  # besides all one-dimensional parameters
 
     @staticmethod
@@ -293,7 +295,7 @@ class Task(Objective):
         self.init_sha256 = load_init(self.model, args.init, dist)
         if self.frozen:
             for name, parameter in self.model.named_parameters():
-                if name.startswith(self.encoder):
+                if name.startswith(ENCODER_KEYS):
                     parameter.requires_grad = False
         self.split = self.training_split(args.train_fraction)
         self.epoch_images = len(self.split.images)
@@ -412,11 +414,7 @@ def load_init(model: nn.Module, path: str | None, dist: Distributed, part: str =
 
 
 def open_store(
-    args: argparse.Namespace,
-    dist: Distributed,
-    images: Sequence[str],
-    kind: str = "image",
-    size: int | None = None,
+    args: argparse.Namespace, dist: Distributed, images: Sequence[str], kind: str = "image", size: int | None = None
 ) -> ImageStore:
     """Build the decoded cache of these images where it is missing, and open it, on the GPU if it fits.
 

@@ -110,9 +110,7 @@ class MaskedPixels(Pretraining):
         """Reconstruct the first images of a validation list -> (images, masked images, reconstructions)."""
         store = self.stores[name]
         count = min(FIGURE_IMAGES, len(store))
-        batches = EvalBatches(
-            store, img_size=self.args.img_size, batch_size=count, dist=Alone(self.dist.device)
-        )
+        batches = EvalBatches(store, img_size=self.args.img_size, batch_size=count, dist=Alone(self.dist.device))
         images = next(iter(batches))["images"]
         noise = self.targets[name]["noise"][:count]
         masked, filled = self.model.reconstruct(images, self.args.mask_ratio, noise)
@@ -168,9 +166,7 @@ def get_args_parser(objective: str = "mae") -> Parser:
     how = parser.flags("model", role="computation")  # its content defines the experiment, not its path
     how("--init", help="continue from this checkpoint instead of random weights")
     add_split_arguments(parser)
-    add_training_arguments(
-        parser, output_dir="runs/pretrain", epochs=150, batch_size=256, warmup_epochs=10, min_lr=0.0
-    )
+    add_training_arguments(parser, output_dir="runs/pretrain", epochs=150, batch_size=256, warmup_epochs=10, min_lr=0.0)
     network = parser.flags("optimisation", role="network")
     network("--blr", type=at_least(0), default=1.5e-4, help="base rate: lr = blr * batch_size / 256")
     OBJECTIVES[objective].add_arguments(parser)

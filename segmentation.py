@@ -107,10 +107,7 @@ class Segmentation(Task):
             help="smallest crop as a share of the image's area; 1: the image as it is",
         )
         recipe(
-            "--flips",
-            action=argparse.BooleanOptionalAction,
-            default=True,
-            help="random horizontal and vertical flips",
+            "--flips", action=argparse.BooleanOptionalAction, default=True, help="random horizontal and vertical flips"
         )
 
     @staticmethod
@@ -258,9 +255,7 @@ def test_records(model: nn.Module, img_size: int, setting: TestSetting) -> dict[
     columns = defaultdict(list)
     panels = {}
     targets = {"truth": truth.to(setting.dist.device)}
-    batches = EvalBatches(
-        store, img_size=img_size, batch_size=setting.batch_size, targets=targets, dist=setting.dist
-    )
+    batches = EvalBatches(store, img_size=img_size, batch_size=setting.batch_size, targets=targets, dist=setting.dist)
     with Progress("testing", len(ids)) as progress:
         for batch in batches:
             target = batch["truth"].long()

@@ -44,11 +44,11 @@ def add_training_arguments(
         default=384,
         help="side of decoded images in pixels; smaller saves memory, blurs crops",
     )
-    recipe(
-        "--img_size", type=at_least(1, int), default=224, help="input size in pixels, divisible by the patch size"
-    )
+    recipe("--img_size", type=at_least(1, int), default=224, help="input size in pixels, divisible by the patch size")
     seed = parser.flags("data", role="seed")
-    seed("--split_seed", type=seed_number, default=0, help="seed of the image selection (COCO draw, part of the labels)")
+    seed(
+        "--split_seed", type=seed_number, default=0, help="seed of the image selection (COCO draw, part of the labels)"
+    )
 
     recipe = parser.flags("optimisation", role="recipe")
     recipe("--epochs", type=at_least(1, int), default=epochs, help="passes over the data")
@@ -60,10 +60,7 @@ def add_training_arguments(
     )
     recipe("--weight_decay", type=at_least(0), default=0.05, help="AdamW's decay; norms and biases are exempt")
     recipe(
-        "--warmup_epochs",
-        type=at_least(0),
-        default=warmup_epochs,
-        help="epochs of linear warm-up before the cosine",
+        "--warmup_epochs", type=at_least(0), default=warmup_epochs, help="epochs of linear warm-up before the cosine"
     )
     recipe("--min_lr", type=at_least(0), default=min_lr, help="rate at the end of the cosine")
     recipe("--clip_grad", type=at_least(0), help="clip the gradient norm to this value; try 1 if the loss jumps")
@@ -587,7 +584,7 @@ def describe_run(
     """Collect config.json. `experiment` is what defines the result; `roles` says what each flag is for."""
     flags = {name: value for name, value in sorted(vars(args).items()) if name in args.roles}
     identity = objective.identity()
-    roles = {**args.roles, **{name: "seed" for name in identity}}  # hashes of what the seeds have drawn
+    roles = {**args.roles, **dict.fromkeys(identity, "seed")}  # hashes of what the seeds have drawn
     experiment = {name: value for name, value in flags.items() if roles[name] != "computation"}
     manifest = {name: value for name, value in objective.split.manifest.items() if not isinstance(value, list)}
     return {

@@ -4,8 +4,8 @@ print(load_pretrained(build_segmenter("mae_base"), "mae_pretrain_vit_base.pth"))
 model, checkpoint = load_model("runs/study/seed0/finetune_animal/model.pt")
 """
 
-import math
 import hashlib
+import math
 import os
 import pickle
 import re
