@@ -33,7 +33,7 @@ from metrics import dataset_scores
 from models import build_segmenter
 from objective import Task
 from segmentation import Segmentation, confusion
-from weights import load_model
+from weights import ENCODER_KEYS, load_model
 
 TINY = ["--model", "mae_tiny", *SMALL]
 
@@ -143,7 +143,7 @@ def test_a_full_checkpoint_gives_all_but_the_head(tuned, init):
 
 def test_an_encoder_alone_starts_the_decoder_fresh_and_says_so(flags, init, tmp_path):
     state = torch.load(init, weights_only=True)["model"]
-    torch.save({"model": {k: v for k, v in state.items() if k.startswith(Task.encoder)}}, tmp_path / "encoder.pth")
+    torch.save({"model": {k: v for k, v in state.items() if k.startswith(ENCODER_KEYS)}}, tmp_path / "encoder.pth")
     text = short(flags, tmp_path / "run", "--init", tmp_path / "encoder.pth")
     assert "the decoder starts fresh" in text
     assert "missing none" not in text
@@ -154,10 +154,10 @@ def test_frozen_features_stay_as_they_were_and_the_rest_trains(flags, init, tmp_
     short(flags, tmp_path / "run", *option)
     before, (model, content) = torch.load(init, weights_only=True)["model"], load_model(str(tmp_path / "run/model.pt"))
     after = content["model"]
-    for key in (k for k in before if k.startswith(Task.encoder)):
+    for key in (k for k in before if k.startswith(ENCODER_KEYS)):
         assert torch.equal(before[key], after[key]), key
     if option[0] == "--head":
-        assert {k for k in after if not k.startswith(Task.encoder)} == {"decoder_pred.weight", "decoder_pred.bias"}
+        assert {k for k in after if not k.startswith(ENCODER_KEYS)} == {"decoder_pred.weight", "decoder_pred.bias"}
     else:
         trained = {k.split(".")[0] for k in before if not torch.equal(before[k], after[k])}
         assert trained == {"decoder_embed", "decoder_pos_embed", "decoder_blocks", "decoder_norm", "decoder_pred"}
