@@ -79,8 +79,8 @@ def locked(path: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
     except OSError as error:
-        name = show_path(error.filename or path)
-        reason = error.strerror or error
+        name = show_path(path if error.filename is None else error.filename)
+        reason = error if error.strerror is None else error.strerror
         advice = "free some space or choose another --cache_dir, then repeat the command"
         raise DataError(f"cannot write {name}: {reason}; what was complete is kept: {advice}", 1) from None
 
@@ -112,7 +112,11 @@ def _reason(error: Exception, path: str | Path) -> str:
         if os.path.isfile(path) and os.path.getsize(path) == 0:
             return "the file is empty"
         return "not an image"
-    return getattr(error, "strerror", None) or str(error) or repr(error)
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    if str(error):
+        return str(error)
+    return repr(error)
 
 
 def _turn_upright(image: Image.Image, tagged: Image.Image) -> Image.Image:
@@ -204,12 +208,13 @@ def load_truth(data_root: str | Path, images: Sequence[str], size: int | tuple[i
         resized = Image.fromarray(trimap).resize((width, height), Image.Resampling.NEAREST)
         return np.asarray(resized)
 
-    with ThreadPoolExecutor(_num_cores()) as pool:
+    with ThreadPoolExecutor(num_cores()) as pool:
         trimaps = list(pool.map(read, images))
     return torch.from_numpy(np.stack(trimaps))
 
 
-def _num_cores() -> int:
+def num_cores() -> int:
+    """Count the cores that this process may use."""
     return len(os.sched_getaffinity(0))
 
 
@@ -383,8 +388,8 @@ def _require_space(files: _CacheFiles, todo: list[str], latest: dict[str, CacheE
         if not failed_before:
             needed += files.row_bytes
     free = shutil.disk_usage(cache_dir).free
-    found = f"the {files.kind}s need {needed / 1e9:,.1f} GB, {free / 1e9:,.1f} GB are free in {show_path(cache_dir)}"
-    require(needed <= free, f"{found}; free some, choose another --cache_dir or a smaller --cache_size", 1)
+    state = f"the {files.kind}s need {needed / 1e9:,.1f} GB, {free / 1e9:,.1f} GB are free in {show_path(cache_dir)}"
+    require(needed <= free, f"{state}; free some, choose another --cache_dir or a smaller --cache_size", 1)
 
 
 def _require_readable(files: _CacheFiles, entries: list[CacheEntry]) -> None:
@@ -397,9 +402,9 @@ def _require_readable(files: _CacheFiles, entries: list[CacheEntry]) -> None:
         allowed = 0
         limit = "every trimap is needed"
     if len(errors) > allowed:
-        found = f"{len(errors):,} of {len(entries):,} {files.kind}s cannot be used ({limit}), first {errors[0]}"
+        problem = f"{len(errors):,} of {len(entries):,} {files.kind}s cannot be used ({limit}), first {errors[0]}"
         command = f"python prepare.py verify --data_root {shlex.quote(str(files.root))}"
-        raise DataError(f"{found}; see `{command}`")
+        raise DataError(f"{problem}; see `{command}`")
 
 
 class _CacheWriter:
@@ -443,7 +448,9 @@ def _decode_and_write(
     watch = contextlib.nullcontext()
     if progress is not None:
         watch = progress(f"decoding {files.kind}s", len(todo))
-    with ThreadPoolExecutor(workers or _num_cores()) as pool, watch as bar:
+    if workers is None:
+        workers = num_cores()
+    with ThreadPoolExecutor(workers) as pool, watch as bar:
         for chunk in _decode_ahead(pool, files, todo):
             for row, entry in chunk:
                 if bar is not None:
@@ -545,6 +552,6 @@ def _require_current(files: _CacheFiles, keys: list[str], entries: list[CacheEnt
         if key not in latest or entries[latest[key]].stamp != files.stamp(key):
             stale.append(key)
     if stale:
-        found = f"{len(stale):,} of {len(keys):,} {files.kind}s are not in the cache or changed since, first"
+        problem = f"{len(stale):,} of {len(keys):,} {files.kind}s are not in the cache or changed since, first"
         command = f"python prepare.py cache --data_root {shlex.quote(str(files.root))}"
-        raise DataError(f"{found} {show_path(stale[0])}; run `{command}`")
+        raise DataError(f"{problem} {show_path(stale[0])}; run `{command}`")

@@ -141,7 +141,8 @@ def run_splits(args: argparse.Namespace) -> None:
             too_few.append(f"{title}: {str(error).partition(';')[0]}")
         manifest_path(output, title).unlink(missing_ok=True)  # of other data
     if not table:
-        raise PrepareError(next(iter(missing), "; ".join(too_few)))
+        problems = [*missing, *too_few]
+        raise PrepareError(problems[0])
     print_splits(table)
     print_categories(table)
     print_rules()

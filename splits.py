@@ -9,6 +9,7 @@ pycocotools is imported only where an annotation file is read for the first time
 
 import contextlib
 import hashlib
+import inspect
 import io
 import json
 import os
@@ -295,9 +296,9 @@ class CocoPart:
         path = _find_source(data_root, f"{COCO_FOLDER}/annotations/instances_{part}.json")
         content = _read_labels(path, cache_dir)
         names = dict(content["categories"])
-        for name in categories or ():
-            require(name in names.values(), f"unknown category {name!r}; valid: {', '.join(names.values())}")
         if categories:
+            for name in categories:
+                require(name in names.values(), f"unknown category {name!r}; valid: {', '.join(names.values())}")
             self.animals = [name for name in names.values() if name in categories]
         else:
             self.animals = [names[category] for category in content["animals"]]
@@ -356,7 +357,7 @@ def _check_listing(listing: str) -> None:
 
 @dataclass(frozen=True)
 class Selection:
-    """What is asked of a split.
+    """The options of a split.
 
     animal_fraction: share of animal entries, for split "mixed". num_images: default the number of animal entries, so that
     arms are matched ("all" and "pets": everything). animal_images: see CocoPart.animal_entries. categories: names of COCO
@@ -476,10 +477,10 @@ def split_names() -> list[str]:
 
 def describe_rule(name: str) -> str:
     """Return the first line of a rule's docstring; empty if it has none."""
-    lines = (SPLITS[name].__doc__ or "").strip().splitlines()
-    if not lines:
+    text = inspect.getdoc(SPLITS[name])
+    if not text:
         return ""
-    return lines[0]
+    return text.splitlines()[0]
 
 
 def select_split(data_root: str | Path, split: str, *, cache_dir: str | Path = "cache", **options) -> Split:
@@ -493,13 +494,11 @@ def select_split(data_root: str | Path, split: str, *, cache_dir: str | Path = "
     source = Source(data_root, selection, cache_dir)
     images = list(SPLITS[split](source))
     if not images:
-        raise TooFewImagesError(
-            f"no image of the data belongs to --split {split}; choose another or other --categories"
-        )
+        advice = "choose another split or other --categories"
+        raise TooFewImagesError(f"no image of the data belongs to --split {split}; {advice}")
+    coco = None
     if any(image.startswith(f"{COCO_FOLDER}/") for image in images):
         coco = source.coco
-    else:
-        coco = None
     return _make_split(images, _define(source, images, coco), coco)
 
 
