@@ -218,7 +218,7 @@ def check_names(args: argparse.Namespace) -> None:
     for split in args.extra_arms:
         if ("pretrain", split) in ARMS:
             raise PlanError(f"--extra_arms {split}: this split is part of every study")
-    if args.model == MODEL and not set(args.extra_arms) - set(DEFAULT_EXTRA_ARMS):
+    if args.model in (MODEL, DEMO_MODEL) and not set(args.extra_arms) - set(DEFAULT_EXTRA_ARMS):
         return
     try:
         import models
