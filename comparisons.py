@@ -130,7 +130,7 @@ def compare(study: Study, a: ArmKey, b: ArmKey) -> Comparison:
 
 
 def image_difference(pair: Pair, score: str) -> Estimate:
-    """Give the difference between two trained models with its bootstrap interval over the test images."""
+    """Return the difference between two trained models with its bootstrap interval over the test images."""
     if pair.a.kind == SEGMENT:
 
         def segment_score(counts: np.ndarray) -> np.ndarray:
@@ -148,7 +148,7 @@ def image_difference(pair: Pair, score: str) -> Estimate:
 
 
 def reasons_against(study: Study, pair: Pair) -> Iterator[str]:
-    """Say why the difference between two runs may come from something else than what defines their arms."""
+    """Explain why the difference between two runs may come from something else than what defines their arms."""
     before = [study.parent(run) for run in pair if run.stage == "finetune"]
     if any(run is None or not run.config for run in before):
         yield "pre-training unknown"

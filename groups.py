@@ -46,7 +46,7 @@ NO_TOLERANCE = Tolerance()
 
 
 def tolerance(a: Arm, b: Arm) -> Tolerance:
-    """Say which settings two arms may differ in: what defines arms, and between stages what belongs to a network."""
+    """Define which settings two arms may differ in: what defines arms, and between stages what belongs to a network."""
     allowed = Tolerance(roles={"arm"})
     if a.stage != b.stage:
         allowed.roles.add("network")
@@ -127,7 +127,7 @@ class Study:
         return list(dict.fromkeys(found))
 
     def left_out(self, key: ArmKey) -> str:
-        """Say which runs of an arm do not count, and why."""
+        """List which runs of an arm do not count, and why."""
         reasons = []
         for run in self.runs:
             if run.key == key and run not in self.main(key):
@@ -135,7 +135,7 @@ class Study:
         return "; ".join(reasons)
 
     def matches(self, run: RunRecord, other: RunRecord) -> bool:
-        """Whether two runs may stand in one sweep: equal but for the share of animals or labels, at equal updates."""
+        """Check whether two runs may stand in one sweep: equal but for the share of animals or labels, at equal updates."""
         if run.config.get("updates") != other.config.get("updates"):
             return False
         before = self.parent(run)
@@ -239,9 +239,10 @@ class Study:
 
     def _read_reference(self) -> dict[str, np.ndarray]:
         """Load the scores of trivial predictors, if they are of the images and the size that the runs were tested on."""
-        tested = [run.test for run in self.runs if run.test and run.kind == SEGMENT]
-        if not tested and any(run.kind not in ("", SEGMENT) for run in self.runs if run.stage != "pretrain"):
+        tasks = self.kinds(pretraining=False)
+        if tasks and SEGMENT not in tasks:
             return {}
+        tested = [run.test for run in self.runs if run.test and run.kind == SEGMENT]
         reference = self._load("reference.npz", "so trivial predictors are not shown")
         if not reference or not tested:
             return reference
@@ -255,7 +256,7 @@ class Study:
 
 
 def most_common(counter: Counter) -> object:
-    """Give what occurs most often."""
+    """Return what occurs most often."""
     [(value, _)] = counter.most_common(1)
     return value
 

@@ -142,12 +142,14 @@ class RunRecord:
     @property
     def select(self) -> str:
         """The score that runs are compared by."""
+        if self.kind == SEGMENT:
+            return "iou"
         names = self.table().names
         select = self.config.get("select")
         return select if select in names else names[0]
 
     def table(self, native: bool = False) -> TestTable:
-        """Give the test records; native: of a segmentation at the images' own sizes."""
+        """Return the test records; native: of a segmentation at the images' own sizes."""
         if self.kind != SEGMENT:
             sums = np.stack([self.test["numerators"], self.test["denominators"]], axis=-1).astype(float)
             return TestTable(sums, quotient_scores, tuple(map(str, self.test["score_names"])))
@@ -230,6 +232,7 @@ def read_log(path: Path) -> list[dict]:
 
 
 def is_number(value: object) -> bool:
+    """Check whether JSON holds a number here; true and false are none."""
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 

@@ -65,7 +65,7 @@ def write_report(study: Study, folder: Path, title: str | None = None) -> None:
     found = results.read_results(study, comparisons) if segmentation else None
 
     demo = is_demo(study, data)
-    title = title or "Pre-training images and segmentation after fine-tuning"
+    title = title or default_title(tasks)
     page.add(f"# {title}: {data} (demo)" if demo else f"# {title}: {data}")
     if demo:
         page.add(DEMO_TEXT)
@@ -108,6 +108,12 @@ def remove_old(folder: Path) -> None:
             path.unlink()
 
 
+def default_title(tasks: list[str]) -> str:
+    """Name the study after its tasks."""
+    names = ["segmentation" if task == SEGMENT else task for task in tasks or [SEGMENT]]
+    return f"Pre-training images and {', '.join(names)} after fine-tuning"
+
+
 def data_title(study: Study) -> str:
     """Name the data sets, as the first run that recorded them did."""
     for run in study.runs:
@@ -117,13 +123,13 @@ def data_title(study: Study) -> str:
 
 
 def is_demo(study: Study, data: str) -> bool:
-    """Whether any run is smaller than the study's networks and images, or the photos are drawn."""
+    """Check whether any run is smaller than the study's networks and images, or the photos are drawn."""
     sizes = {(run.config["args"].get("model"), run.config["args"].get("img_size")) for run in study.runs if run.config}
     return "demo" in data or bool(sizes - FULL_SIZE)
 
 
 def protocol_text(study: Study) -> str:
-    """Say where this study differs from the paper's protocol, from the recorded settings."""
+    """List where this study differs from the paper's protocol, from the recorded settings."""
     found = []
     for key, arm in ARMS.items():
         runs = [run for run in study.runs if run.key == key and run.config]

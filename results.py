@@ -40,7 +40,7 @@ REFERENCES = {
 
 
 def seeds_in_curves(study: Study) -> str:
-    """Say what the lines of a figure of curves are."""
+    """Describe the lines in a figure of curves."""
     if len({run.seed for run in study.runs}) > 1:
         return "thin: seeds, thick: their mean"
     return "one seed"
@@ -133,7 +133,7 @@ def group_row(label: str, runs: list[RunRecord]) -> dict:
 
 
 def headline(data: str, table: list[dict], comparisons: list[Comparison]) -> str:
-    """Say in a sentence what was found, no more strongly than the seeds allow."""
+    """Summarise in a sentence what was found, no more strongly than the seeds allow."""
     rows = [row for row in table if isinstance(row.get("iou"), Estimate)]
     if not rows:
         return "No arm has been trained and tested yet."
@@ -152,7 +152,7 @@ def headline(data: str, table: list[dict], comparisons: list[Comparison]) -> str
 
 
 def verdict(comparison: Comparison) -> str:
-    """Say how animals and non-animals compare."""
+    """Describe how animals and non-animals compare."""
     mean = comparison.mean
     seeds = len(comparison.values)
     text = f"Pre-training on animals instead of non-animals changes it by {mean.value:+.1f} points "
@@ -291,7 +291,7 @@ def all_metrics(study: Study, page: Page) -> None:
 
 
 def validation_row(arm: Arm, runs: list[RunRecord]) -> dict:
-    """Give the validation IoU of the weights that were kept and of the last ones."""
+    """Return the validation IoU of the weights that were kept and of the last ones."""
     return {
         "arm": arm.label,
         "seeds": len(runs),
@@ -371,7 +371,7 @@ class SweepResult:
     runs: dict[float, list[RunRecord]]
 
     def rows(self) -> list[dict]:
-        """Give a row for each value."""
+        """Return a row for each value."""
         rows = []
         for value, runs in self.runs.items():
             share = round(100 * value, 6)
@@ -380,7 +380,7 @@ class SweepResult:
         return rows
 
     def drawing(self, rows: list[dict]) -> figures.Line:
-        """Give what the figure shows."""
+        """Return what the figure shows."""
         points = []
         for row, runs in zip(rows, self.runs.values(), strict=True):
             interval = figures.Interval(*row["iou"])
@@ -504,7 +504,7 @@ def pretraining_scores(study: Study, page: Page) -> None:
 
 
 def half_remark(study: Study) -> str:
-    """Say that the arm with half the labels is trained for fewer updates."""
+    """Note that the arm with half the labels is trained for fewer updates."""
     half = study.main_of(HALF, SEGMENT)
     full = study.main_of(ANIMAL, SEGMENT)
     if not half or not full:
@@ -518,7 +518,7 @@ def half_remark(study: Study) -> str:
 
 
 def resnet_remark(study: Study) -> str:
-    """Say that the ResNet baseline trained for more or fewer epochs than the MAE arms; "" where it did not."""
+    """Note that the ResNet baseline trained for more or fewer epochs than the MAE arms; "" where it did not."""
     resnet = study.main(RESNET)
     animal = study.main(ANIMAL)
     if not resnet or not animal:

@@ -141,7 +141,7 @@ def study_arms(args: argparse.Namespace, paper_sizes: bool) -> list[Arm]:
 
 
 def has_flag(words: list[str], flag: str, value: str) -> bool:
-    """Whether a command line sets a flag to this value."""
+    """Check whether a command line sets a flag to this value."""
     return value in flag_values(words, flag)
 
 
@@ -199,7 +199,7 @@ def make_plan(args: argparse.Namespace, paper_sizes: bool) -> list[PlanLine]:
 
 
 def has_paper_sizes(args: argparse.Namespace) -> bool:
-    """Whether the animal split is the paper's, so that the mixed one takes the paper's size; supposed without data."""
+    """Check whether the animal split is the paper's; then the mixed one has the paper's size. Assumed without data."""
     if args.demo:
         return False
     countable = Path(args.data_root, DATA_FILES[0]).exists() and importlib.util.find_spec("torch") is not None
@@ -362,6 +362,7 @@ def shell_settings(args: argparse.Namespace) -> str:
         "GPUS": "" if args.gpus is None else str(args.gpus),
         "DRAWN": str(int(args.drawn)),
         "DRY": str(int(args.dry_run)),
+        "TASK": args.task,
         "IMG_SIZE": given[-1] if given else img_size,
         "TITLE": f"model {args.model}, data {args.data_root}, seeds {' '.join(map(str, args.seeds))}",
     }
