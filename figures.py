@@ -1,155 +1,338 @@
 """Figures of the report, drawn from plain arrays. Each function draws one PNG; numpy and matplotlib only.
 
-Colours are Okabe and Ito's (2008), told apart by colour-blind readers; an arm has one colour and one line style everywhere.
+What belongs together comes with its label and a Style (colour, line, marker), so that an arm looks the same everywhere; no
+function knows an arm. Copy this file together with arms.py.
 """
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator
 
-BLACK, ORANGE, SKY, GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
-BLUE, RED, PURPLE, GREY = "#0072B2", "#D55E00", "#CC79A7", "#808080"
-STYLE = {
-    "animal": (RED, "-", "o"), "half": (ORANGE, "--", "v"), "non_animal": (BLUE, "-", "s"), "mixed": (GREEN, "-", "D"),
-    "mae": (PURPLE, "-.", "^"), "resnet50": (BLACK, ":", "X"), "pets": (SKY, "--", "P"), "all": (GREY, "--", "*"),
-    "dose": (BLUE, "-", "o"),
-}  # fmt: skip
+from arms import BLACK, BLUE, RED, SKY, Style
+
 MASK_COLOURS = np.array([(230, 159, 0), (30, 30, 30), (86, 180, 233)], dtype=np.uint8)  # pet, background, border
-plt.rcParams |= {"font.size": 10, "axes.grid": True, "grid.alpha": 0.3, "legend.frameon": False, "savefig.dpi": 130}
-plt.rcParams |= {"axes.spines.top": False, "axes.spines.right": False, "savefig.bbox": "tight"}
+REACH = 0.1  # intervals of few seeds can be wider than any readable picture: IoU that is shown to each side of a point
+MANY_POINTS = 12  # from here on a curve needs no marks
+
+plt.rcParams["font.size"] = 10
+plt.rcParams["axes.grid"] = True
+plt.rcParams["grid.alpha"] = 0.3
+plt.rcParams["legend.frameon"] = False
+plt.rcParams["savefig.dpi"] = 130
+plt.rcParams["savefig.bbox"] = "tight"
+plt.rcParams["axes.spines.top"] = False
+plt.rcParams["axes.spines.right"] = False
 
 
-def style(arm: str) -> tuple[str, str, str]:
-    """Colour, line style and marker of an arm; doses take a shade between the two ends of their scale."""
-    if arm.startswith("dose_"):
-        share = float(arm[5:])
-        return matplotlib.colors.to_hex(plt.cm.cividis(share**0.5)), "-", "o^v<>p8"[round(20 * share) % 7]
-    return STYLE.get(arm.split("_labels_")[0], (GREY, "-", "o"))
-
-
-def save(fig, path) -> None:
+def save(figure: Figure, path: Path) -> None:
     """Write a figure as PNG and free it."""
-    fig.savefig(path)
-    plt.close(fig)
+    figure.savefig(path)
+    plt.close(figure)
 
 
-def image_grid(path, rows: list[tuple[str, np.ndarray]], block: int = 0, legend: tuple[str, ...] = ()) -> None:
-    """Draw labelled rows of images [k, H, W, 3], with a gap after every `block` rows; legend names the mask colours."""
-    columns = max(len(images) for _, images in rows)
-    heights = [h for i in range(len(rows)) for h in ([0.12, 1] if block and i and i % block == 0 else [1])]
-    size = (1.25 * columns, 1.25 * sum(heights))
-    fig, axes = plt.subplots(len(heights), columns, figsize=size, squeeze=False, height_ratios=heights)
-    fig.subplots_adjust(0, 0, 1, 1, wspace=0.04, hspace=0.05)
+# ----------------------------------------------------------------------------------------------------------------------
+# Images
+
+
+@dataclass
+class ImageRow:
+    """A row of images [k, H, W, 3] uint8 with its label."""
+
+    label: str
+    images: np.ndarray
+
+
+def image_grid(path: Path, rows: Sequence[ImageRow], block: int = 0, legend: Sequence[str] = ()) -> None:
+    """Draw labelled rows of images, with a gap after every `block` rows; legend names the colours of masks."""
+    columns = max(len(row.images) for row in rows)
+    gap = 0.12
+    heights = []
+    places = []  # of the rows among the lines of the grid, which has further lines for gaps
+    for number in range(len(rows)):
+        if block and number and number % block == 0:
+            heights.append(gap)
+        places.append(len(heights))
+        heights.append(1)
+    figure, axes = plt.subplots(
+        len(heights), columns, figsize=(1.25 * columns, 1.25 * sum(heights)), squeeze=False, height_ratios=heights
+    )
+    figure.subplots_adjust(0, 0, 1, 1, wspace=0.04, hspace=0.05)
     for axis in axes.flat:
         axis.set_axis_off()
-    for line, (label, images) in zip(axes[np.array(heights) == 1], rows, strict=True):
-        line[0].text(-0.06, 0.5, label, transform=line[0].transAxes, ha="right", va="center")
-        for axis, image in zip(line, images, strict=False):
+    for place, row in zip(places, rows, strict=True):
+        first = axes[place, 0]
+        first.text(-0.06, 0.5, row.label, transform=first.transAxes, ha="right", va="center")
+        for axis, image in zip(axes[place], row.images, strict=False):
             axis.imshow(image, interpolation="nearest")
     if legend:
-        handles = [Patch(color=c / 255, label=name) for c, name in zip(MASK_COLOURS, legend, strict=True)]
-        fig.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, -0.005), ncols=3)
-    save(fig, path)
+        handles = []
+        for colour, name in zip(MASK_COLOURS, legend, strict=True):
+            handles.append(Patch(color=colour / 255, label=name))
+        figure.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, -0.005), ncols=3)
+    save(figure, path)
 
 
-def curve_panels(path, panels: dict[str, tuple], arms: dict[str, tuple[str, list]]) -> None:
-    """Draw one panel per title with the curves of all arms against the epoch; seeds thin, their mean thick.
-
-    panels: title -> (event, field, height of a line or None); arms: arm -> (label, the log of each seed's run).
-    """
-    fig, axes = plt.subplots(1, len(panels), figsize=(4.3 * len(panels), 3.4), squeeze=False)
-    for axis, (name, (event, key, zero)) in zip(axes[0], panels.items(), strict=True):
-        for arm, (label, logs) in arms.items():
-            points = [[(x["epoch"], x[key]) for x in log if x["event"] == event and key in x] for log in logs]
-            (colour, line, _), runs = style(arm), [np.array(p).T for p in points if p]
-            for x, y in runs if len(runs) > 1 else ():
-                axis.plot(x, y, line, color=colour, lw=0.8, alpha=0.45)
-            if runs:
-                x, y = np.mean([r for r in runs if np.array_equal(r[0], runs[0][0])], axis=0)
-                axis.plot(x, y, line, marker="." * (len(x) < 12), color=colour, lw=1.8, label=label)
-        if zero is not None:
-            place = {"transform": axis.get_yaxis_transform(), "ha": "right", "va": "bottom", "fontsize": 9}
-            axis.axhline(zero, color="#555555", ls="--", lw=1.2)
-            axis.text(0.99, zero, "predicting zero", **place)
-        axis.set(xlabel="epoch", ylabel=name)
-        axis.xaxis.set_major_locator(plt.MaxNLocator(6, integer=True))
-    named = {k: v for axis in axes[0] for v, k in zip(*axis.get_legend_handles_labels(), strict=True)}
-    fig.tight_layout()
-    fig.legend(named.values(), named, loc="upper center", bbox_to_anchor=(0.5, 0.02), ncols=min(5, len(named) or 1))
-    save(fig, path)
+# ----------------------------------------------------------------------------------------------------------------------
+# Curves
 
 
-def forest(path, rows: list[dict], margin: float) -> None:
-    """Draw differences in IoU points: per row a label, seeds [(value, low, high)] and perhaps a mean with its t-interval."""
-    limit = 1.25 * np.nanmax([abs(v) for r in rows for seed in r["seeds"] for v in seed] + [2 * margin])
-    fig, axis = plt.subplots(figsize=(8.2, 0.72 * len(rows) + 1.4))
+@dataclass
+class Panel:
+    """One panel of curves: `key` of the log lines of an event. zero: height of "predicting zero", if there is one."""
+
+    title: str
+    event: str
+    key: str
+    zero: float | None = None
+
+
+@dataclass
+class Curve:
+    """The logs of an arm, one a seed; a log is a list of lines with "event", "epoch" and scores."""
+
+    label: str
+    style: Style
+    logs: list[list[dict]]
+
+
+@dataclass
+class Series:
+    """Values of one log [k] against the epoch [k]."""
+
+    epochs: np.ndarray
+    values: np.ndarray
+
+
+def read_series(log: list[dict], panel: Panel) -> Series:
+    """Take what a panel shows from a log."""
+    lines = [line for line in log if line["event"] == panel.event and panel.key in line]
+    epochs = np.array([line["epoch"] for line in lines])
+    return Series(epochs, np.array([line[panel.key] for line in lines]))
+
+
+def curve_panels(path: Path, panels: Sequence[Panel], curves: Sequence[Curve]) -> None:
+    """Draw a panel of all curves against the epoch for each score; seeds thin, their mean thick."""
+    figure, axes = plt.subplots(1, len(panels), figsize=(4.3 * len(panels), 3.4), squeeze=False)
+    labels: dict[str, object] = {}
+    for axis, panel in zip(axes[0], panels, strict=True):
+        for curve in curves:
+            draw_curve(axis, panel, curve)
+        if panel.zero is not None:
+            axis.axhline(panel.zero, color="#555555", ls="--", lw=1.2)
+            place = axis.get_yaxis_transform()
+            axis.text(0.99, panel.zero, "predicting zero", transform=place, ha="right", va="bottom", fontsize=9)
+        axis.set_xlabel("epoch")
+        axis.set_ylabel(panel.title)
+        axis.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        handles, names = axis.get_legend_handles_labels()
+        labels.update(zip(names, handles, strict=True))
+    figure.tight_layout()
+    columns = min(5, len(labels) or 1)
+    figure.legend(labels.values(), labels, loc="upper center", bbox_to_anchor=(0.5, 0.02), ncols=columns)
+    save(figure, path)
+
+
+def draw_curve(axis: Axes, panel: Panel, curve: Curve) -> None:
+    """Draw the seeds of an arm and the mean of those that were logged at the same epochs."""
+    runs = [read_series(log, panel) for log in curve.logs]
+    runs = [run for run in runs if len(run.epochs)]
+    if not runs:
+        return
+    style = curve.style
+    if len(runs) > 1:
+        for run in runs:
+            axis.plot(run.epochs, run.values, style.line, color=style.colour, lw=0.8, alpha=0.45)
+    epochs = runs[0].epochs
+    mean = np.mean([run.values for run in runs if np.array_equal(run.epochs, epochs)], axis=0)
+    marker = "." if len(epochs) < MANY_POINTS else ""
+    axis.plot(epochs, mean, style.line, marker=marker, color=style.colour, lw=1.8, label=curve.label)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Differences
+
+
+@dataclass
+class Interval:
+    """A value with its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass
+class Difference:
+    """A row of the forest plot, in points: each seed with its bootstrap interval, and their mean with its t-interval."""
+
+    label: str
+    seeds: list[Interval]
+    mean: Interval | None
+
+
+def forest(path: Path, rows: Sequence[Difference], margin: float) -> None:
+    """Draw differences in IoU points, one row each; the margin of equivalence is shaded."""
+    reach = [2 * margin]
+    for row in rows:
+        for seed in row.seeds:
+            reach += [abs(seed.value), abs(seed.low), abs(seed.high)]
+    limit = 1.25 * np.nanmax(reach)
+    figure, axis = plt.subplots(figsize=(8.2, 0.72 * len(rows) + 1.4))
     axis.axvspan(-margin, margin, color=SKY, alpha=0.3, lw=0, label=f"±{margin:g} points")
     axis.axvline(0, color=BLACK, lw=0.8)
-    for i, row in enumerate(rows):
-        top, step = (0.17 if row["mean"] is None else -0.12) - i, 0.34 / (len(row["seeds"]) + 1)
-        for k, (value, low, high) in enumerate(row["seeds"], 1):
-            label = "one seed, 95 % bootstrap over test images" if (i, k) == (0, 1) else None
-            axis.plot([low, high], [top - k * step] * 2, color=BLUE, lw=1.2)
-            axis.plot(value, top - k * step, "o", color=BLUE, ms=4, label=label)
-        if row["mean"] is not None:
-            (value, *ends), y, label = row["mean"], 0.12 - i, "mean over seeds, 95 % t-interval" if i == 0 else None
-            axis.plot(np.clip(ends, -limit, limit), [y] * 2, color=RED, lw=2.4)
-            axis.plot(value, y, "D", color=RED, ms=6, label=label)
-            for end in (e for e in ends if abs(e) > limit):  # wider than what can be shown at a readable scale
-                axis.plot(np.clip(end, -limit, limit), y, "<>"[end > 0], color=RED, ms=8, clip_on=False)
-    axis.set(yticks=-np.arange(len(rows)), yticklabels=[r["label"] for r in rows], xlim=(-limit, limit),
-             ylim=(-len(rows) + 0.35, 0.55), xlabel="difference in test IoU (percentage points)")  # fmt: skip
+    for number, row in enumerate(rows):
+        draw_seeds(axis, row, number)
+        if row.mean is not None:
+            draw_mean(axis, row.mean, number, limit)
+    axis.set_yticks(-np.arange(len(rows)), [row.label for row in rows])
+    axis.set_xlim(-limit, limit)
+    axis.set_ylim(-len(rows) + 0.35, 0.55)
+    axis.set_xlabel("difference in test IoU (percentage points)")
     axis.grid(axis="y", visible=False)
     axis.legend(loc="upper center", bbox_to_anchor=(0.3, -0.6 / (0.72 * len(rows) + 0.9)), ncols=3, fontsize=9)
-    save(fig, path)
+    save(figure, path)
 
 
-def bands(path, lines: dict[str, list[dict]], xlabel: str, log: bool = False) -> None:
-    """Draw IoU against a share in percent with its interval: arm -> points {"arm", "share", "iou", "values"}.
+def draw_seeds(axis: Axes, row: Difference, number: int) -> None:
+    """Draw the seeds of a row, one below the other, under their mean if there is one."""
+    top = -number - 0.12
+    if row.mean is None:
+        top = -number + 0.17
+    step = 0.34 / (len(row.seeds) + 1)
+    for place, seed in enumerate(row.seeds, 1):
+        height = top - place * step
+        first = number == 0 and place == 1
+        label = "one seed, 95 % bootstrap over test images" if first else None
+        axis.plot([seed.low, seed.high], [height, height], color=BLUE, lw=1.2)
+        axis.plot(seed.value, height, "o", color=BLUE, ms=4, label=label)
 
-    One line gets a band, several get bars side by side. Intervals of few seeds may be wider than the picture.
+
+def draw_mean(axis: Axes, mean: Interval, number: int, limit: float) -> None:
+    """Draw a mean over seeds; an arrow stands for the end of an interval that is wider than the picture."""
+    height = 0.12 - number
+    label = "mean over seeds, 95 % t-interval" if number == 0 else None
+    axis.plot(np.clip([mean.low, mean.high], -limit, limit), [height, height], color=RED, lw=2.4)
+    axis.plot(mean.value, height, "D", color=RED, ms=6, label=label)
+    if abs(mean.low) > limit:
+        arrow = ">" if mean.low > 0 else "<"
+        axis.plot(np.clip(mean.low, -limit, limit), height, arrow, color=RED, ms=8, clip_on=False)
+    if abs(mean.high) > limit:
+        arrow = ">" if mean.high > 0 else "<"
+        axis.plot(np.clip(mean.high, -limit, limit), height, arrow, color=RED, ms=8, clip_on=False)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Sweeps
+
+
+@dataclass
+class SweepPoint:
+    """IoU at a share in percent, with its interval and the value of each seed."""
+
+    share: float
+    iou: Interval
+    seeds: list[float]
+
+
+@dataclass
+class Line:
+    """The points of a sweep that belong together."""
+
+    label: str
+    style: Style
+    points: list[SweepPoint]
+
+
+def bands(path: Path, lines: Sequence[Line], xlabel: str, log: bool = False) -> None:
+    """Draw IoU against a share in percent. One line gets a band, several get bars side by side.
+
+    log: on a logarithmic scale, where several lines are shifted a little against each other.
     """
-    fig, axis = plt.subplots(figsize=(7, 4.2))
-    shown = [v for points in lines.values() for p in points for v in (p["iou"][0], *p["values"])]
-    # Intervals of few seeds can be wider than any readable picture.
-    ends = [np.clip(p["iou"][1:], p["iou"][0] - 0.1, p["iou"][0] + 0.1) for points in lines.values() for p in points]
-    shown += [float(v) for pair in ends for v in pair if np.isfinite(v)]
-    margin = 0.1 * (max(shown) - min(shown)) + 0.01
-    for i, (arm, points) in enumerate(lines.items()):
-        colour, dash, marker = style(arm)
-        x = np.array([p["share"] for p in points]) * (1 + log * 0.05 * (i - (len(lines) - 1) / 2))
-        y, low, high = np.array([p["iou"] for p in points], float).T
-        axis.plot(x, y, linestyle=dash, marker=marker, ms=6, color=colour, label=points[0]["arm"])
-        if len(lines) == 1:
-            axis.fill_between(x, low, high, color=colour, alpha=0.18, lw=0)
-        else:
-            axis.vlines(x, low, high, color=colour, lw=1.4, alpha=0.6)
-        for place, p in zip(x, points, strict=True):
-            axis.plot([place] * len(p["values"]), p["values"], ".", color=colour, alpha=0.6, ms=5)
+    figure, axis = plt.subplots(figsize=(7, 4.2))
+    for number, line in enumerate(lines):
+        shift = 1.0
+        if log:
+            shift += 0.05 * (number - (len(lines) - 1) / 2)
+        draw_line(axis, line, shift, band=len(lines) == 1)
     if log:
         axis.set_xscale("log")
         axis.minorticks_off()
-    ticks = sorted({p["share"] for points in lines.values() for p in points})
-    axis.set(xlabel=xlabel, ylabel="test IoU", ylim=(max(0, min(shown) - margin), min(1, max(shown) + margin)))
-    axis.set_xticks(ticks, [f"{t:g}" for t in ticks])
+    axis.set_xlabel(xlabel)
+    axis.set_ylabel("test IoU")
+    axis.set_ylim(*visible_range(lines))
+    ticks = sorted({point.share for line in lines for point in line.points})
+    axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     if len(lines) > 1:
         axis.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
-    save(fig, path)
+    save(figure, path)
 
 
-def scatter(path, points: list[dict]) -> None:
-    """Draw IoU against pre-training loss, one mark per run: [{"arm", "label", "loss_animal", "loss_non_animal", "iou"}]."""
-    fig, axes = plt.subplots(1, 2, figsize=(9.2, 3.8), sharey=True)
-    for axis, of in zip(axes, ("animal", "non_animal"), strict=True):
-        for label, arm in {p["label"]: p["arm"] for p in points}.items():
-            marks = np.array([(p[f"loss_{of}"], p["iou"]) for p in points if p["label"] == label]).T
-            axis.plot(*marks, style(arm)[2], color=style(arm)[0], ms=7, alpha=0.85, label=label)
-        axis.set_xlabel(f"pre-training loss on {of.replace('_', '-')} validation images")
-        axis.xaxis.set_major_locator(plt.MaxNLocator(5))
-    axes[0].set_ylabel("test IoU after fine-tuning")
-    fig.tight_layout()
-    axes[1].legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
-    save(fig, path)
+def visible_range(lines: Sequence[Line]) -> tuple[float, float]:
+    """Choose limits in [0, 1] that hold all values, and of their intervals what is not too far away."""
+    shown = []
+    for line in lines:
+        for point in line.points:
+            middle = point.iou.value
+            shown += [middle, *point.seeds]
+            ends = np.clip([point.iou.low, point.iou.high], middle - REACH, middle + REACH)
+            shown += [float(end) for end in ends if np.isfinite(end)]
+    margin = 0.1 * (max(shown) - min(shown)) + 0.01
+    return max(0, min(shown) - margin), min(1, max(shown) + margin)
+
+
+def draw_line(axis: Axes, line: Line, shift: float, band: bool) -> None:
+    """Draw a line of a sweep with its intervals and seeds."""
+    style = line.style
+    x = np.array([point.share for point in line.points]) * shift
+    middle = np.array([point.iou.value for point in line.points], float)
+    low = np.array([point.iou.low for point in line.points], float)
+    high = np.array([point.iou.high for point in line.points], float)
+    axis.plot(x, middle, linestyle=style.line, marker=style.marker, ms=6, color=style.colour, label=line.label)
+    if band:
+        axis.fill_between(x, low, high, color=style.colour, alpha=0.18, lw=0)
+    else:
+        axis.vlines(x, low, high, color=style.colour, lw=1.4, alpha=0.6)
+    for place, point in zip(x, line.points, strict=True):
+        axis.plot(np.full(len(point.seeds), place), point.seeds, ".", color=style.colour, alpha=0.6, ms=5)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Two scores of the same runs
+
+
+@dataclass
+class Cloud:
+    """The runs of an arm: scores of pre-training by key [runs], and test IoU [runs]."""
+
+    label: str
+    style: Style
+    scores: dict[str, list[float]]
+    iou: list[float]
+
+
+def scatter(path: Path, clouds: Sequence[Cloud], titles: dict[str, str]) -> None:
+    """Draw IoU against each score of pre-training, one mark a run; titles: score -> label of its axis."""
+    width = 4.6 * len(titles)
+    figure, axes = plt.subplots(1, len(titles), figsize=(width, 3.8), sharey=True, squeeze=False)
+    for axis, (key, title) in zip(axes[0], titles.items(), strict=True):
+        for cloud in clouds:
+            style = cloud.style
+            axis.plot(
+                cloud.scores[key], cloud.iou, style.marker, color=style.colour, ms=7, alpha=0.85, label=cloud.label
+            )
+        axis.set_xlabel(title)
+        axis.xaxis.set_major_locator(MaxNLocator(5))
+    axes[0, 0].set_ylabel("test IoU after fine-tuning")
+    figure.tight_layout()
+    axes[0, -1].legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    save(figure, path)

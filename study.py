@@ -1,293 +1,393 @@
-"""Read the records of a study: which runs may be averaged and compared, and their scores with intervals.
+"""Plan a study: one line for each run, with the command that makes it.
 
-    study = Study(Path("runs/study"))
-    estimates(study.main(("finetune", "animal")))["iou"]     # Estimate(value, low, high)
+    python study.py plan --seeds 0 1 2 --model mae_base --output runs/study          # a tab-separated table
+    python study.py plan --sweep label_fraction --extra_arms pets my_split
+    python study.py settings --demo                                                  # what run_all.sh needs to know
 
-Runs of one arm are averaged over seeds only where all settings agree; every other run is named in study.notes.
+`run_all.sh` writes the table to OUTPUT/study.tsv and carries it out line by line; `report.py` reads it. A line's parent
+stands above it, and the lines of one seed and stage do not depend on each other. The arms are those of arms.py.
+Standard library only, so that a plan can be shown before anything is installed; splits.py is asked where it can be.
 """
 
-import json
-import math
-from collections import Counter
+import argparse
+import importlib.util
+import itertools
+import shlex
+import sys
+import tempfile
+from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
-import numpy as np
+from arms import ANIMAL_FRACTION, ARMS, MIXED, STAGES, SWEEPS, Arm, extra_arms, sweep_arms
 
-from metrics import bootstrap, holm, paired_bootstrap, paired_t_test, ratio, scores, t_interval, tost
+SCRIPTS = {"pretrain": "pretrain.py", "finetune": "finetune.py", "baseline": "baseline.py"}
+PROTOCOLS = ("ours",)
+DEFAULT_OBJECTIVE = "mae"
+DEFAULT_TASK = "segment"
+DEFAULT_EXTRA_ARMS = ("pets", "all")
+MODEL = "mae_base"
+IMG_SIZE = 224
+PAPER_ANIMALS = 25_739  # list entries of the paper's animal split
+PAPER_MIXED = 25_918  # and of its mixed split, which is a little larger
 
-ARMS = {  # with the paper's Table 2: loss, IoU, accuracy in percent
-    ("baseline", "resnet50"): ("ResNet-50", (0.40, 0.765, 89.3)),
-    ("baseline", "mae"): ("Supervised MAE", (0.45, 0.699, 82.8)),
-    ("finetune", "animal"): ("Finetuned-Animals", (0.34, 0.785, 86.7)),
-    ("finetune", "half"): ("Finetuned-Half", (0.35, 0.757, 86.5)),
-    ("finetune", "non_animal"): ("Finetuned-Non-Animals", (0.37, 0.761, 85.4)),
-    ("finetune", "mixed"): ("Finetuned-Mixed", (0.32, 0.781, 86.8)),
-    ("finetune", "pets"): ("Finetuned-Pets", None),
-    ("finetune", "all"): ("Finetuned-All", None),
+# The same path at a size that two CPU cores finish in minutes.
+DEMO_MODEL = "mae_tiny"
+DEMO_IMG_SIZE = 128
+DEMO_SIZE = {"img_size": DEMO_IMG_SIZE, "cache_size": 160, "compile": False, "log_every": 10}
+DEMO_PRETRAIN = {**DEMO_SIZE, "epochs": 12, "batch_size": 16, "blr": "16e-3", "warmup_epochs": 2}
+DEMO_SEGMENT = {**DEMO_SIZE, "epochs": 10, "batch_size": 8, "blr": "32e-3", "warmup_epochs": 1}
+DEMO = {
+    "pretrain": DEMO_PRETRAIN,
+    "finetune": {**DEMO_SEGMENT, "layer_decay": 0.8},  # four blocks, not twelve
+    "baseline": DEMO_SEGMENT,
 }
-RESNET, SUPERVISED, ANIMAL, HALF, NON_ANIMAL, MIXED, PETS, ALL = ARMS
-PLANNED = [(ANIMAL, NON_ANIMAL), (ANIMAL, MIXED), (ANIMAL, HALF), (ANIMAL, SUPERVISED), (NON_ANIMAL, SUPERVISED),
-           (ANIMAL, RESNET)]  # fmt: skip
-PRETRAINED = {"animal": "animals", "non_animal": "non-animals", "mixed": "mixed", "pets": "Pets", "all": "all of COCO",
-              "mae": "no pre-training"}  # fmt: skip
-MARGIN = 0.5  # IoU points within which two arms count as equivalent
-CURVES = ("loss", "iou", "loss_animal", "loss_non_animal")
-NAMES = ["loss", "iou", "iou_background", "iou_border", "miou", "iou_border_as_pet", "iou_border_ignored", "accuracy",
-         "boundary_pet", "boundary_pet_or_border"]  # fmt: skip
-DRAWN = {"seed", "split_seed", "train", "init"}  # what a seed changes
-DEFINING = {"split", "num_images", "animal_fraction", "animal_images", "train_fraction", "equal_updates", "n_train",
-            "updates"}  # fmt: skip
-RECIPE = {"model", "blr", "layer_decay", "drop_path", "weights", "head", "freeze"}  # what belongs to a kind of network
+DEMO_RESNET = {"epochs": 2, "blr": "16e-3"}
+
+DATA_FILES = (
+    "coco/annotations/instances_train2017.json",
+    "coco/annotations/instances_val2017.json",
+    "oxford-iiit-pet/annotations/list.txt",
+)
 
 
-class StudyError(ValueError):
-    """A folder that is no study, or whose study.tsv cannot be read."""
+class PlanError(ValueError):
+    """Wrong use; the message is one line that says what to do."""
 
 
-class Estimate(NamedTuple):
-    """A value with its 95 % interval (nan limits: none)."""
+class PlanLine(NamedTuple):
+    """One run of a study. Folders are relative to the study's; `command` is quoted for a shell, without the launcher."""
 
-    value: float
-    low: float = math.nan
-    high: float = math.nan
-
-    def times(self, factor: float) -> "Estimate":
-        return Estimate(*(float(factor * v) for v in self))
-
-
-class Run:
-    """One line of study.tsv with what its folder holds; `problem` says why it cannot be used, whatever is wrong."""
-
-    def __init__(self, study: Path, seed: str, stage: str, arm: str, name: str):
-        self.seed, self.stage, self.arm, self.name, self.key = int(seed), stage, arm, name, (stage, arm)
-        self.config, self.settings, self.log, self.metrics, self.test = {}, {}, [], {}, {}
-        try:
-            self.problem = self._read(study / name)
-        except Exception as error:  # damaged records fail in as many ways as there are parsers
-            self.problem = f"unreadable: {type(error).__name__}: {error}".splitlines()[0]
-        if self.problem:
-            self.metrics, self.log, self.test = {}, [], {}
-
-    def _read(self, path: Path) -> str | None:
-        if not (path / "config.json").exists():
-            return "missing: not started (no config.json)"
-        c = json.loads((path / "config.json").read_text())
-        settings = c["experiment"] | {k: c[k] for k in ("n_train", "updates")} | {"precision": c.get("precision")}
-        wrong = [k for k in ("n_train", "n_unique", "updates") if type(c[k]) is not int]
-        wrong += [k for k in ("args", "data", "hardware", "versions", "manifest") if not isinstance(c.get(k, {}), dict)]
-        if wrong or not isinstance(c.get("manifest", {}).get("train", {}), dict):
-            raise TypeError(f"config.json: {', '.join(wrong) or 'manifest'} is of a wrong type")
-        _ = c["args"], c.get("data", {"title": ""})["title"]
-        self.config, self.settings = c, {k: v for k, v in settings.items() if k not in DRAWN}
-        if (path / "log.jsonl").exists():
-            lines = (path / "log.jsonl").read_bytes().split(b"\n")[:-1]  # a line being written has no end yet
-            self.log = [json.loads(line) for line in lines if line]
-        drawn = [line for line in self.log if line["event"] in ("train", "val")]
-        _ = [float(line["epoch"]) + sum(float(line[k]) for k in CURVES if k in line) for line in drawn]
-        if not (path / "metrics.json").exists():
-            step = max((line.get("step", 0) for line in self.log), default=0)
-            return f"unfinished: no metrics.json (logged up to update {step:,} of {c['updates']:,})"
-        m = self.metrics = json.loads((path / "metrics.json").read_text())
-        _ = m.get("seconds", 0) + sum(m.get(k) or 0 for k in ("img_s", "mfu", "mem_gb"))
-        if self.stage == "pretrain":
-            _ = sum(m["last"][k] for k in ("loss_animal", "loss_non_animal")), sum(m.get("predict_zero", {}).values())
-            return None
-        if not (path / "test.npz").exists():
-            return f"not tested: no test.npz (python evaluate.py test {path})"
-        with np.load(path / "test.npz", allow_pickle=False) as arrays:
-            self.test = dict(arrays)
-        _ = self.records(), self.records(native=True), m["best"]["iou"] + m["best"]["epoch"] + m["last"]["iou"]
-        return None
-
-    def records(self, native: bool = False) -> np.ndarray:
-        """One row of sums per test image [n, 15]: 9 counts, loss, pixels, boundary intersections and unions."""
-        end, sums = "_native" * native, np.stack([self.test["loss_sum"], self.test["pixels"]], 1)
-        counts, edges = (self.test[k + end].reshape(len(sums), -1) for k in ("counts", "boundary"))
-        return np.concatenate([counts, sums, edges], axis=1).astype(float)
-
-    def iou(self, name: str = "iou") -> float:
-        """Score the test images together."""
-        return float(scores(self.test["counts"].sum(0))[name])
+    seed: int
+    stage: str
+    arm: str
+    folder: str
+    parent: str  # folder of the run that it starts from, or empty
+    sweep: str
+    value: float | None
+    command: str
 
 
-def differing(a: dict, b: dict, ignore: set = frozenset(), both: bool = True) -> list[str]:
-    """Name the settings (of both, or of either) that differ, with values; the pre-training's begin with "pretrain."."""
-    keys = [k for k in {**a, **b} if (k in a and k in b) or not both]
-    keys = [k for k in keys if a.get(k) != b.get(k) and k.removeprefix("pretrain.") not in ignore]
-    return [f"{k} {a.get(k)} instead of {b.get(k)}" for k in keys]
+# ----------------------------------------------------------------------------------------------------------------------
+# The table
 
 
-class Study:
-    """All runs of a study folder; groups those that may be averaged and names those that may not."""
-
-    def __init__(self, path: Path):
-        table = path / "study.tsv"
-        if not table.is_file():
-            raise StudyError(f"{path} is no study: it has no study.tsv; give the folder that run_all.sh wrote")
-        try:
-            self.runs = [Run(path, *line.split("\t")) for line in table.read_text().splitlines() if line]
-        except (ValueError, TypeError):
-            raise StudyError(f"{table} is damaged: its lines must be seed, stage, arm and folder, with tabs") from None
-        if not self.runs:
-            raise StudyError(f"{table} lists no runs; start the study with run_all.sh")
-        self.path, self.find = path, {(r.seed, *r.key): r for r in self.runs}
-        if twice := [r.name for r in self.runs if r not in self.find.values()]:
-            raise StudyError(f"{table} lists {twice[0]} twice; repeated seeds are no independent runs")
-        self._check_siblings()
-        self.notes = [f"`{r.name}` is {r.problem}" for r in self.runs if r.problem]
-        self.notes += [f"`{r.name}` has no log.jsonl: no curves" for r in self.runs if not (r.problem or r.log)]
-        self.groups = {key: self._group(key) for key in dict.fromkeys(r.key for r in self.runs)}
-        self._compare_arms()
-        self.panels = self._arrays(ARMS, "panels.npz")
-        self.reconstructions = self._arrays([("pretrain", arm) for arm in PRETRAINED], "reconstruction.npz")
-        self.reference = self._load("reference.npz", "so trivial predictors are not shown")
-        tested = next((r.test for r in self.runs if r.test), self.reference)
-        if self.reference and any(not np.array_equal(self.reference.get(k), tested[k]) for k in ("ids", "img_size")):
-            self.reference = {}
-            self.notes.append("`reference.npz` is of other images or another size than the tests, so it is not shown")
-
-    def pretraining(self, run: Run) -> Run | None:
-        """The run that a fine-tuning started from."""
-        arm = "animal" if run.arm == "half" else run.arm.split("_labels_")[0]
-        return self.find.get((run.seed, "pretrain", arm)) if run.stage == "finetune" else None
-
-    def _check_siblings(self) -> None:
-        """Tested on the same images? Started from the same weights as the arm with the same pre-training?"""
-        tested = Counter(tuple(r.test["ids"]) for r in self.runs if r.test).most_common(1)
-        for run in self.runs:
-            if run.test and tuple(run.test["ids"]) != tested[0][0]:
-                run.problem = "tested on other images than its siblings"
-            if parent := self.pretraining(run):
-                run.settings |= {f"pretrain.{k}": v for k, v in parent.settings.items()}
-                first = self.find.get((run.seed, "finetune", parent.arm))
-                starts = {r.config["experiment"].get("init") for r in (run, first) if r and not r.problem}
-                if not run.problem and len(starts) > 1:
-                    run.problem = f"not comparable: it started from other weights than `{first.name}`"
-
-    def _group(self, key: tuple) -> list[list[Run]]:
-        """Usable runs of an arm in groups of equal settings, the largest first."""
-        groups: list[list[Run]] = []
-        for run in (r for r in self.runs if r.key == key and not r.problem):
-            home = next((g for g in groups if not differing(run.settings, g[0].settings, both=False)), None)
-            groups.append([run]) if home is None else home.append(run)
-        groups.sort(key=len, reverse=True)
-        for run in (r for g in groups[1:] for r in g):
-            first = groups[0][0]
-            changes = "; ".join(differing(run.settings, first.settings, both=False))
-            self.notes.append(f"`{run.name}` has other settings than `{first.name}` ({changes}): not averaged")
-        return groups
-
-    def _compare_arms(self) -> None:
-        """Name arms whose settings differ from those of the animal arm beyond what defines the arm."""
-        for key, run in ((k, g[0][0]) for k, g in self.groups.items() if g):
-            stage = "pretrain" if key[0] == "pretrain" else "finetune"
-            free = self.free(key, (stage, "animal")) | ({"epochs"} if key == RESNET else set())  # with its own schedule
-            for first in self.main((stage, "animal"))[:1]:
-                if changes := "; ".join(differing(run.settings, first.settings, free)):
-                    self.notes.append(f"all of `{'_'.join(key)}` has other settings than `{stage}_animal` ({changes})")
-
-    def free(self, a: tuple, b: tuple) -> set:
-        """Settings that may differ between two arms."""
-        return DEFINING | ({"batch_size"} if "_labels_" in a[1] + b[1] else set()) | (RECIPE if a[0] != b[0] else set())
-
-    def matches(self, run: Run, other: Run) -> bool:
-        """May a run stand in a sweep beside another: equal in all but the share of animals or labels, with equal updates?"""
-        before = [self.pretraining(r) for r in (run, other)]
-        pairs = [((run, other), ("updates",)), (before, ("n_train", "n_unique", "updates"))]
-        equal = all(a.config.get(k) == b.config.get(k) for (a, b), keys in pairs if a and b for k in keys)
-        return equal and not differing(run.settings, other.settings, self.free(run.key, other.key) - {"animal_images"})
-
-    def main(self, key: tuple) -> list[Run]:
-        """The runs of an arm that count: the largest group of equal settings."""
-        return (self.groups.get(key) or [[]])[0]
-
-    def _load(self, name: str, so: str) -> dict:
-        """Load a file of arrays below the study; what is missing or damaged is named, and {} returned."""
-        try:
-            with np.load(self.path / name, allow_pickle=False) as arrays:
-                return dict(arrays)
-        except Exception as error:
-            state = "missing" if isinstance(error, FileNotFoundError) else f"unreadable ({type(error).__name__})"
-            self.notes.append(f"`{name}` is {state}, {so}")
-            return {}
-
-    def _arrays(self, keys, name: str) -> list[tuple[tuple, dict]]:
-        """Load a file of each arm's first run -> [(arm, arrays)]."""
-        runs = [(key, run) for key in keys for run in self.main(key)[:1]]
-        found = [(key, self._load(f"{run.name}/{name}", "so its pictures are not shown")) for key, run in runs]
-        return [(key, arrays) for key, arrays in found if arrays]
-
-    def left_out(self, key: tuple) -> str:
-        bad = [r for r in self.runs if r.key == key and r not in self.main(key)]
-        return "; ".join(f"without seed {r.seed} ({r.problem or 'other settings'})" for r in bad)
+def write_lines(lines: Iterable[PlanLine]) -> str:
+    """Write plan lines as a tab-separated table with a header."""
+    rows = ["\t".join(PlanLine._fields)]
+    for line in lines:
+        value = "" if line.value is None else f"{line.value:g}"
+        rows.append("\t".join(map(str, line._replace(value=value))))
+    return "\n".join(rows) + "\n"
 
 
-def all_scores(sums: np.ndarray) -> np.ndarray:
-    """Score sums of records [..., 15] -> the scores of NAMES [..., 10]."""
-    loss, pet, pet_or_border = (ratio(sums[..., k], sums[..., k + 1]) for k in (9, 11, 13))
-    s = scores(sums[..., :9].reshape(*sums.shape[:-1], 3, 3))
-    s |= {"loss": loss, "boundary_pet": pet, "boundary_pet_or_border": pet_or_border}
-    return np.stack([s[k] for k in NAMES], axis=-1)
+def read_lines(text: str) -> list[PlanLine]:
+    """Read what write_lines wrote. Raises ValueError for another table."""
+    rows = [row.split("\t") for row in text.split("\n") if row]
+    if not rows or tuple(rows[0]) != PlanLine._fields:
+        raise ValueError(f"its first line must be {', '.join(PlanLine._fields)}, separated by tabs")
+    lines = []
+    for cells in rows[1:]:
+        if len(cells) != len(PlanLine._fields):
+            raise ValueError(f"a line has {len(cells)} columns instead of {len(PlanLine._fields)}: {cells[0][:40]} ...")
+        line = PlanLine(*cells)
+        if line.stage not in STAGES:
+            raise ValueError(f"unknown stage {line.stage!r}; stages are {', '.join(STAGES)}")
+        value = float(line.value) if line.value else None
+        lines.append(line._replace(seed=int(line.seed), value=value))
+    return lines
 
 
-def estimates(runs: list[Run], native=False, per_image=False, resamples=10_000) -> dict[str, Estimate]:
-    """Mean of each score over seeds with its t-interval; of a single run the value with the bootstrap over test images."""
-    tables, statistic = [r.records(native) for r in runs], all_scores
-    if per_image:
-        values = [all_scores(t) for t in tables]
-        tables = [np.stack([np.nan_to_num(v), ~np.isnan(v)], axis=-1) for v in values]
-        statistic = lambda s: ratio(s[..., 0], s[..., 1])  # noqa: E731
-    if len(runs) == 1:
-        return dict(zip(NAMES, map(Estimate, *bootstrap(tables[0], statistic, resamples)), strict=True))
-    seeds = np.array([statistic(t.sum(0)) for t in tables])
-    return {k: Estimate(*t_interval(seeds[:, i])) for i, k in enumerate(NAMES)}
+def quote(word: str) -> str:
+    """Quote a word for bash on a single line, tabs and line breaks included."""
+    if not any(character in word for character in "\n\r\t"):
+        return shlex.quote(word)
+    for character, escaped in (("\\", "\\\\"), ("'", "\\'"), ("\n", "\\n"), ("\r", "\\r"), ("\t", "\\t")):
+        word = word.replace(character, escaped)
+    return f"$'{word}'"
 
 
-def compare(study: Study, a: tuple, b: tuple) -> dict:
-    """Paired differences a - b of the test IoU in points, seed by seed, and why they may not be tested."""
-    pairs = [(x, y) for x in study.main(a) for y in study.main(b) if x.seed == y.seed]
-    values = [100 * (x.iou() - y.iou()) for x, y in pairs]
-    images = [paired_bootstrap(x.test["counts"], y.test["counts"], lambda c: scores(c)["iou"]) for x, y in pairs]
-    reasons = [["no seed has both runs"], ["one seed"], []][min(len(pairs), 2)]
-    for pair in pairs:
-        before = [study.pretraining(r) for r in pair if r.stage == "finetune"]
-        if any(p is None or not p.config for p in before):
-            reasons.append("pre-training unknown")
-            before = []
-        if any(p.config["args"].get("animal_images") != "unique" for p in before):
-            reasons.append("images counted per category")
-        for what, runs in (("pre-training", before), ("fine-tuning", pair)):
-            for key, noun in (("n_train", "images"), ("n_unique", "distinct images"), ("updates", "updates")):
-                same_size = len({r.config["n_train"] for r in runs}) == 1
-                if len({r.config[key] for r in runs}) > 1 and (key != "n_unique" or same_size):
-                    reasons.append(f"{what} {noun} {' / '.join(f'{r.config[key]:,}' for r in runs)}")
-        reasons += differing(pair[0].settings, pair[1].settings, study.free(a, b))
-    tested = pairs and not reasons
-    return {
-        "label": f"{label_of(a)} − {label_of(b)}", "pair": (a, b), "seeds": [x.seed for x, _ in pairs],
-        "values": values, "images": [Estimate(*i).times(100) for i in images],
-        "mean": Estimate(*t_interval(values)) if pairs else None,
-        "miou": 100 * float(np.mean([x.iou("miou") - y.iou("miou") for x, y in pairs])) if pairs else None,
-        "reason": "; ".join(dict.fromkeys(reasons)), "p": paired_t_test(values) if tested else math.nan,
-        "tost": tost(values, MARGIN) if tested else math.nan,
-    }  # fmt: skip
+# ----------------------------------------------------------------------------------------------------------------------
+# Arms and commands
 
 
-def planned(study: Study) -> list[dict]:
-    """The planned comparisons whose arms are part of the study, with p-values corrected for all that are tested."""
-    rows = [compare(study, a, b) for a, b in PLANNED if a in study.groups and b in study.groups]
-    return [row | {"holm": float(p)} for row, p in zip(rows, holm([r["p"] for r in rows]), strict=True)]
+def flag_words(flags: dict[str, object]) -> list[str]:
+    """Write flags as words: {"epochs": 3, "compile": False} -> ["--epochs", "3", "--no-compile"]."""
+    words = []
+    for name, value in flags.items():
+        if value is True:
+            words.append(f"--{name}")
+        elif value is False:
+            words.append(f"--no-{name}")
+        else:
+            words.extend([f"--{name}", str(value)])
+    return words
 
 
-def label_of(key: tuple) -> str:
-    """Name an arm as the paper does."""
-    name = pretrained(key[1])
-    return f"pre-training ({name})" if key[0] == "pretrain" else ARMS.get(key, (name,))[0]
+def study_arms(args: argparse.Namespace, paper_sizes: bool) -> list[Arm]:
+    """List the arms of a study, stage after stage."""
+    arms = list(ARMS.values())
+    for split in args.extra_arms:
+        arms.extend(extra_arms(split))
+    unique = has_flag(args.pretrain_args, "--animal_images", "unique")
+    for sweep in args.sweep:
+        further = sweep_arms(sweep)
+        if sweep == ANIMAL_FRACTION and unique:
+            # With distinct images the study's own arms are the doses 0 and 1, and 0.5 where it has the same size.
+            own = {0.0, 1.0} if paper_sizes else {0.0, 0.5, 1.0}
+            further = [arm for arm in further if arm.value not in own]
+        arms.extend(further)
+    return sorted(arms, key=lambda arm: STAGES.index(arm.stage))
 
 
-def pretrained(arm: str) -> str:
-    """Name pre-training images: those of a dose, or of an arm with part of the labels."""
-    name, _, labels = arm.partition("_labels_")
-    name = f"{100 * float(name[5:]):g} % animals" if name.startswith("dose_") else PRETRAINED.get(name, name)
-    return f"{name}, {100 * float(labels):g} % of labels" if labels else name
+def has_flag(words: list[str], flag: str, value: str) -> bool:
+    """Check whether a command line sets a flag to this value."""
+    return value in flag_values(words, flag)
+
+
+def flag_values(words: list[str], flag: str) -> list[str]:
+    """List the values that a command line gives a flag, the one that counts last."""
+    values = [word.removeprefix(f"{flag}=") for word in words if word.startswith(f"{flag}=")]
+    for word, following in itertools.pairwise(words):
+        if word == flag:
+            values.append(following)
+    return values
+
+
+def command(arm: Arm, seed: int, args: argparse.Namespace, paper_sizes: bool) -> list[str]:
+    """Write the command of a run as words: its script and flags, the user's own flags after ours so that they win."""
+    output = Path(args.output)
+    words = [SCRIPTS[arm.stage], "--model", arm.network or args.model]
+    if arm.parent:
+        words += ["--init", str(output / run_folder(seed, "pretrain", arm.parent) / "model.pt")]
+    if arm.stage == "pretrain" and args.objective != DEFAULT_OBJECTIVE:
+        words += ["--objective", args.objective]
+    if arm.stage != "pretrain" and args.task != DEFAULT_TASK:
+        words += ["--task", args.task]
+    if args.demo:
+        words += flag_words(DEMO[arm.stage])
+    words += flag_words(arm.flags)
+    if args.demo and arm.network == "resnet50":
+        words += flag_words(DEMO_RESNET)
+    if arm.key == ("pretrain", MIXED.name) and paper_sizes:
+        words += ["--num_images", str(PAPER_MIXED)]
+    words += args.pretrain_args if arm.stage == "pretrain" else args.finetune_args
+    words += ["--data_root", args.data_root, "--cache_dir", args.cache_dir]
+    words += ["--seed", str(seed), "--split_seed", str(seed)]
+    return [*words, "--output_dir", str(output / run_folder(seed, arm.stage, arm.name))]
+
+
+def run_folder(seed: int, stage: str, name: str) -> str:
+    """Name the folder of a run below the study's folder."""
+    return f"seed{seed}/{stage}_{name}"
+
+
+def make_plan(args: argparse.Namespace, paper_sizes: bool) -> list[PlanLine]:
+    """List all runs of a study, seed after seed, each after the run that it starts from."""
+    lines = []
+    for seed in args.seeds:
+        for arm in study_arms(args, paper_sizes):
+            folder = run_folder(seed, arm.stage, arm.name)
+            parent = run_folder(seed, "pretrain", arm.parent) if arm.parent else ""
+            words = " ".join(quote(word) for word in command(arm, seed, args, paper_sizes))
+            lines.append(PlanLine(seed, arm.stage, arm.name, folder, parent, arm.sweep, arm.value, words))
+    return lines
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What the data and the other files know
+
+
+def has_paper_sizes(args: argparse.Namespace) -> bool:
+    """Check whether the animal split is the paper's; then the mixed one has the paper's size. Assumed without data."""
+    if args.demo:
+        return False
+    countable = Path(args.data_root, DATA_FILES[0]).exists() and importlib.util.find_spec("torch") is not None
+    if args.dry_run and not countable:
+        return True
+    import splits
+
+    if not args.dry_run:
+        return splits.reference_size(args.data_root, cache_dir=args.cache_dir) == PAPER_ANIMALS
+    with tempfile.TemporaryDirectory() as folder:  # a dry run leaves nothing behind
+        return splits.reference_size(args.data_root, cache_dir=folder) == PAPER_ANIMALS
+
+
+def check_names(args: argparse.Namespace) -> None:
+    """Refuse splits and models that do not exist; where torch is not installed yet, they are checked later."""
+    for split in args.extra_arms:
+        if ("pretrain", split) in ARMS:
+            raise PlanError(f"--extra_arms {split}: this split is part of every study")
+    if args.model in (MODEL, DEMO_MODEL) and not set(args.extra_arms) - set(DEFAULT_EXTRA_ARMS):
+        return
+    try:
+        import models
+        import splits
+    except ImportError:
+        return
+    if args.model not in models.MODELS:
+        raise PlanError(f"unknown --model {args.model!r}; there are {', '.join(models.MODELS)}")
+    unknown = [split for split in args.extra_arms if split not in list(splits.SPLITS)]
+    if unknown:
+        raise PlanError(f"unknown split --extra_arms {unknown[0]!r}; there are {', '.join(splits.SPLITS)}")
+
+
+def check_data(args: argparse.Namespace) -> None:
+    """Refuse a folder without the annotations that every study reads."""
+    for name in DATA_FILES:
+        path = Path(args.data_root, name)
+        if not path.exists():
+            advice = f"python prepare.py download --data_root {quote(args.data_root)}"
+            raise PlanError(f"{quote(str(path))} not found; get the data with: {advice}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Command line
+
+
+class PlanParser(argparse.ArgumentParser):
+    """Reports wrong use in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
+
+
+def get_args_parser(prog: str) -> PlanParser:
+    """Make the parser of run_all.sh and of `study.py plan`."""
+    parser = PlanParser(prog, allow_abbrev=False, description="The study of pre-training images, run by run")
+    add = parser.add_argument
+    add("--demo", action="store_true", help="small model, short schedule, 128 px; draws its own data unless --data_root "
+        "is given (minutes on a CPU)")  # fmt: skip
+    add("--data_root", help="folder with coco/ and oxford-iiit-pet/ (default: data; the demo's drawn data: data/demo)")
+    add("--output", help="folder of runs and report (default: runs/study, runs/demo or runs/demo_NAME-OF-DATA_ROOT)")
+    add("--gpus", type=int, help="processes on this node, one per GPU (default: all GPUs; 0: CPU)")
+    add("--seeds", nargs="+", default=["0"], metavar="SEED", help="repeat the study with these seeds (default: 0)")
+    add("--sweep", action="append", choices=SWEEPS, help="also run this sweep; may be given twice")
+    add(
+        "--extra_arms",
+        nargs="*",
+        metavar="SPLIT",
+        help="also pre-train on these splits of splits.py (default: pets all)",
+    )
+    add("--model", help="size of the networks, a name of models.py (default: mae_base; demo: mae_tiny)")
+    add("--objective", default=DEFAULT_OBJECTIVE, metavar="NAME", help="what pre-training does (default: mae)")
+    add("--task", default=DEFAULT_TASK, metavar="NAME", help="what fine-tuning and baselines do (default: segment)")
+    add("--protocol", choices=PROTOCOLS, default="ours", help="whose settings the trainings take (default: ours)")
+    add(
+        "--pretrain_args",
+        default="",
+        metavar="FLAGS",
+        help='more flags for pretrain.py: "--epochs 800 --batch_size 64"',
+    )
+    add("--finetune_args", default="", metavar="FLAGS", help="more flags for finetune.py and baseline.py")
+    add("--cache_dir", default="cache", help="folder of decoded images (default: cache)")
+    add("--dry_run", action="store_true", help="print every command and leave")
+    parser.epilog = (
+        "Several nodes: start it on each node with NNODES, NODE_RANK, MASTER_ADDR (and MASTER_PORT) set, on a shared "
+        "file system."
+    )
+    return parser
+
+
+def join_values(words: list[str]) -> list[str]:
+    """Join flags and values that argparse would take for flags: --pretrain_args "--no-compile"."""
+    joined = []
+    for word in words:
+        if joined and joined[-1] in ("--pretrain_args", "--finetune_args"):
+            joined[-1] = f"{joined[-1]}={word}"
+        else:
+            joined.append(word)
+    return joined
+
+
+def read_seeds(values: list[str]) -> list[int]:
+    """Read seeds from `--seeds 0 1` and `--seeds "0 1"`."""
+    words = " ".join(values).split()
+    if not words:
+        raise PlanError("--seeds is empty")
+    for word in words:
+        if not (word.isascii() and word.isdigit()) or str(int(word)) != word or len(word) > 9:
+            raise PlanError(f"--seeds takes whole numbers below a billion, got {word!r}")
+        if words.count(word) > 1:
+            raise PlanError(f"--seeds names {word} twice; a repeated seed is no further evidence")
+    return [int(word) for word in words]
+
+
+def read_words(flags: str) -> list[str]:
+    """Split flags as a shell does."""
+    try:
+        return shlex.split(flags)
+    except ValueError:
+        raise PlanError(f"unbalanced quotes in the flags: {quote(flags)}") from None
+
+
+def complete(args: argparse.Namespace) -> argparse.Namespace:
+    """Fill in the defaults that depend on other flags, and read lists."""
+    args.drawn = args.demo and args.data_root is None
+    if args.output is None:
+        if not args.demo:
+            args.output = "runs/study"
+        elif args.drawn:
+            args.output = "runs/demo"
+        else:
+            args.output = f"runs/demo_{Path(args.data_root).absolute().name}"
+    if args.data_root is None:
+        args.data_root = "data/demo" if args.demo else "data"
+    if args.model is None:
+        args.model = DEMO_MODEL if args.demo else MODEL
+    if args.extra_arms == []:
+        args.extra_arms = list(DEFAULT_EXTRA_ARMS)
+    args.extra_arms = list(dict.fromkeys(args.extra_arms or []))
+    args.sweep = [sweep for sweep in SWEEPS if sweep in (args.sweep or [])]
+    args.seeds = read_seeds(args.seeds)
+    args.pretrain_args = read_words(args.pretrain_args)
+    args.finetune_args = read_words(args.finetune_args)
+    if args.gpus is not None and args.gpus < 0:
+        raise PlanError(f"--gpus takes a number of GPUs, got {args.gpus}")
+    return args
+
+
+def shell_settings(args: argparse.Namespace) -> str:
+    """Write the settings of run_all.sh as assignments for bash."""
+    if not args.drawn and not args.dry_run:
+        check_data(args)
+    if Path(args.output).exists() and not Path(args.output).is_dir():
+        raise PlanError(f"--output {quote(args.output)} is a file")
+    img_size = str(DEMO_IMG_SIZE if args.demo else IMG_SIZE)
+    given = flag_values(args.finetune_args, "--img_size")
+    settings = {
+        "DATA_ROOT": args.data_root,
+        "OUTPUT": args.output,
+        "CACHE": args.cache_dir,
+        "GPUS": "" if args.gpus is None else str(args.gpus),
+        "DRAWN": str(int(args.drawn)),
+        "DRY": str(int(args.dry_run)),
+        "TASK": args.task,
+        "IMG_SIZE": given[-1] if given else img_size,
+        "TITLE": f"model {args.model}, data {args.data_root}, seeds {' '.join(map(str, args.seeds))}",
+    }
+    return "".join(f"{name}={quote(value)}\n" for name, value in settings.items())
+
+
+def main(words: list[str]) -> None:
+    """Print a plan, or the settings of run_all.sh."""
+    what = words[0] if words else ""
+    if what not in ("plan", "settings"):
+        raise PlanError("say what to print: study.py plan, or study.py settings for run_all.sh")
+    prog = "run_all.sh" if what == "settings" else "study.py plan"
+    args = get_args_parser(prog).parse_args(join_values(words[1:]))
+    args = complete(args)
+    check_names(args)
+    sys.stdout.reconfigure(errors="surrogateescape")  # names of folders may be any bytes
+    if what == "settings":
+        sys.stdout.write(shell_settings(args))
+    else:
+        sys.stdout.write(write_lines(make_plan(args, has_paper_sizes(args))))
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except ValueError as error:
+        print(f"study.py: error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -18,8 +18,8 @@ study = Path(sys.argv[1])
 reference = np.load(study / "reference.npz")
 iou = {name: float(dataset_scores(reference[f"counts_{name}"])["iou"]) for name in ("all_animal", "all_background", "mean_mask")}
 trivial, failed = max(iou["all_animal"], iou["all_background"]), []
-for line in (study / "study.tsv").read_text().splitlines():
-    _, stage, arm, folder = line.split("\t")
+for line in (study / "study.tsv").read_text().splitlines()[1:]:
+    _, stage, arm, folder = line.split("\t")[:4]
     if stage == "pretrain":
         metrics = json.loads((study / folder / "metrics.json").read_text())
         good = all(metrics["last"][f"loss_{k}"] < 0.95 * v for k, v in metrics["predict_zero"].items())

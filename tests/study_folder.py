@@ -1,8 +1,13 @@
 """Write a synthetic study folder as the scripts leave it: configurations, logs, metrics and test records, no checkpoints."""
 
 import json
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
+
+from arms import ANIMAL_FRACTION, ARMS, DOSES, LABEL_FRACTION, Arm, extra_arms, find_arm, sweep_arms
+from study import PlanLine, run_folder, write_lines
 
 BASE_IOU = {
     "animal": 0.78,
@@ -13,6 +18,37 @@ BASE_IOU = {
     "resnet50": 0.74,
     "pets": 0.77,
 }
+IMAGES = 560  # labelled training images
+ROLES = {
+    "recipe": "img_size epochs batch_size weight_decay warmup_epochs min_lr clip_grad mask_ratio crop_scale val categories",
+    "network": "model blr layer_decay drop_path weights head freeze",
+    "arm": "split num_images animal_fraction animal_images train_fraction equal_updates",
+    "seed": "seed split_seed train init",
+    "computation": "device precision output_dir",
+}
+SCORES = {
+    "mae": {"loss_animal": "loss on animal images", "loss_non_animal": "loss on non-animal images"},
+    "tokens": {"accuracy_masked": "accuracy on masked tokens"},
+    "segment": {"loss": "cross-entropy", "iou": "IoU"},
+    "breeds": {"loss": "cross-entropy", "top1": "accuracy"},
+}
+SELECT = {"segment": "iou", "breeds": "top1"}
+
+
+@dataclass
+class Options:
+    """How the runs of a study differ from the usual ones; `changes` are flags."""
+
+    n: int = 150  # test images
+    epochs: int = 10
+    animal_images: str = "unique"
+    objective: str = "mae"
+    task: str = "segment"
+    changes: dict = field(default_factory=dict)
+
+
+def role_of() -> dict[str, str]:
+    return {key: role for role, keys in ROLES.items() for key in keys.split()}
 
 
 def counts(rng, n, quality, size=128):
@@ -24,89 +60,107 @@ def counts(rng, n, quality, size=128):
     return np.round(truth[:, :, None] * (right * eye + (1 - right) / 2 * (1 - eye))).astype(np.int64)
 
 
-def write_json(path, value):
+def write_json(path: Path, value: object) -> None:
     path.write_text(json.dumps(value))
 
 
-def write_run(study, seed, stage, arm, *, n=150, epochs=10, animal_images="unique", **changes):
-    """Write one finished run and return its line of study.tsv."""
-    name = f"seed{seed}/{stage}_{arm}"
-    path = study / name
-    path.mkdir(parents=True)
-    rng = np.random.default_rng([seed, *map(ord, stage + arm)])
-    parent, _, labels = arm.partition("_labels_")
-    n_train, batch = (
-        (2000, 32) if stage == "pretrain" else (int(560 * (0.5 if arm == "half" else float(labels or 1))), 16)
-    )
-    epochs = 3 if arm == "resnet50" and "epochs" not in changes else epochs
-    steps = (560 if labels else n_train) // batch
-    args = {
-        "model": "resnet50" if arm == "resnet50" else "mae_tiny",
-        "img_size": 128,
-        "epochs": epochs,
-        "batch_size": batch,
-    }
+def labels_of(arm: Arm) -> float:
+    """Share of the labels that an arm has."""
+    return arm.flags.get("train_fraction", 1)
+
+
+def flags_of(arm: Arm, seed: int, options: Options) -> dict:
+    """The flags that a run of this arm has."""
+    args = {"model": arm.network or "mae_tiny", "img_size": 128}
+    args["epochs"] = 3 if arm.network and "epochs" not in options.changes else options.epochs
+    args["batch_size"] = 32 if arm.stage == "pretrain" else 16
     args |= {"blr": 8e-3, "weight_decay": 0.05, "warmup_epochs": 1.0, "seed": seed, "split_seed": seed}
-    if stage == "pretrain":
-        args |= {"split": arm, "animal_images": "unique" if "dose" in arm else animal_images, "mask_ratio": 0.75}
+    if arm.stage == "pretrain":
+        args |= {"split": arm.name, "mask_ratio": 0.75}
+        args["animal_images"] = "unique" if arm.sweep else options.animal_images
     else:
-        args |= {
-            "train_fraction": float(labels or 1) if arm != "half" else 0.5,
-            "equal_updates": bool(labels),
-            "crop_scale": 0.5,
-        }
-    if stage == "finetune":
+        args["train_fraction"] = labels_of(arm)
+        args["equal_updates"] = arm.sweep == LABEL_FRACTION
+        args["crop_scale"] = 0.5
+    if arm.stage == "finetune":
         args |= {"layer_decay": 0.65, "drop_path": 0.1}
-    args |= changes
-    experiment = {k: v for k, v in args.items() if k != "output_dir"} | {
-        "train": f"{seed}{arm}",
-        "init": f"{seed}{'animal' if arm == 'half' else parent}",
-    }
-    if stage != "pretrain":
+    return args | options.changes
+
+
+def config_of(arm: Arm, seed: int, args: dict, options: Options) -> dict:
+    """config.json of a run."""
+    kind = options.objective if arm.stage == "pretrain" else options.task
+    n_train = 2000 if arm.stage == "pretrain" else int(IMAGES * labels_of(arm))
+    size = IMAGES if arm.sweep == LABEL_FRACTION and arm.stage != "pretrain" else n_train
+    steps = size // args["batch_size"]
+    experiment = {**args, "train": f"{seed}{arm.name}", "init": f"{seed}{arm.parent or arm.line or arm.name}"}
+    if arm.stage != "pretrain":
         experiment["val"] = "v"
-    hardware = {"device": "Test CPU", "world_size": 1}
-    write_json(path / "config.json", {
-        "kind": stage, "args": args, "experiment": experiment, "versions": {"python": "3.12", "torch": "2.6"},
-        "git": "abc123", "hardware": hardware, "precision": "fp32", "params": 10, "flops_per_image": 1e9,
-        "updates": steps * epochs, "epoch_updates": steps, "batch_size": batch, "n_train": n_train, "n_unique": n_train,
+    return {
+        "script": arm.stage,
+        "kind": kind,
+        "scores": SCORES[kind],
+        "select": SELECT.get(kind),
+        "args": args,
+        "experiment": experiment,
+        "roles": role_of(),
+        "versions": {"python": "3.12", "torch": "2.6"},
+        "git": "abc123",
+        "hardware": {"device": "Test CPU", "world_size": 1},
+        "precision": "fp32",
+        "params": 10,
+        "flops_per_image": 1e9,
+        "updates": steps * args["epochs"],
+        "epoch_updates": steps,
+        "batch_size": args["batch_size"],
+        "n_train": n_train,
+        "n_unique": n_train,
         "data": {"root": "data/demo", "title": "drawn demo photos"},
-        "manifest": {"train": {"name": arm, "sha256": "0123456789abcdef", "entries": n_train, "animal_images": 900}},
-    })  # fmt: skip
-    quality = 0.76 + 0.02 * float(arm[5:]) if arm.startswith("dose_") else BASE_IOU.get(parent, 0.75)
+        "manifest": {
+            "train": {"name": arm.name, "sha256": "0123456789abcdef", "entries": n_train, "animal_images": 900}
+        },
+    }
+
+
+def quality_of(arm: Arm, rng) -> float:
+    """Share of right pixels, about the IoU."""
+    quality = BASE_IOU.get(arm.line or arm.name, 0.75)
+    if arm.sweep == ANIMAL_FRACTION:
+        quality = 0.76 + 0.02 * arm.value
     quality += rng.normal(0, 0.004)
-    quality -= 0.06 * (1 - float(labels)) ** 3 if labels else 0
-    log, vals = [{"event": "config"}], []
-    for epoch in range(1, epochs + 1):
-        fade = np.exp(-epoch / 4)
-        val = {"step": epoch * steps, "epoch": epoch}
-        log.append({"event": "train", **val, "loss": 0.35 + fade + rng.normal(0, 0.02), "lr": 1e-3})
-        if stage == "pretrain":
-            bonus = {"animal": -0.03, "non_animal": 0.01}.get(arm, 0)
-            val |= {
-                "loss_animal": 0.6 + bonus + 0.4 * fade + rng.normal(0, 0.003),
-                "loss_non_animal": 0.62 - bonus + 0.4 * fade,
-            }
-        else:
-            scores = dict.fromkeys(
-                ("iou", "iou_pet", "iou_background", "iou_border", "miou", "accuracy"), quality * (1 - fade)
-            )
-            val |= {"loss": 0.4 + 0.8 * fade + rng.normal(0, 0.02), **scores}
-        vals.append(val)
-        log.append({"event": "val", **val, "seconds": epoch * 2.0})
-    (path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
-    metrics = {"kind": stage, "last": vals[-1], "seconds": 66.0, "img_s": 310.5, "mfu": None, "mem_gb": None}
-    metrics |= {"updates": steps * epochs, "epochs": epochs, "hardware": hardware}
-    metrics |= {"predict_zero": {"animal": 1.0, "non_animal": 1.0}} if stage == "pretrain" else {"best": vals[-1]}
-    write_json(path / "metrics.json", metrics)
-    shape = (8 if stage == "pretrain" else 6, 64, 64)
-    pictures = {k: rng.integers(0, 255, (*shape, 3), dtype=np.uint8) for k in ("original", "masked", "reconstruction")}
-    if stage == "pretrain":
-        np.savez(path / "reconstruction.npz", **pictures, ids=np.array([f"i{k}" for k in range(8)]))
-        return f"{seed}\t{stage}\t{arm}\t{name}\n"
+    if arm.sweep == LABEL_FRACTION:
+        quality -= 0.06 * (1 - arm.value) ** 3
+    return quality
+
+
+def validation(arm: Arm, kind: str, fade: float, quality: float, rng) -> dict:
+    """The scores of one validation."""
+    if kind == "mae":
+        bonus = {"animal": -0.03, "non_animal": 0.01}.get(arm.name, 0)
+        loss_animal = 0.6 + bonus + 0.4 * fade + rng.normal(0, 0.003)
+        return {"loss_animal": loss_animal, "loss_non_animal": 0.62 - bonus + 0.4 * fade}
+    loss = 0.4 + 0.8 * fade + rng.normal(0, 0.02)
+    names = ("iou", "iou_pet", "iou_background", "iou_border", "miou", "accuracy")
+    if kind == "breeds":
+        names = ("top1",)
+    if kind == "tokens":
+        return {"accuracy_masked": 0.3 * (1 - fade)}
+    return {"loss": loss, **dict.fromkeys(names, quality * (1 - fade))}
+
+
+def write_records(path: Path, task: str, n: int, quality: float, pictures: dict, rng) -> None:
+    """Write test.npz, and of a segmentation panels.npz."""
+    ids = np.array([f"cat_{k}" for k in range(n)])
+    if task != "segment":
+        right = (rng.random(n) < quality).astype(float)
+        loss = rng.uniform(0.3, 0.5, n)
+        arrays = {"numerators": np.stack([right, loss], 1), "denominators": np.ones((n, 2))}
+        np.savez(path / "test.npz", ids=ids, score_names=np.array(["top1", "loss"]), **arrays)
+        return
+    shape = (6, 64, 64)
     disc = (np.hypot(*np.meshgrid(*[np.linspace(-1, 1, 64)] * 2)) * 4).clip(0, 3)
     truth = np.broadcast_to(np.select([disc < 2, disc < 2.4], [0, 2], 1), shape).astype(np.uint8)
     pred = np.where(rng.random(shape) < quality, truth, 1).astype(np.uint8)
-    ids = np.array([f"cat_{k}" for k in range(n)])
     np.savez(path / "panels.npz", ids=ids[:6], images=pictures["original"], truth=truth, pred=pred)
     both = counts(rng, n, quality + 0.1)
     edge = np.stack([rng.integers(200, 500, (n, 2)), rng.integers(600, 700, (n, 2))], -1)
@@ -114,27 +168,70 @@ def write_run(study, seed, stage, arm, *, n=150, epochs=10, animal_images="uniqu
     losses = {"loss_sum": pixels * rng.uniform(0.3, 0.5, n), "pixels": pixels}
     edges = {"boundary": edge, "boundary_native": edge * 2}
     np.savez(path / "test.npz", ids=ids, counts=both, counts_native=both * 4, img_size=128, **losses, **edges)
-    return f"{seed}\t{stage}\t{arm}\t{name}\n"
 
 
-def write_study(study, seeds=(0, 1), sweeps=(), extra=False, **options):
+def write_run(study: Path, seed: int, arm: Arm, options: Options | None = None) -> PlanLine:
+    """Write one finished run and return its line of study.tsv."""
+    options = options or Options()
+    folder = run_folder(seed, arm.stage, arm.name)
+    path = study / folder
+    path.mkdir(parents=True)
+    rng = np.random.default_rng([seed, *map(ord, arm.stage + arm.name)])
+    args = flags_of(arm, seed, options)
+    config = config_of(arm, seed, args, options)
+    write_json(path / "config.json", config)
+    quality = quality_of(arm, rng)
+    pretraining = arm.stage == "pretrain"
+    steps = config["epoch_updates"]
+    log = [{"event": "config"}]
+    vals = []
+    for epoch in range(1, args["epochs"] + 1):
+        fade = np.exp(-epoch / 4)
+        place = {"step": epoch * steps, "epoch": epoch}
+        log.append({"event": "train", **place, "loss": 0.35 + fade + rng.normal(0, 0.02), "lr": 1e-3})
+        vals.append({**place, **validation(arm, config["kind"], fade, quality, rng)})
+        log.append({"event": "val", **vals[-1], "seconds": epoch * 2.0})
+    (path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
+    metrics = {"kind": config["kind"], "last": vals[-1], "seconds": 66.0, "img_s": 310.5, "mfu": None, "mem_gb": None}
+    metrics |= {"updates": config["updates"], "epochs": args["epochs"], "hardware": config["hardware"]}
+    if config["kind"] == "mae":
+        metrics["predict_zero"] = {"animal": 1.0, "non_animal": 1.0}
+    if not pretraining:
+        metrics["best"] = vals[-1]
+    write_json(path / "metrics.json", metrics)
+    shape = (8 if pretraining else 6, 64, 64, 3)
+    pictures = {name: rng.integers(0, 255, shape, dtype=np.uint8) for name in ("original", "masked", "reconstruction")}
+    if not pretraining:
+        write_records(path, options.task, options.n, quality, pictures, rng)
+    elif options.objective == "mae":
+        np.savez(path / "reconstruction.npz", **pictures, ids=np.array([f"i{k}" for k in range(8)]))
+    parent = run_folder(seed, "pretrain", arm.parent) if arm.parent else ""
+    return PlanLine(seed, arm.stage, arm.name, folder, parent, arm.sweep, arm.value, f"{arm.stage}.py --seed {seed}")
+
+
+def write_study(study: Path, seeds=(0, 1), sweeps=(), extra=(), **options) -> Path:
     """Write a whole study; options go to every run."""
-    arms = [("pretrain", a) for a in ("animal", "non_animal", "mixed", *(("pets", "all") if extra else ()))]
-    arms += [("finetune", a) for a in ("animal", "half", "non_animal", "mixed", *(("pets", "all") if extra else ()))]
-    arms += [("baseline", "mae"), ("baseline", "resnet50")]
-    if "dose" in sweeps:
-        arms += [(stage, f"dose_{f}") for f in (0.05, 0.1, 0.25, 0.75) for stage in ("pretrain", "finetune")]
-    if "labels" in sweeps:
-        arms += [
-            ("finetune", f"{a}_labels_{f}") for f in (0.05, 0.1, 0.25, 0.5) for a in ("animal", "non_animal", "mixed")
-        ]
-        arms += [("baseline", f"mae_labels_{f}") for f in (0.05, 0.1, 0.25, 0.5)]
+    arms = list(ARMS.values())
+    for split in extra:
+        arms += extra_arms(split)
+    for sweep in sweeps:
+        arms += sweep_arms(sweep)
+    own_doses = {min(DOSES), 0.5, max(DOSES)}  # the arms of every study
+    arms = [arm for arm in arms if arm.sweep != ANIMAL_FRACTION or arm.value not in own_doses]
     study.mkdir(parents=True, exist_ok=True)
-    lines = [write_run(study, seed, stage, arm, **options) for seed in seeds for stage, arm in arms]
-    (study / "study.tsv").write_text("".join(lines))
+    usual = Options(**options)
+    lines = [write_run(study, seed, arm, usual) for seed in seeds for arm in arms]
+    (study / "study.tsv").write_text(write_lines(lines))
+    if usual.task != "segment":
+        return study
     rng = np.random.default_rng(0)
     names = {"all_animal": 0.3, "all_background": 0.6, "mean_mask": 0.5, "stride32": 0.95}
-    n = options.get("n", 150)
-    reference = {f"counts_{k}": counts(rng, n, q) for k, q in names.items()}
-    np.savez(study / "reference.npz", ids=np.array([f"cat_{k}" for k in range(n)]), img_size=128, **reference)
+    reference = {f"counts_{name}": counts(rng, usual.n, quality) for name, quality in names.items()}
+    ids = np.array([f"cat_{k}" for k in range(usual.n)])
+    np.savez(study / "reference.npz", ids=ids, img_size=128, **reference)
     return study
+
+
+def rewrite_run(study: Path, seed: int, stage: str, name: str, **options) -> None:
+    """Write one run again, with other options."""
+    write_run(study, seed, find_arm(stage, name), Options(**options))

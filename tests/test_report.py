@@ -11,9 +11,10 @@ from unittest import mock
 
 import numpy as np
 import pytest
-from study_folder import write_run, write_study
+from study_folder import ROLES, SCORES, rewrite_run, role_of, write_study
 
 import figures
+from groups import Study
 from metrics import bootstrap, scores, t_interval
 from report import get_args_parser, main
 
@@ -62,7 +63,9 @@ def edit(path, change):
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory):
     """A study of two seeds with all arms and both sweeps, with its report."""
-    study = write_study(tmp_path_factory.mktemp("full") / "study", sweeps=("dose", "labels"), extra=True)
+    study = write_study(
+        tmp_path_factory.mktemp("full") / "study", sweeps=("animal_fraction", "label_fraction"), extra=("pets", "all")
+    )
     return study, report(study, draw=True)
 
 
@@ -209,7 +212,7 @@ def test_a_study_with_nothing_finished_still_has_a_report(two_seeds):
 
 def test_unequal_seeds_are_named_and_not_averaged(two_seeds):
     shutil.rmtree(two_seeds / "seed1/finetune_half")
-    write_run(two_seeds, 1, "finetune", "half", n=40, epochs=3, blr=0.5)
+    rewrite_run(two_seeds, 1, "finetune", "half", n=40, epochs=3, changes={"blr": 0.5})
     text = report(two_seeds)
     assert (
         "`seed1/finetune_half` has other settings than `seed0/finetune_half` (blr 0.5 instead of 0.008): not averaged"
@@ -269,7 +272,9 @@ def test_epochs_of_the_resnet_baseline_alone_are_a_remark_and_no_alarm(finished,
 def test_the_dose_curve_takes_the_studys_own_arms_only_where_they_are_equal(finished, tmp_path):
     study, _ = finished
     assert [r["share"] for r in table(study, "dose")] == [0, 5, 10, 25, 50, 75, 100]
-    other = write_study(tmp_path / "study", seeds=(0,), sweeps=("dose",), n=40, epochs=3, animal_images="per_category")
+    other = write_study(
+        tmp_path / "study", seeds=(0,), sweeps=("animal_fraction",), n=40, epochs=3, animal_images="per_category"
+    )
     report(other)
     assert [r["share"] for r in table(other, "dose")] == [5, 10, 25, 75]
 
@@ -289,7 +294,7 @@ def test_title_and_output_can_be_chosen(two_seeds, tmp_path):
     )
 
 
-@pytest.mark.parametrize("content", [None, "", "no tabs\n"])
+@pytest.mark.parametrize("content", [None, "", "no tabs\n", "0\tpretrain\tanimal\tseed0/pretrain_animal\n"])
 def test_a_folder_that_is_no_study_ends_with_code_2_and_one_line(tmp_path, content):
     if content is not None:
         (tmp_path / "study.tsv").write_text(content)
@@ -313,9 +318,18 @@ DAMAGES = [
     ("log.jsonl", '{"a": 1}\n'),
     ("log.jsonl", "[1, 2]\n"),
     ("log.jsonl", '{"event": "val", "epoch": 1, "iou": null}\n'),
-    ("config.json", '{"experiment": {}, "args": {}, "n_train": "4", "n_unique": 4, "updates": 4}'),
-    ("config.json", '{"experiment": {}, "args": {}, "n_train": 4, "n_unique": 4, "updates": 4, "hardware": "GPU"}'),
-    ("config.json", '{"experiment": {}, "args": {}, "n_train": 4, "n_unique": 4, "updates": 4, "data": {}}'),
+    ("config.json", "[]"),
+]
+WRONG = [
+    ("roles", None, "no dictionary 'roles'"),
+    ("roles", {"blr": "colour"}, "role 'colour' of blr"),
+    ("scores", None, "no dictionary 'scores'"),
+    ("kind", 7, "no kind"),
+    ("n_train", "4", "n_train is '4' instead of a whole number"),
+    ("updates", None, "updates is None instead of a whole number"),
+    ("hardware", "GPU", "hardware is 'GPU' instead of a dictionary"),
+    ("manifest", {"train": 1}, "manifest.train is no dictionary"),
+    ("data", {}, "data has no title"),
 ]
 
 
@@ -323,6 +337,113 @@ DAMAGES = [
 def test_whatever_is_wrong_with_a_record_the_run_is_named(two_seeds, name, content):
     (two_seeds / "seed1/finetune_mixed" / name).write_text(content)
     assert "`seed1/finetune_mixed` is unreadable" in report(two_seeds)
+
+
+@pytest.mark.parametrize("name, value, words", WRONG)
+def test_a_configuration_that_lacks_something_is_named_with_what_it_lacks(two_seeds, name, value, words):
+    edit(two_seeds / "seed1/finetune_mixed/config.json", lambda config: config.update({name: value}))
+    assert f"`seed1/finetune_mixed` is unreadable: config.json: {words}" in report(two_seeds)
+
+
+def test_test_records_of_another_shape_are_named(two_seeds):
+    path = two_seeds / "seed1/finetune_mixed/test.npz"
+    with np.load(path) as arrays:
+        np.savez(path, **{k: v[:5] if k == "counts" else v for k, v in dict(arrays).items()})
+    words = "unreadable: test.npz: counts must have the shape [40, 3, 3], found [5, 3, 3]"
+    assert f"`seed1/finetune_mixed` is {words}" in report(two_seeds)
+
+
+def test_what_a_setting_means_is_read_from_its_role_and_not_from_its_name(two_seeds):
+    """A flag that no file of the report has heard of: it may differ between arms, seeds or kinds of network, or not."""
+
+    def add(folder, role, value):
+        def change(config):
+            config["experiment"]["new_flag"] = value
+            config["roles"]["new_flag"] = role
+
+        edit(two_seeds / folder / "config.json", change)
+
+    def notes():
+        return "\n".join(Study(two_seeds).notes)
+
+    folders = [path.parent for path in two_seeds.glob("seed*/*/config.json") if "pretrain" not in path.parent.name]
+    values = {"recipe": "one", "seed": "one", "arm": "one", "network": "one"}
+    for role, usual in values.items():
+        for folder in folders:
+            other = folder.name == "finetune_mixed" and folder.parent.name == "seed1"
+            add(folder, role, "another" if other else usual)
+        text = notes()
+        assert ("new_flag another instead of one" in text) == (role != "seed"), role  # seeds of an arm must agree
+    for role in values:
+        for folder in folders:
+            add(folder, role, "another" if folder.name == "finetune_mixed" else "one")
+        text = notes()
+        named = "all of `finetune_mixed` has other settings than `finetune_animal` (new_flag another instead of one)"
+        assert (named in text) == (role in ("recipe", "network")), role
+    for role in values:
+        for folder in folders:
+            add(folder, role, "another" if folder.name.startswith("baseline") else "one")
+        named = "all of `baseline_mae` has other settings than `finetune_animal` (new_flag another instead of one)"
+        assert (named in notes()) == (role == "recipe"), role
+    assert set(values) < set(ROLES)
+
+
+def test_another_task_is_reported_without_segmentations_sections(tmp_path):
+    study = write_study(tmp_path / "study", task="breeds", n=60, epochs=3, extra=("cars",))
+    text = report(study, draw=True)
+    assert text.startswith("# Pre-training images and breeds after fine-tuning: drawn demo photos (demo)\n")
+    assert "## Task: breeds" in text and "Table 2" not in text and "IoU" not in text and "None" not in text
+    assert "is missing" not in text and "{" not in text
+    rows = table(study, "task_breeds")
+    found = arm(rows, "Finetuned-Animals")
+    records = [np.load(study / f"seed{seed}/finetune_animal/test.npz") for seed in (0, 1)]
+    tops = [r["numerators"][:, 0].sum() / r["denominators"][:, 0].sum() for r in records]
+    assert [found["top1"], found["top1_low"], found["top1_high"]] == pytest.approx(list(t_interval(tops)))
+    assert arm(rows, "Finetuned-cars")["seeds"] == 2
+    [row] = [r for r in table(study, "task_breeds_differences") if r["label"].endswith("− Finetuned-Non-Animals")]
+    others = [np.load(study / f"seed{seed}/finetune_non_animal/test.npz")["numerators"][:, 0].mean() for seed in (0, 1)]
+    assert row["mean"] == pytest.approx(100 * np.mean(np.array(tops) - others)) and row["p"] <= row["holm"] <= 1
+
+
+def test_one_seed_of_another_task_has_the_bootstrap_over_images(tmp_path):
+    study = write_study(tmp_path / "study", task="breeds", n=60, epochs=3, seeds=(0,))
+    report(study)
+    numerators = np.load(study / "seed0/finetune_half/test.npz")["numerators"]
+    records = np.stack([numerators, np.ones_like(numerators)], axis=-1)
+    value, low, high = bootstrap(records, lambda sums: sums[..., 0] / sums[..., 1])
+    row = arm(table(study, "task_breeds"), "Finetuned-Half")
+    assert [row["top1"], row["top1_low"], row["top1_high"]] == pytest.approx([value[0], low[0], high[0]])
+
+
+def test_a_new_objective_has_the_curves_of_its_own_scores(tmp_path):
+    study = write_study(tmp_path / "study", objective="tokens", n=40, epochs=3)
+    text = report(study)
+    assert "Pre-training (tokens)" in text and "(pretraining_tokens.png)" in text
+    assert "reconstruction" not in text and "predicting zero" not in text and "Table 2" in text
+    assert {"accuracy_masked", "iou"} <= set(table(study, "pretraining")[0])
+
+
+def test_the_curves_of_pre_training_stand_beside_predicting_zero_where_it_was_recorded(two_seeds):
+    drawn = {}
+
+    def keep(path, panels, curves):
+        drawn[path.stem] = panels
+
+    def draw():
+        with mock.patch.multiple(figures, **{name: lambda *_, **__: None for name in DRAWING} | {"curve_panels": keep}):
+            main(get_args_parser().parse_args([str(two_seeds)]))
+        return [(panel.title, panel.zero) for panel in drawn["pretraining"]]
+
+    titles = list(SCORES["mae"].values())
+    assert draw() == [(title, 1.0) for title in titles]
+    for path in two_seeds.glob("seed*/pretrain_*/metrics.json"):
+        edit(path, lambda metrics: metrics.pop("predict_zero"))
+    assert draw() == [(title, None) for title in titles]
+
+
+def test_the_fixture_gives_every_flag_a_role(two_seeds):
+    for path in two_seeds.glob("seed*/*/config.json"):
+        assert set(json.loads(path.read_text())["experiment"]) <= set(role_of())
 
 
 def test_pictures_logs_and_references_that_are_lost_or_damaged_are_named(two_seeds):
@@ -345,7 +466,7 @@ def test_a_reference_of_other_images_is_not_shown(two_seeds):
 
 def test_a_run_that_is_listed_twice_is_no_second_seed(two_seeds):
     table = two_seeds / "study.tsv"
-    table.write_text(table.read_text() + table.read_text().splitlines()[0] + "\n")
+    table.write_text(table.read_text() + table.read_text().splitlines()[1] + "\n")
     done = run_report(two_seeds)
     assert done.returncode == 2 and "lists seed0/pretrain_animal twice" in done.stderr
 

@@ -2,12 +2,17 @@
 
 import json
 import os
+import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+
+from study import PlanLine, read_lines, write_lines
 
 ROOT = Path(__file__).parents[1]
 ARMS = [
@@ -112,6 +117,14 @@ def test_a_dry_run_prints_every_command_and_writes_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_machine_without_torch_can_show_the_plan(tmp_path):
+    """Nothing but the standard library is imported: -S leaves the installed packages out."""
+    command = [sys.executable, "-S", str(ROOT / "study.py"), "plan", "--dry_run", "--extra_arms", "cars"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and "--split cars" in done.stdout and "--num_images 25918" in done.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_failed_stage_stops_the_study_and_says_how_to_repeat_it(tmp_path):
     for file in ("coco/annotations/instances_train2017.json", "coco/annotations/instances_val2017.json",
                  "oxford-iiit-pet/annotations/list.txt"):  # fmt: skip
@@ -141,3 +154,111 @@ def test_wrong_use_is_one_line_and_exit_code_2_with_nothing_written(args, tmp_pa
     result = run_all(*args, cwd=tmp_path)
     assert result.returncode == 2 and len(result.stderr.splitlines()) == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def plan(*args) -> list[PlanLine]:
+    """The plan that study.py prints without data."""
+    command = [sys.executable, str(ROOT / "study.py"), "plan", "--dry_run", *map(str, args)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return read_lines(done.stdout)
+
+
+def test_the_plan_has_a_line_for_each_run_with_what_it_starts_from():
+    lines = plan("--seeds", 0, 1, "--sweep", "animal_fraction", "--sweep", "label_fraction")
+    assert len(lines) == 2 * (9 + 14 + 16)
+    above = set()
+    for line in lines:
+        assert line.folder == f"seed{line.seed}/{line.stage}_{line.arm}" and line.folder not in above
+        assert (line.parent in above) == (line.stage == "finetune")
+        above.add(line.folder)
+        words = shlex.split(line.command)
+        assert words[words.index("--output_dir") + 1] == f"runs/study/{line.folder}"
+        assert ("--init" in words) == bool(line.parent)
+        assert words[words.index("--seed") + 1] == words[words.index("--split_seed") + 1] == str(line.seed)
+    assert [(line.sweep, line.value) for line in lines if line.arm == "dose_0.25"] == [("animal_fraction", 0.25)] * 4
+    [half] = [line for line in lines if line.folder == "seed0/finetune_half"]
+    assert half.parent == "seed0/pretrain_animal" and "--train_fraction 0.5" in half.command
+    assert plan("--seeds", "0 1") == plan("--seeds", 0, 1)
+
+
+def test_lines_of_one_seed_and_stage_do_not_depend_on_each_other():
+    lines = plan("--sweep", "animal_fraction", "--sweep", "label_fraction", "--extra_arms")
+    stages = [line.stage for line in lines]
+    assert stages == sorted(stages, key=["pretrain", "finetune", "baseline"].index)
+
+
+def test_any_split_can_be_an_arm():
+    lines = plan("--extra_arms")
+    assert {"pets", "all"} < {line.arm for line in lines} and len(lines) == 13
+    lines = plan("--extra_arms", "pets")
+    assert [line.stage for line in lines if line.arm == "pets"] == ["pretrain", "finetune"] and len(lines) == 11
+
+
+@pytest.mark.parametrize("option", [["--extra_arms", "cars"], ["--model", "huge"], ["--extra_arms", "animal"]])
+def test_an_unknown_split_or_model_is_refused(option, tmp_path):
+    result = run_all("--dry_run", *option, cwd=tmp_path)
+    assert result.returncode == 2 and option[-1] in result.stderr and len(result.stderr.splitlines()) == 1
+
+
+def test_flags_of_the_user_come_last_and_other_objectives_and_tasks_are_named():
+    args = ["--pretrain_args", "--no-compile", "--finetune_args", "--epochs '3' --flips", "--objective", "dino"]
+    lines = plan(*args, "--task", "breeds", "--demo")
+    for line in lines:
+        words = shlex.split(line.command)
+        own = words[: words.index("--data_root")]
+        if line.stage == "pretrain":
+            assert own[-1] == "--no-compile" and own[own.index("--objective") + 1] == "dino"
+        else:
+            assert own[-3:] == ["--epochs", "3", "--flips"] and own[own.index("--task") + 1] == "breeds"
+    assert not any("--objective" in line.command or "--task" in line.command for line in plan("--demo"))
+
+
+def test_a_plan_survives_being_written_whatever_its_folders_are_called(tmp_path):
+    name = "tab\tbreak\nquote'\" \\ $HOME"
+    lines = plan("--output", name)
+    assert read_lines(write_lines(lines)) == lines
+    show = subprocess.run(["bash", "-c", f"printf '%s\\0' {lines[0].command}"], capture_output=True, text=True)
+    words = show.stdout.split("\0")[:-1]
+    assert words[words.index("--output_dir") + 1] == f"{name}/seed0/pretrain_animal"
+
+
+FAKE = """import pathlib, signal, sys, time
+name = pathlib.Path(sys.argv[0]).name
+if name == "pretrain.py":
+    stopped = []
+    signal.signal(signal.SIGTERM, lambda number, frame: stopped.append(number))
+    folder = pathlib.Path(sys.argv[sys.argv.index("--output_dir") + 1])
+    folder.mkdir(parents=True)
+    (folder / "started").touch()
+    end = time.monotonic() + 60
+    while not stopped and time.monotonic() < end:
+        time.sleep(0.01)
+    (folder / "metrics.json").write_text("{}")
+"""
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_stop_request_that_comes_as_a_stage_ends_well_stops_the_study(number, code, tmp_path):
+    """The stage ends with 0 when it is asked to stop; the next one must not start."""
+    for name in ("run_all.sh", "setup.sh", "study.py", "arms.py", "requirements.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+    for name in ("prepare.py", "pretrain.py", "finetune.py", "baseline.py", "evaluate.py", "report.py"):
+        (tmp_path / name).write_text(FAKE)
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    command = ["bash", "run_all.sh", "--demo", "--gpus", "0"]
+    (tmp_path / "runs/demo").mkdir(parents=True)  # which the true prepare.py makes
+    options = {"cwd": tmp_path, "env": {**os.environ, "PATH": path}, "text": True}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
+    first = tmp_path / "runs/demo/seed0/pretrain_animal"
+    deadline = time.monotonic() + 60
+    while not (first / "started").exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(number)
+    try:
+        out, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == code, out + err
+    assert "stopped after seed0_pretrain_animal" in err and (first / "metrics.json").exists()
+    assert not (tmp_path / "runs/demo/seed0/pretrain_non_animal").exists()

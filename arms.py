@@ -1,0 +1,325 @@
+"""The arms of the study: what each one trains, what it starts from, and how the report names and draws it.
+
+    ARMS["finetune", "animal"].label        # "Finetuned-Animals"
+    find_arm("finetune", "dose_0.25").value # 0.25
+
+An arm is one kind of run; a study repeats it for each seed. `study.py plan` turns arms into commands, `report.py` reads
+their labels, colours and the paper's values from here. Standard library only. Paper: tables 1 and 2, sections 2.1 and 2.2.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+# Colours of Okabe and Ito (2008), which colour-blind readers can distinguish.
+BLACK = "#000000"
+ORANGE = "#E69F00"
+SKY = "#56B4E9"
+GREEN = "#009E73"
+BLUE = "#0072B2"
+RED = "#D55E00"
+PURPLE = "#CC79A7"
+GREY = "#808080"
+
+STAGES = ("pretrain", "finetune", "baseline")
+ANIMAL_FRACTION = "animal_fraction"
+LABEL_FRACTION = "label_fraction"
+SWEEPS = (ANIMAL_FRACTION, LABEL_FRACTION)
+DOSES = (0, 0.05, 0.1, 0.25, 0.5, 0.75, 1)
+LABEL_SHARES = (0.05, 0.1, 0.25, 0.5)  # all labels: the arms that the sweep belongs to
+
+
+class Style(NamedTuple):
+    """How an arm is drawn in every figure: colour, line and marker in matplotlib's notation."""
+
+    colour: str
+    line: str
+    marker: str
+
+
+class PaperScores(NamedTuple):
+    """A row of the paper's Table 2: loss, IoU in [0, 1], accuracy in percent."""
+
+    loss: float
+    iou: float
+    accuracy: float
+
+
+class PaperProtocol(NamedTuple):
+    """What the paper says of an arm's training; None where it says nothing."""
+
+    model: str
+    img_size: int
+    epochs: int
+    images: int | None
+
+
+class ArmKey(NamedTuple):
+    """What identifies an arm: a stage of STAGES and a name."""
+
+    stage: str
+    name: str
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One kind of run. `parent` names the pre-training arm whose weights it starts from."""
+
+    stage: str
+    name: str
+    label: str  # in tables and legends
+    images: str  # its pre-training images in a few words
+    style: Style
+    flags: dict[str, object] = field(default_factory=dict)  # of its script, see study.flag_words
+    parent: str = ""
+    network: str = ""  # empty: the study's --model
+    paper: PaperScores | None = None
+    protocol: PaperProtocol | None = None
+    own_epochs: bool = False  # its schedule need not be that of the other arms
+    sweep: str = ""
+    value: float | None = None  # its place in the sweep
+    line: str = ""  # the line of the sweep's figure that it is a point of
+
+    @property
+    def key(self) -> ArmKey:
+        return ArmKey(self.stage, self.name)
+
+    @property
+    def title(self) -> str:
+        """Stage and name, as in the names of run folders."""
+        return f"{self.stage}_{self.name}"
+
+
+@dataclass(frozen=True)
+class SweepLine:
+    """One line in the figure of a sweep. `own`: the study's arms that are points of it, if their settings are equal."""
+
+    sweep: str
+    name: str
+    label: str
+    style: Style
+    own: dict[float, ArmKey]
+
+
+RESNET = ArmKey("baseline", "resnet50")
+SUPERVISED = ArmKey("baseline", "mae")
+ANIMAL = ArmKey("finetune", "animal")
+HALF = ArmKey("finetune", "half")
+NON_ANIMAL = ArmKey("finetune", "non_animal")
+MIXED = ArmKey("finetune", "mixed")
+PRETRAIN_ANIMAL = ArmKey("pretrain", "animal")
+
+# Comparisons that were chosen before any result was known.
+PLANNED = [
+    (ANIMAL, NON_ANIMAL),
+    (ANIMAL, MIXED),
+    (ANIMAL, HALF),
+    (ANIMAL, SUPERVISED),
+    (NON_ANIMAL, SUPERVISED),
+    (ANIMAL, RESNET),
+]
+
+STYLES = {
+    "animal": Style(RED, "-", "o"),
+    "half": Style(ORANGE, "--", "v"),
+    "non_animal": Style(BLUE, "-", "s"),
+    "mixed": Style(GREEN, "-", "D"),
+    "mae": Style(PURPLE, "-.", "^"),
+    "resnet50": Style(BLACK, ":", "X"),
+    "pets": Style(SKY, "--", "P"),
+    "all": Style(GREY, "--", "*"),
+}
+OTHER_STYLE = Style(GREY, "-", "o")
+
+# Shades between the two ends of a scale (matplotlib's cividis), closer together for large shares.
+DOSE_STYLES = {
+    0: Style("#00224e", "-", "o"),
+    0.05: Style("#3c4a6c", "-", "^"),
+    0.1: Style("#535a6d", "-", "v"),
+    0.25: Style("#7d7c78", "-", "p"),
+    0.5: Style("#b0a571", "-", "<"),
+    0.75: Style("#dbc75a", "-", "^"),
+    1: Style("#fee838", "-", "8"),
+}
+
+IMAGES = {
+    "animal": "animals",
+    "non_animal": "non-animals",
+    "mixed": "mixed",
+    "pets": "Pets",
+    "all": "all of COCO",
+    "mae": "no pre-training",
+}
+
+
+def pretrain_arm(split: str, protocol: PaperProtocol | None = None) -> Arm:
+    """Describe pre-training on a split of splits.py."""
+    images = IMAGES.get(split, split)
+    style = STYLES.get(split, OTHER_STYLE)
+    label = f"pre-training ({images})"
+    return Arm("pretrain", split, label, images, style, {"split": split}, protocol=protocol)
+
+
+def extra_arms(split: str) -> tuple[Arm, Arm]:
+    """Describe pre-training on a further split and the fine-tuning that follows it."""
+    pretraining = pretrain_arm(split)
+    label = {"pets": "Finetuned-Pets", "all": "Finetuned-All"}.get(split, f"Finetuned-{split}")
+    finetuning = Arm("finetune", split, label, pretraining.images, pretraining.style, parent=split)
+    return pretraining, finetuning
+
+
+def dose_arms(share: float) -> tuple[Arm, Arm]:
+    """Describe pre-training on a mixture with this share of animals, and the fine-tuning that follows it."""
+    name = f"dose_{share:g}"
+    images = f"{100 * share:g} % animals"
+    flags = {"split": "mixed", "animal_fraction": share, "animal_images": "unique"}
+    place = {"sweep": ANIMAL_FRACTION, "value": float(share), "line": "dose"}
+    style = DOSE_STYLES.get(share, OTHER_STYLE)
+    pretraining = Arm("pretrain", name, f"pre-training ({images})", images, style, flags, **place)
+    finetuning = Arm("finetune", name, images, images, style, parent=name, **place)
+    return pretraining, finetuning
+
+
+def label_arm(arm: Arm, share: float) -> Arm:
+    """Describe an arm with this share of the labels, at as many updates as with all of them."""
+    name = f"{arm.name}_labels_{share:g}"
+    words = f"{arm.images}, {100 * share:g} % of labels"
+    flags = {"train_fraction": share, "equal_updates": True}
+    place = {"sweep": LABEL_FRACTION, "value": float(share), "line": arm.name}
+    return Arm(arm.stage, name, words, words, arm.style, flags, arm.parent, **place)
+
+
+def pretrained_arms() -> list[Arm]:
+    """Describe the paper's three pre-trainings."""
+    return [
+        pretrain_arm("animal", PaperProtocol("mae_base", 224, 150, 25_739)),
+        pretrain_arm("non_animal"),
+        pretrain_arm("mixed", PaperProtocol("mae_base", 224, 150, 25_918)),
+    ]
+
+
+def finetuned_arms() -> list[Arm]:
+    """Describe the paper's four fine-tunings."""
+    return [
+        Arm(
+            "finetune",
+            "animal",
+            "Finetuned-Animals",
+            IMAGES["animal"],
+            STYLES["animal"],
+            parent="animal",
+            paper=PaperScores(0.34, 0.785, 86.7),
+            protocol=PaperProtocol("mae_base", 224, 100, 5_144),
+        ),
+        Arm(
+            "finetune",
+            "half",
+            "Finetuned-Half",
+            IMAGES["animal"],
+            STYLES["half"],
+            flags={"train_fraction": 0.5},
+            parent="animal",
+            paper=PaperScores(0.35, 0.757, 86.5),
+        ),
+        Arm(
+            "finetune",
+            "non_animal",
+            "Finetuned-Non-Animals",
+            IMAGES["non_animal"],
+            STYLES["non_animal"],
+            parent="non_animal",
+            paper=PaperScores(0.37, 0.761, 85.4),
+        ),
+        Arm(
+            "finetune",
+            "mixed",
+            "Finetuned-Mixed",
+            IMAGES["mixed"],
+            STYLES["mixed"],
+            parent="mixed",
+            paper=PaperScores(0.32, 0.781, 86.8),
+        ),
+    ]
+
+
+def baseline_arms() -> list[Arm]:
+    """Describe the paper's two networks without pre-training."""
+    return [
+        Arm("baseline", "mae", "Supervised MAE", IMAGES["mae"], STYLES["mae"], paper=PaperScores(0.45, 0.699, 82.8)),
+        Arm(
+            "baseline",
+            "resnet50",
+            "ResNet-50",
+            IMAGES["mae"],
+            STYLES["resnet50"],
+            network="resnet50",
+            paper=PaperScores(0.40, 0.765, 89.3),
+            protocol=PaperProtocol("resnet50", 224, 100, None),
+            own_epochs=True,
+        ),
+    ]
+
+
+# The arms of the paper, in the order in which they are run.
+ARMS = {arm.key: arm for arm in [*pretrained_arms(), *finetuned_arms(), *baseline_arms()]}
+TABLE_2 = [RESNET, SUPERVISED, ANIMAL, HALF, NON_ANIMAL, MIXED]  # in the paper's order
+LABEL_SWEEP = [ANIMAL, NON_ANIMAL, MIXED, SUPERVISED]  # the arms that the sweep of labels is made for
+
+
+def in_table_order(keys: Iterable[ArmKey]) -> list[ArmKey]:
+    """Sort arms as the paper's Table 2 does; further ones keep their order and follow."""
+
+    def place(key: ArmKey) -> int:
+        return TABLE_2.index(key) if key in TABLE_2 else len(TABLE_2)
+
+    return sorted(keys, key=place)
+
+
+def sweep_arms(sweep: str) -> list[Arm]:
+    """Describe all arms of a sweep."""
+    arms: list[Arm] = []
+    if sweep == ANIMAL_FRACTION:
+        for share in DOSES:
+            arms.extend(dose_arms(share))
+    if sweep == LABEL_FRACTION:
+        for share in LABEL_SHARES:
+            arms.extend(label_arm(ARMS[key], share) for key in LABEL_SWEEP)
+    return arms
+
+
+def sweep_lines(sweep: str) -> list[SweepLine]:
+    """Describe the lines in the figure of a sweep."""
+    if sweep == ANIMAL_FRACTION:
+        own = {0.0: NON_ANIMAL, 0.5: MIXED, 1.0: ANIMAL}
+        return [SweepLine(sweep, "dose", "mixtures", Style(BLUE, "-", "o"), own)]
+    lines = []
+    for key in LABEL_SWEEP:
+        arm = ARMS[key]
+        lines.append(SweepLine(sweep, arm.name, arm.images, arm.style, {1.0: key}))
+    return lines
+
+
+def known_arms(extra: Iterable[str] = ()) -> dict[ArmKey, Arm]:
+    """Collect the paper's arms, those of further splits, and those of all sweeps."""
+    arms = dict(ARMS)
+    for split in extra:
+        arms |= {arm.key: arm for arm in extra_arms(split)}
+    for sweep in SWEEPS:
+        arms |= {arm.key: arm for arm in sweep_arms(sweep)}
+    return arms
+
+
+def find_arm(stage: str, name: str, sweep: str = "", value: float | None = None) -> Arm:
+    """Look an arm up by stage and name; one that is not described here is that of a further split or dose."""
+    known = known_arms().get(ArmKey(stage, name))
+    if known is not None:
+        return known
+    candidates: tuple[Arm, ...] = ()
+    if sweep == ANIMAL_FRACTION and value is not None:
+        candidates = dose_arms(value)
+    elif not sweep:
+        candidates = extra_arms(name)
+    for arm in candidates:
+        if arm.key == (stage, name):
+            return arm
+    return Arm(stage, name, name, name, OTHER_STYLE, sweep=sweep, value=value)

@@ -1,0 +1,187 @@
+"""Compare the runs of a study: scores with intervals, and planned differences with tests where tests may be made.
+
+    estimates(study.main(arms.ANIMAL))["iou"]       # Estimate(value, low, high)
+    planned(study, "segment")                       # the planned differences between its arms
+
+Over seeds, intervals and tests are Student's t; of one run, the bootstrap over test images (see metrics.py).
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from arms import PLANNED, Arm, ArmKey
+from groups import Study, differing, tolerance
+from metrics import bootstrap, holm, paired_bootstrap, paired_t_test, ratio, scores, t_interval, tost
+from records import SEGMENT, SIZES, RunRecord, TestTable
+
+MARGIN = 0.5  # IoU points within which two arms count as equivalent
+NOUNS = {"n_train": "images", "n_unique": "distinct images", "updates": "updates"}
+
+
+class Estimate(NamedTuple):
+    """A value with its 95 % interval (nan limits: none)."""
+
+    value: float
+    low: float = math.nan
+    high: float = math.nan
+
+    def times(self, factor: float) -> "Estimate":
+        """Change the unit."""
+        return Estimate(float(factor * self.value), float(factor * self.low), float(factor * self.high))
+
+
+def per_image_table(table: TestTable) -> TestTable:
+    """Turn sums into scores of single images, to be averaged over those images that have them."""
+    values = table.score(table.sums)
+    sums = np.stack([np.nan_to_num(values), ~np.isnan(values)], axis=-1)
+
+    def average(sums: np.ndarray) -> np.ndarray:
+        return ratio(sums[..., 0], sums[..., 1])
+
+    return TestTable(sums, average, table.names)
+
+
+def estimates(
+    runs: list[RunRecord], native: bool = False, per_image: bool = False, resamples: int = 10_000
+) -> dict[str, Estimate]:
+    """Average each test score over seeds, with its t-interval; of a single run with the bootstrap over test images.
+
+    native: at the images' own sizes. per_image: score each image and average, instead of summing images first.
+    """
+    tables = [run.table(native) for run in runs]
+    if per_image:
+        tables = [per_image_table(table) for table in tables]
+    names = tables[0].names
+    if len(runs) == 1:
+        values, lows, highs = bootstrap(tables[0].sums, tables[0].score, resamples)
+        return {name: Estimate(values[i], lows[i], highs[i]) for i, name in enumerate(names)}
+    seeds = np.array([table.score(table.sums.sum(0)) for table in tables])
+    return {name: Estimate(*t_interval(seeds[:, i])) for i, name in enumerate(names)}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Planned differences
+
+
+class Pair(NamedTuple):
+    """Two runs of one seed."""
+
+    a: RunRecord
+    b: RunRecord
+
+
+@dataclass
+class Comparison:
+    """Paired differences a - b of one test score, seed by seed; reason: why they may not be tested."""
+
+    a: Arm
+    b: Arm
+    score: str
+    seeds: list[int]
+    values: list[float]  # in points (hundredths of the score)
+    images: list[Estimate]  # of each seed, with the bootstrap over test images
+    mean: Estimate | None  # over seeds
+    miou: float | None  # mean difference of mIoU in points; only of a segmentation
+    reason: str
+    p: float = math.nan  # paired t-test
+    tost: float = math.nan  # equivalence within MARGIN; only of a segmentation
+    holm: float = math.nan  # p, corrected for all planned comparisons that are tested
+
+    @property
+    def label(self) -> str:
+        return f"{self.a.label} − {self.b.label}"
+
+
+def compare(study: Study, a: ArmKey, b: ArmKey) -> Comparison:
+    """Compare the runs of two arms."""
+    pairs = [Pair(x, y) for x in study.main(a) for y in study.main(b) if x.seed == y.seed]
+    reasons = []
+    if not pairs:
+        reasons.append("no seed has both runs")
+    if len(pairs) == 1:
+        reasons.append("one seed")
+    for pair in pairs:
+        reasons.extend(reasons_against(study, pair))
+    score = pairs[0].a.select if pairs else ""
+    values = [100 * (pair.a.score(score) - pair.b.score(score)) for pair in pairs]
+    result = Comparison(
+        study.arms[a],
+        study.arms[b],
+        score,
+        seeds=[pair.a.seed for pair in pairs],
+        values=values,
+        images=[image_difference(pair, score).times(100) for pair in pairs],
+        mean=Estimate(*t_interval(values)) if pairs else None,
+        miou=None,
+        reason="; ".join(dict.fromkeys(reasons)),
+    )
+    segmentation = bool(pairs) and pairs[0].a.kind == SEGMENT
+    if segmentation:
+        result.miou = 100 * float(np.mean([pair.a.score("miou") - pair.b.score("miou") for pair in pairs]))
+    if pairs and not reasons:
+        result.p = paired_t_test(values)
+        if segmentation:
+            result.tost = tost(values, MARGIN)
+    return result
+
+
+def image_difference(pair: Pair, score: str) -> Estimate:
+    """Return the difference between two trained models with its bootstrap interval over the test images."""
+    if pair.a.kind == SEGMENT:
+
+        def segment_score(counts: np.ndarray) -> np.ndarray:
+            return scores(counts)[score]
+
+        return Estimate(*paired_bootstrap(pair.a.test["counts"], pair.b.test["counts"], segment_score))
+    a = pair.a.table()
+    b = pair.b.table()
+    place = a.names.index(score)
+
+    def one_score(sums: np.ndarray) -> np.ndarray:
+        return a.score(sums)[..., place]
+
+    return Estimate(*paired_bootstrap(a.sums, b.sums, one_score))
+
+
+def reasons_against(study: Study, pair: Pair) -> Iterator[str]:
+    """Explain why the difference between two runs may come from something else than what defines their arms."""
+    before = [study.parent(run) for run in pair if run.stage == "finetune"]
+    if any(run is None or not run.config for run in before):
+        yield "pre-training unknown"
+        before = []
+    if any(run.config["args"].get("animal_images") != "unique" for run in before):
+        yield "images counted per category"
+    yield from unequal_sizes("pre-training", before)
+    yield from unequal_sizes("fine-tuning", list(pair))
+    yield from differing(pair.a.settings, pair.b.settings, tolerance(pair.a.arm, pair.b.arm), shared=True)
+
+
+def unequal_sizes(what: str, runs: list[RunRecord]) -> Iterator[str]:
+    """Name numbers of images and updates that differ; distinct images only where the lists are equally long."""
+    lengths = {run.config["n_train"] for run in runs}
+    for size in SIZES:
+        values = [run.config[size] for run in runs]
+        if size == "n_unique" and len(lengths) > 1:
+            continue
+        if len(set(values)) > 1:
+            numbers = " / ".join(f"{value:,}" for value in values)
+            yield f"{what} {NOUNS[size]} {numbers}"
+
+
+def planned(study: Study, kind: str) -> list[Comparison]:
+    """Make the planned comparisons of a task whose arms are part of the study, and correct their p-values."""
+    found = []
+    for a, b in PLANNED:
+        if a not in study.groups or b not in study.groups:
+            continue
+        kinds = {run.kind for key in (a, b) for run in study.main(key)}
+        if not kinds - {kind}:
+            found.append(compare(study, a, b))
+    corrected = holm([comparison.p for comparison in found])
+    for comparison, p in zip(found, corrected, strict=True):
+        comparison.holm = float(p)
+    return found

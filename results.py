@@ -1,0 +1,550 @@
+"""Sections of the report on segmentation, the study's own task: scores, differences, curves, masks and sweeps.
+
+Every section is a function of the study and the page; it adds nothing where its runs do not exist.
+"""
+
+from dataclasses import dataclass
+
+import figures
+from arms import (
+    ANIMAL,
+    ANIMAL_FRACTION,
+    ARMS,
+    HALF,
+    LABEL_FRACTION,
+    MIXED,
+    NON_ANIMAL,
+    RESNET,
+    SUPERVISED,
+    TABLE_2,
+    Arm,
+    ArmKey,
+    SweepLine,
+    find_arm,
+    in_table_order,
+    sweep_lines,
+)
+from comparisons import MARGIN, Comparison, Estimate, estimates
+from groups import Study
+from metrics import CLASSES, scores, t_interval
+from records import SEGMENT, RunRecord
+from tables import Column, Page, markdown, write_table
+
+STRIDE_32 = "stride32"
+REFERENCES = {
+    STRIDE_32: "best score a stride-32 output could reach",
+    "all_animal": "trivial: all animal",
+    "all_background": "trivial: all background",
+    "mean_mask": "trivial: mean training mask",
+}
+
+
+def seeds_in_curves(study: Study) -> str:
+    """Describe the lines in a figure of curves."""
+    if len({run.seed for run in study.runs}) > 1:
+        return "thin: seeds, thick: their mean"
+    return "one seed"
+
+
+def scored_arms(study: Study) -> list[ArmKey]:
+    """List the arms outside sweeps that have usable segmentations, in the order of Table 2."""
+    keys = [key for key, arm in study.arms.items() if not arm.sweep and study.main_of(key, SEGMENT)]
+    return in_table_order(keys)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Table 2
+
+
+TABLE_2_TEXT = (
+    "Test images at input size, weights of the best validation IoU. IoU is the paper's: border counted as background. "
+    "Intervals: 95 %, Student's t over seeds; with one seed the bootstrap over test images, which knows nothing of how "
+    "another seed would come out."
+)
+TABLE_2_COLUMNS = [
+    Column("arm"),
+    Column("seeds"),
+    Column("loss"),
+    Column("paper_loss", "paper", 2),
+    Column("iou", "IoU"),
+    Column("paper_iou", "paper"),
+    Column("accuracy", "accuracy (%)", 1),
+    Column("paper_accuracy", "paper", 1),
+    Column("note"),
+]
+
+
+def table_2_rows(study: Study) -> list[dict]:
+    """Score all arms, the limit of a stride-32 output below ResNet-50, and predictors that look at no image."""
+    references = reference_rows(study)
+    further = [key for key, arm in study.arms.items() if arm.stage != "pretrain" and not arm.sweep]
+    rows = []
+    for key in in_table_order([*TABLE_2, *(key for key in further if key not in TABLE_2)]):
+        rows += arm_rows(study, key)
+        if key == RESNET:
+            rows += [row for row in references if row["reference"] == STRIDE_32]
+    return rows + [row for row in references if row["reference"] != STRIDE_32]
+
+
+def reference_rows(study: Study) -> list[dict]:
+    """Score the reference predictions."""
+    rows = []
+    for name, label in REFERENCES.items():
+        counts = study.reference.get(f"counts_{name}")
+        if counts is None:
+            continue
+        values = scores(counts.sum(0))
+        row = {"arm": label, "iou": float(values["iou"]), "accuracy": 100 * float(values["accuracy"])}
+        rows.append({**row, "miou": float(values["miou"]), "reference": name})
+    return rows
+
+
+def arm_rows(study: Study, key: ArmKey) -> list[dict]:
+    """Score an arm: its usable runs, then those with other settings; one empty row where there is none."""
+    arm = study.arms.get(key) or find_arm(*key)
+    groups = [group for group in study.groups.get(key, []) if group[0].kind == SEGMENT]
+    first: dict = {"arm": arm.label, "seeds": 0}
+    if groups:
+        first = group_row(arm.label, groups[0])
+    if arm.paper:
+        first["paper_loss"] = arm.paper.loss
+        first["paper_iou"] = arm.paper.iou
+        first["paper_accuracy"] = arm.paper.accuracy
+    first["note"] = study.left_out(key) if key in study.groups else "not part of this study"
+    rows = [first]
+    for group in groups[1:]:
+        row = group_row(f"{arm.label} (seed {group[0].seed}: other settings)", group)
+        rows.append({**row, "note": ""})
+    return rows
+
+
+def group_row(label: str, runs: list[RunRecord]) -> dict:
+    """Score runs of equal settings."""
+    found = estimates(runs)
+    return {
+        "arm": label,
+        "seeds": len(runs),
+        "loss": found["loss"],
+        "iou": found["iou"],
+        "miou": found["miou"],
+        "accuracy": found["accuracy"].times(100),
+        "interval": "t over seeds" if len(runs) > 1 else "bootstrap over images",
+    }
+
+
+def headline(data: str, table: list[dict], comparisons: list[Comparison]) -> str:
+    """Summarise in a sentence what was found, no more strongly than the seeds allow."""
+    rows = [row for row in table if isinstance(row.get("iou"), Estimate)]
+    if not rows:
+        return "No arm has been trained and tested yet."
+    rows.sort(key=lambda row: row["iou"].value)
+    low = f"{rows[0]['iou'].value:.3f} ({rows[0]['arm']})"
+    high = f"{rows[-1]['iou'].value:.3f} ({rows[-1]['arm']})"
+    text = f"On {data}, test IoU runs from {low} to {high}"
+    trivial = [row["iou"] for row in table if row["arm"].startswith("trivial")]
+    if trivial:
+        text += f"; the best trivial predictor has {max(trivial):.3f}"
+    text += "."
+    for comparison in comparisons:
+        if (comparison.a.key, comparison.b.key) == (ANIMAL, NON_ANIMAL) and comparison.values:
+            text += f" {verdict(comparison)}"
+    return text
+
+
+def verdict(comparison: Comparison) -> str:
+    """Describe how animals and non-animals compare."""
+    mean = comparison.mean
+    seeds = len(comparison.values)
+    text = f"Pre-training on animals instead of non-animals changes it by {mean.value:+.1f} points "
+    if seeds == 1:
+        return text + "(one seed, which cannot show whether another would repeat it)."
+    text += f"(95 % interval {mean.low:+.1f} to {mean.high:+.1f}, {seeds} seeds)"
+    if comparison.holm < 0.05:
+        return f"{text}, a difference beyond the seeds' noise (Holm-corrected p = {comparison.holm:.3f})."
+    if comparison.tost < 0.05:
+        return f"{text}: equivalent within ±{MARGIN} points (TOST p = {comparison.tost:.3f})."
+    if mean.low <= 0 <= mean.high:
+        return f"{text}: these seeds neither show a difference nor rule one out."
+    if comparison.reason:
+        return f"{text}; not tested: {comparison.reason}."
+    return f"{text}, not significant after correction."
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Planned differences
+
+DIFFERENCES_TEXT = (
+    "Differences of test IoU in percentage points, paired by seed. p: paired t-test over seeds, Holm-corrected over the "
+    f"tested rows; equivalence: TOST within ±{MARGIN} points, not corrected. Tests stand only where both arms had "
+    "distinct images, equally many, and equal updates; otherwise the reason."
+)
+ONE_SEED_TEXT = (
+    "Differences of test IoU in percentage points. One seed cannot show how much of a difference is owed to chance in "
+    "initialisation, order and choice of images, so no test is made; for intervals over seeds: `run_all.sh --seeds "
+    '"0 1 2"`.'
+)
+DIFFERENCE_COLUMNS = [
+    Column("label", "difference"),
+    Column("each", "per seed"),
+    Column("mean", "mean [95 % t-interval]", 2),
+    Column("holm", "p (Holm)"),
+    Column("tost", "p (equivalence)"),
+    Column("miou", "mIoU, mean", 2),
+    Column("reason", "not tested because"),
+]
+
+
+def differences(page: Page, comparisons: list[Comparison]) -> None:
+    """Show the planned differences, with tests where there are several seeds."""
+    if not comparisons:
+        return
+    single = max(len(comparison.values) for comparison in comparisons) < 2
+    page.add("## Planned differences", ONE_SEED_TEXT if single else DIFFERENCES_TEXT)
+    rows = []
+    for comparison in comparisons:
+        row: dict = {"label": comparison.label}
+        if not single:
+            row["mean"] = comparison.mean
+        row["miou"] = comparison.miou
+        row["reason"] = comparison.reason
+        if not single:
+            row["p"] = comparison.p
+            row["tost"] = comparison.tost
+            row["holm"] = comparison.holm
+        row["each"] = ", ".join(f"{value:+.2f}" for value in comparison.values)
+        rows.append(row)
+    page.table("differences", rows, DIFFERENCE_COLUMNS)
+    found = [comparison for comparison in comparisons if comparison.values]
+    if found:
+        differences_by_image(page, found)
+
+
+def differences_by_image(page: Page, comparisons: list[Comparison]) -> None:
+    """Show each seed's difference with its uncertainty from the test images."""
+    bars = []
+    rows = []
+    for comparison in comparisons:
+        seeds = [figures.Interval(*estimate) for estimate in comparison.images]
+        mean = figures.Interval(*comparison.mean) if len(seeds) > 1 else None
+        bars.append(figures.Difference(comparison.label, seeds, mean))
+        for seed, estimate in zip(comparison.seeds, comparison.images, strict=True):
+            rows.append({"label": comparison.label, "seed": seed, "difference": estimate})
+    caption = (
+        "Planned differences of test IoU. Blue: one seed with its 95 % paired bootstrap interval over test images; red: "
+        f"mean over seeds with its 95 % t-interval (an arrow: wider than the picture). Shaded: ±{MARGIN} points."
+    )
+    page.figure("forest", caption, figures.forest, bars, MARGIN)
+    page.add("Uncertainty from the test images alone, for these trained models (paired bootstrap, 10,000 resamples):")
+    columns = [Column("label", "difference"), Column("seed"), Column("difference", "points [95 %]", 2)]
+    page.table("image_bootstrap", rows, columns)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# All metrics
+
+METRICS_TEXT = (
+    "± is half the width of the 95 % interval (t over seeds; one seed: bootstrap over test images). Border as pet: in "
+    "truth and prediction; border ignored: pixels whose truth is border are dropped. Boundary IoU: overlap of the bands "
+    "along the outlines, 2 % of the diagonal wide."
+)
+METRIC_COLUMNS = [
+    Column("arm"),
+    Column("iou", "IoU pet (the paper's)"),
+    Column("iou_background", "IoU background"),
+    Column("iou_border", "IoU border"),
+    Column("miou", "mIoU"),
+    Column("iou_border_as_pet", "border as pet"),
+    Column("iou_border_ignored", "border ignored"),
+    Column("accuracy"),
+    Column("boundary_pet", "boundary IoU, pet"),
+    Column("boundary_pet_or_border", "boundary IoU, pet or border"),
+]
+
+
+def all_metrics(study: Study, page: Page) -> None:
+    """Show all scores, over all pixels and over images, at both sizes; and what validation chose."""
+    keys = scored_arms(study)
+    if not keys:
+        return
+    page.add("## All metrics", METRICS_TEXT)
+    rows = []
+    for per_image, level in ((False, "dataset"), (True, "mean over images")):
+        for native, resolution in ((False, "input size"), (True, "native size")):
+            part = []
+            for key in keys:
+                runs = study.main(key)
+                found = estimates(runs, native, per_image, resamples=2000)
+                where = {"level": level, "resolution": resolution}
+                part.append({"arm": study.arms[key].label, "seeds": len(runs), **found, **where})
+            page.add(f"**{level}, {resolution}**", markdown(part, METRIC_COLUMNS, brief=True))
+            rows += part
+    write_table(page.folder, "metrics", rows)
+    page.add("Validation IoU of the weights that were kept, beside the last epoch's:")
+    columns = [
+        Column("arm"),
+        Column("seeds"),
+        Column("best"),
+        Column("epoch", "at epoch"),
+        Column("last", "last epoch"),
+    ]
+    page.table("validation", [validation_row(study.arms[key], study.main(key)) for key in keys], columns)
+
+
+def validation_row(arm: Arm, runs: list[RunRecord]) -> dict:
+    """Return the validation IoU of the weights that were kept and of the last ones."""
+    return {
+        "arm": arm.label,
+        "seeds": len(runs),
+        "best": Estimate(*t_interval([run.metrics["best"]["iou"] for run in runs])),
+        "epoch": ", ".join(f"{run.metrics['best']['epoch']:g}" for run in runs),
+        "last": Estimate(*t_interval([run.metrics["last"]["iou"] for run in runs])),
+    }
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Curves and masks
+
+
+def learning_curves(study: Study, page: Page) -> None:
+    """Draw loss and IoU against the epoch: the kinds of training, then the kinds of pre-training images."""
+    seeds = seeds_in_curves(study)
+    further = [key for key in scored_arms(study) if key not in ARMS and key.stage == "finetune"]
+    draw_learning(
+        study,
+        page,
+        "curves",
+        [ANIMAL, HALF, SUPERVISED, RESNET],
+        f"Loss and IoU against the epoch, fine-tuning and baselines (the paper's Fig. 3); {seeds}.",
+    )
+    draw_learning(
+        study,
+        page,
+        "distribution",
+        [ANIMAL, NON_ANIMAL, MIXED, *further],
+        f"Loss and IoU against the epoch, fine-tuning by pre-training images (the paper's Fig. 5); {seeds}.",
+    )
+
+
+def draw_learning(study: Study, page: Page, name: str, keys: list[ArmKey], caption: str) -> None:
+    """Draw the curves of some arms."""
+    panels = [
+        figures.Panel("training cross-entropy", "train", "loss"),
+        figures.Panel("validation cross-entropy", "val", "loss"),
+        figures.Panel("validation IoU", "val", "iou"),
+    ]
+    curves = []
+    for key in keys:
+        logs = [run.log for run in study.main_of(key, SEGMENT) if run.log]
+        if logs:
+            curves.append(figures.Curve(study.arms[key].label, study.arms[key].style, logs))
+    if curves:
+        page.figure(name, caption, figures.curve_panels, panels, curves)
+
+
+def masks(study: Study, page: Page) -> None:
+    """Show fixed test images with the predictions of all arms."""
+    if not study.panels:
+        return
+    first = study.panels[0].arrays
+    ids = list(first["ids"])
+    colours = figures.MASK_COLOURS
+    rows = [figures.ImageRow("image", first["images"]), figures.ImageRow("ground truth", colours[first["truth"]])]
+    for pictures in study.panels:
+        if list(pictures.arrays["ids"]) == ids:
+            rows.append(figures.ImageRow(pictures.arm.label, colours[pictures.arrays["pred"]]))
+    caption = (
+        "Test images with ground truth and predictions (the paper's Fig. 4), chosen by place in the list, not by score: "
+        f"{', '.join(map(str, ids))}."
+    )
+    page.figure("masks", caption, figures.image_grid, rows, legend=CLASSES)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Sweeps
+
+
+@dataclass
+class SweepResult:
+    """A line of a sweep: at each value the runs that count."""
+
+    line: SweepLine
+    runs: dict[float, list[RunRecord]]
+
+    def rows(self) -> list[dict]:
+        """Return a row for each value."""
+        rows = []
+        for value, runs in self.runs.items():
+            share = round(100 * value, 6)
+            iou = estimates(runs)["iou"]
+            rows.append({"arm": self.line.label, "share": share, "seeds": len(runs), "iou": iou})
+        return rows
+
+    def drawing(self, rows: list[dict]) -> figures.Line:
+        """Return what the figure shows."""
+        points = []
+        for row, runs in zip(rows, self.runs.values(), strict=True):
+            interval = figures.Interval(*row["iou"])
+            points.append(figures.SweepPoint(row["share"], interval, [run.iou for run in runs]))
+        return figures.Line(self.line.label, self.line.style, points)
+
+
+def read_sweep(study: Study, sweep: str) -> list[SweepResult]:
+    """Collect the lines of a sweep that have runs of their own; a run that does not match the others is named."""
+    results = []
+    for line in sweep_lines(sweep):
+        found: dict[float, list[RunRecord]] = {}
+        for key, arm in study.arms.items():
+            runs = study.main_of(key, SEGMENT)
+            if runs and (arm.sweep, arm.line) == (sweep, line.name):
+                found[arm.value] = runs
+        if found:
+            results.append(SweepResult(line, matching_runs(study, line, found)))
+    return results
+
+
+def matching_runs(study: Study, line: SweepLine, found: dict[float, list[RunRecord]]) -> dict[float, list[RunRecord]]:
+    """Leave out what does not match most of a line, and add the study's own arms where they match."""
+    firsts = [runs[0] for runs in found.values()]
+
+    def count_matches(run: RunRecord) -> int:
+        return sum(study.matches(run, other) for other in firsts)
+
+    base = max(firsts, key=count_matches)
+    kept = {}
+    for value, runs in found.items():
+        if study.matches(runs[0], base):
+            kept[value] = runs
+        else:
+            study.notes.append(f"`{runs[0].name}` has other settings or updates than `{base.name}`: not in its sweep")
+    for value, key in line.own.items():
+        runs = study.main_of(key, SEGMENT)
+        if value not in kept and runs and study.matches(runs[0], base):
+            kept[value] = runs
+    return dict(sorted(kept.items()))
+
+
+def doses(page: Page, results: list[SweepResult]) -> None:
+    """Show test IoU against the share of animals in pre-training."""
+    for result in results:
+        rows = result.rows()
+        page.add("## Share of animals in pre-training")
+        caption = (
+            "Test IoU against the share of animal images in pre-training: nested draws of distinct images, equal size "
+            "and updates. Band: 95 % interval (t over seeds; one seed: bootstrap over test images), cut at the "
+            "picture's edge; dots: seeds."
+        )
+        page.figure("dose", caption, figures.bands, [result.drawing(rows)], "animal images in pre-training (%)")
+        shown = [{key: row[key] for key in ("share", "seeds", "iou")} for row in rows]
+        columns = [Column("share", "animals (%)"), Column("seeds"), Column("iou", "IoU [95 %]")]
+        page.table(result.line.name, shown, columns)
+
+
+def labels(page: Page, results: list[SweepResult]) -> None:
+    """Show test IoU against the share of labels in fine-tuning."""
+    if not results:
+        return
+    page.add("## Share of labels in fine-tuning")
+    rows = []
+    lines = []
+    for result in results:
+        part = result.rows()
+        lines.append(result.drawing(part))
+        rows += part
+    caption = (
+        "Test IoU against the share of labelled images, by pre-training images, at equal updates. Bars: 95 % intervals "
+        "(t over seeds; one seed: bootstrap over test images), cut at the picture's edge."
+    )
+    page.figure("labels", caption, figures.bands, lines, "labelled training images (%)", log=True)
+    columns = [
+        Column("arm", "pre-training"),
+        Column("share", "labels (%)"),
+        Column("seeds"),
+        Column("iou", "IoU [95 %]"),
+    ]
+    page.table("labels", rows, columns)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Pre-training and what comes of it
+
+
+def pretraining_scores(study: Study, page: Page) -> None:
+    """Show each run's last score of pre-training beside its test IoU; arms with fewer labels do not belong here."""
+    pairs = []
+    for key, arm in study.arms.items():
+        if arm.stage != "finetune" or "train_fraction" in arm.flags:
+            continue
+        for run in study.main_of(key, SEGMENT):
+            parent = study.parent(run)
+            if parent and not parent.problem:
+                pairs.append((run, parent))
+    if len(pairs) <= 2:
+        return
+    words = pairs[0][1].config["scores"]
+    rows = []
+    clouds: dict[ArmKey, figures.Cloud] = {}
+    for run, parent in pairs:
+        last = parent.metrics["last"]
+        if parent.kind != pairs[0][1].kind:
+            continue
+        found = {score: last[score] for score in words}
+        rows.append({"arm": run.arm.name, "label": run.arm.images, "seed": run.seed, **found, "iou": run.iou})
+        empty = figures.Cloud(run.arm.images, run.arm.style, {score: [] for score in words}, [])
+        cloud = clouds.setdefault(run.key, empty)
+        for score in words:
+            cloud.scores[score].append(last[score])
+        cloud.iou.append(run.iou)
+    page.add("## Pre-training loss and what comes of it")
+    caption = "Last pre-training validation loss against test IoU after fine-tuning on all labels, one mark per run."
+    titles = {score: f"pre-training: {text}" for score, text in words.items()}
+    page.figure("scatter", caption, figures.scatter, list(clouds.values()), titles)
+    columns = [Column("label", "pre-training"), Column("seed")]
+    columns += [Column(score, text) for score, text in words.items()]
+    page.table("pretraining", rows, [*columns, Column("iou", "IoU")])
+
+
+def half_remark(study: Study) -> str:
+    """Note that the arm with half the labels is trained for fewer updates."""
+    half = study.main_of(HALF, SEGMENT)
+    full = study.main_of(ANIMAL, SEGMENT)
+    if not half or not full:
+        return ""
+    a = half[0].config
+    b = full[0].config
+    return (
+        f"Finetuned-Half sees {a['n_train']:,} of {b['n_train']:,} images for as many epochs, so it also makes "
+        f"{a['updates']:,} instead of {b['updates']:,} updates: its difference mixes fewer labels with less training."
+    )
+
+
+def resnet_remark(study: Study) -> str:
+    """Note that the ResNet baseline trained for more or fewer epochs than the MAE arms; "" where it did not."""
+    resnet = study.main(RESNET)
+    animal = study.main(ANIMAL)
+    if not resnet or not animal:
+        return ""
+    epochs = resnet[0].config["args"].get("epochs")
+    usual = animal[0].config["args"].get("epochs")
+    if epochs == usual:
+        return ""
+    return (
+        f"ResNet-50 was trained for {epochs} epochs, the MAE arms for {usual}: its difference to them is one of training "
+        "length as well."
+    )
+
+
+@dataclass
+class SegmentationResults:
+    """What the sections on segmentation share."""
+
+    table: list[dict]
+    comparisons: list[Comparison]
+    doses: list[SweepResult]
+    labels: list[SweepResult]
+
+
+def read_results(study: Study, comparisons: list[Comparison]) -> SegmentationResults:
+    """Compute what the report says first; runs that fit no sweep are added to the study's notes."""
+    return SegmentationResults(
+        table_2_rows(study), comparisons, read_sweep(study, ANIMAL_FRACTION), read_sweep(study, LABEL_FRACTION)
+    )
