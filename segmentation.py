@@ -172,7 +172,7 @@ class Segmentation(Task):
             return None
         counts = sums["counts"].cpu().numpy()
         found = dataset_scores(counts[None])
-        scores = {"loss": sums["loss"].item() / counts.sum()}
+        scores = {"loss": sums["loss"].item() / counts.sum().item()}
         for name in self.scores:
             if name != "loss":
                 scores[name] = float(found[name])

@@ -38,24 +38,37 @@ def assert_same(a: Path, b: Path) -> None:
     assert first[2] == second[2], "metrics differ"
 
 
+def start_and_kill(args: list[str], epochs: int, seconds: float) -> str:
+    """Start a training and kill it some seconds after a number of epochs -> what it printed."""
+    process = subprocess.Popen(args, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    output = ""
+    for line in process.stdout:
+        output += line
+        if line.startswith("epoch"):
+            epochs -= 1
+        if epochs == 0:
+            break
+    with contextlib.suppress(subprocess.TimeoutExpired):  # somewhere in the epoch after, or in its checkpoint
+        process.wait(seconds)
+    process.kill()
+    process.communicate()
+    return output
+
+
 def stress(script: str, flags: list, folder: Path, kills: int, seed: int = 0) -> int:
     """Kill and resume a run -> how many of its processes started from a checkpoint."""
-    draw, flags, resumed = random.Random(seed), [*flags, "--save_minutes", 0], 0
+    draw = random.Random(seed)
+    flags = [*flags, "--save_minutes", 0]
     subprocess.run(command(script, *flags, "--output_dir", folder / "undisturbed"), check=True, capture_output=True)
-    for kill in range(kills + 1):
-        args = command(script, *flags, "--output_dir", folder / "killed")
-        process = subprocess.Popen(args, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        epochs, output = draw.randint(1, 3) if kill < kills else 10**6, ""
-        while epochs and (line := process.stdout.readline()):
-            epochs, output = epochs - line.startswith("epoch"), output + line
-        with contextlib.suppress(subprocess.TimeoutExpired):  # somewhere in the epoch after, or in its checkpoint
-            process.wait(draw.uniform(0, 0.1) if kill < kills else None)
-        process.kill()
-        process.communicate()
-        assert kill < kills or process.returncode == 0, output
-        resumed += "resumed" in output and "at step 0" not in output
+    args = command(script, *flags, "--output_dir", folder / "killed")
+    outputs = []
+    for _ in range(kills):
+        outputs.append(start_and_kill(args, draw.randint(1, 3), draw.uniform(0, 0.1)))
+    last = subprocess.run(args, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert last.returncode == 0, last.stdout
+    outputs.append(last.stdout)
     assert_same(folder / "undisturbed", folder / "killed")
-    return resumed
+    return sum("resumed" in output and "at step 0" not in output for output in outputs)
 
 
 def main(kills: int) -> None:

@@ -1,5 +1,6 @@
 """A result does not depend on how many processes compute it, and no process hangs when another one fails."""
 
+import importlib
 import os
 import signal
 import socket
@@ -9,8 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_runs import SMALL, drawn_root, log, mae_checkpoint, on_two_processes, run
+from small_models import relative_error
+from small_runs import REPOSITORY, SMALL, drawn_root, log, mae_checkpoint, metrics, on_two_processes, run
 from stress import assert_same, command
+
+import finetune
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 
@@ -64,6 +68,41 @@ def test_one_process_two_processes_and_accumulation_give_the_same_losses(script,
     assert len(losses(tmp_path / "one")) == 20
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
     assert losses(tmp_path / "accumulated") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
+
+
+TRAIN_SPECIES = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import finetune
+from species import Species
+finetune.TASKS["species"] = Species
+finetune.main(finetune.get_args_parser("species").parse_args(sys.argv[2:]))
+"""
+
+
+def test_a_task_with_targets_of_its_own_gives_the_same_weights_however_it_is_computed(
+    flags, tmp_path, tmp_path_factory, monkeypatch
+):
+    monkeypatch.syspath_prepend(REPOSITORY / "tests/examples")
+    species = importlib.import_module("species")
+    monkeypatch.setitem(finetune.TASKS, "species", species.Species)
+    args = [*flags, "--init", mae_checkpoint(tmp_path_factory), "--drop_path", 0.3, "--epochs", 3, "--task", "species"]
+
+    def train(name: str, *more) -> None:
+        words = [str(word) for word in (*args, "--output_dir", tmp_path / name, *more)]
+        finetune.main(finetune.get_args_parser("species").parse_args(words))
+
+    train("one")
+    train("accumulated", "--micro_batch_size", 2)
+    on_two_processes(TRAIN_SPECIES, REPOSITORY / "tests/examples", *args, "--output_dir", tmp_path / "two")
+    expected = torch.load(tmp_path / "one/model.pt", weights_only=True)["model"]
+    for name in ("accumulated", "two"):
+        assert losses(tmp_path / name) == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
+        found = torch.load(tmp_path / name / "model.pt", weights_only=True)["model"]
+        for key, tensor in expected.items():
+            assert relative_error(found[key], tensor) < 1e-4, key
+        last = metrics(tmp_path / name)["last"]
+        assert last["loss"] == pytest.approx(metrics(tmp_path / "one")["last"]["loss"], rel=1e-4)
 
 
 def test_two_agents_with_a_rendezvous_act_as_two_nodes(flags, tmp_path):

@@ -14,10 +14,16 @@ import torch
 from small_runs import REPOSITORY, SMALL, drawn_root, log, mae_checkpoint, metrics, refusal, run
 from stress import assert_same, command, stress
 
+import baseline
 import engine
+import finetune
+import pretrain
+import trainer
 from batches import EvalBatches
 from engine import Distributed, EngineError
+from objective import Pretraining
 from runs import RunFolder
+from tasks import TASKS
 
 ALONE = Distributed(0, 0, 1, torch.device("cpu"))
 CONFIG = {"experiment": {"blr": 0.1, "seed": 0}}
@@ -76,6 +82,69 @@ def test_a_stop_request_does_not_wait_for_the_end_of_a_validation(
     gc.collect()
     assert "resumed" in run(script, *args, "--output_dir", tmp_path / "stopped")
     assert_same(tmp_path / "undisturbed", tmp_path / "stopped")
+
+
+def stop_in_next_validation(script: str, *args) -> None:
+    """Run a script until its next validation, in which a stop signal arrives, and demand that it ends as it should."""
+    batches = EvalBatches.__iter__
+
+    def interrupted(self):
+        for batch in batches(self):
+            os.kill(os.getpid(), signal.SIGTERM)
+            yield batch
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(EngineError, match="SIGTERM; checkpoint written") as info:
+        patch.setattr(EvalBatches, "__iter__", interrupted)
+        run(script, *args)
+    assert info.value.exit_code == 143
+    del info  # its traceback keeps the stopped run, and so its lock, alive
+    gc.collect()
+
+
+@pytest.mark.parametrize("script", ["pretrain", "finetune"])
+def test_a_validation_that_is_made_up_for_can_be_stopped_again(script, flags, tmp_path, tmp_path_factory):
+    args = [*flags, "--epochs", 2, "--batch_size", 8, "--log_every", 3]  # so that a log line is half full
+    args += ["--init", mae_checkpoint(tmp_path_factory)] if script == "finetune" else []
+    run(script, *args, "--output_dir", tmp_path / "undisturbed")
+    stopped = tmp_path / "stopped"
+    for _ in range(3):
+        stop_in_next_validation(script, *args, "--output_dir", stopped)
+        state = torch.load(stopped / "last.pt", weights_only=True)
+        assert state["step"] == len(log(stopped, "train")) * 3 + state["steps_since_log"]
+        assert log(stopped, "val") == []
+    assert "resumed" in run(script, *args, "--output_dir", stopped)
+    assert_same(tmp_path / "undisturbed", stopped)
+
+
+class SlowValidation:
+    """A clock that stands in for the time module: an update takes a second and a validation an hour."""
+
+    def __init__(self, patch: pytest.MonkeyPatch):
+        self.now = 0.0
+        patch.setattr(trainer, "time", self)
+        patch.setattr(trainer.Trainer, "train_step", self.delayed(trainer.Trainer.train_step, 1))
+        patch.setattr(Pretraining, "validate", self.delayed(Pretraining.validate, 3600))
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def delayed(self, function, seconds: float):
+        def run_later(*args, **options):
+            self.now += seconds
+            return function(*args, **options)
+
+        return run_later
+
+
+def test_no_rate_counts_the_time_of_a_validation(flags, tmp_path, monkeypatch):
+    args = [*flags, "--epochs", 3, "--num_images", 16, "--output_dir", tmp_path / "run"]
+    SlowValidation(monkeypatch)
+    stop_in_next_validation("pretrain", *args)
+    assert "resumed" in run("pretrain", *args)
+    lines = log(tmp_path / "run", "train")
+    assert [line["step"] for line in lines] == [2, 4, 6]
+    assert [line["img_s"] for line in lines] == [8, 8, 8]
+    assert lines[-1]["seconds"] > 2 * 3600, "the seconds of the run count validations"
 
 
 def test_a_stop_signal_outside_of_training_ends_in_one_line_too():
@@ -218,6 +287,52 @@ def test_a_changed_precision_or_micro_batch_continues_a_run_and_a_changed_rate_d
     run("pretrain", *args)
     assert "nothing to do" in run("pretrain", *args, "--precision", "bf16", "--micro_batch_size", 4, "--log_every", 7)
     assert "blr was" in refusal("pretrain", *args, "--blr", 1)
+
+
+def build_run(script: str, flags: list, tmp_path_factory) -> tuple:
+    """Build what a script would train -> (parser, arguments, objective)."""
+    if script == "pretrain":
+        parser = pretrain.get_args_parser()
+    elif script == "finetune":
+        parser = finetune.get_args_parser()
+        flags = [*flags, "--init", mae_checkpoint(tmp_path_factory)]
+    else:
+        parser = baseline.get_args_parser()
+        flags = [*flags, "--blr", 1e-3]
+    args = parser.parse_args([str(flag) for flag in flags])
+    kinds = pretrain.OBJECTIVES if script == "pretrain" else TASKS
+    name = args.objective if script == "pretrain" else args.task
+    return parser, args, kinds[name](args, ALONE)
+
+
+@pytest.mark.parametrize("script", ["pretrain", "finetune", "baseline"])
+def test_flags_of_the_computation_may_change_and_all_others_may_not(script, flags, tmp_path, tmp_path_factory):
+    parser, args, objective = build_run(script, flags, tmp_path_factory)
+    plan = trainer.plan_run(objective, args, ALONE)
+    precision = engine.Precision("fp32", ALONE.device)
+
+    def describe(**changes) -> dict:
+        changed = engine.argparse.Namespace(**{**vars(args), **changes})
+        return trainer.describe_run(objective, plan, precision, changed, ALONE)
+
+    config = describe()
+    flags_of_parser = {action.dest for action in parser._actions} - {"help"}
+    assert flags_of_parser <= set(config["args"]) <= set(config["roles"])
+    assert set(config["roles"].values()) <= set(engine.ROLES)
+    RunFolder(tmp_path / "run", ALONE, config)._lock.close()
+    by_content = set(objective.identity())  # a checkpoint may move: its content defines the experiment, not its path
+    refused = set()
+    for name in config["args"]:
+        try:
+            RunFolder(tmp_path / "run", ALONE, describe(**{name: "another value"}))._lock.close()
+        except EngineError as error:
+            assert f"{name} was" in str(error)
+            refused.add(name)
+        gc.collect()
+    defining = {name for name in config["args"] if config["roles"][name] != "computation"}
+    assert refused == defining - by_content
+    assert {"seed", "epochs", "batch_size", "blr", "model"} <= refused
+    assert not {"output_dir", "device", "precision", "micro_batch_size", "data_root", "log_every"} & refused
 
 
 def test_a_non_finite_loss_stops_with_step_rate_and_advice(flags, tmp_path):
