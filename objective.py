@@ -38,7 +38,8 @@ class Objective:
     name = ""  # the value of --objective or --task; "kind" in config.json
     scores = {"loss": "loss"}  # what validate() returns: key -> words for the report
     select: str | None = None  # the score whose highest value picks the weights; None: the last epoch's
-    betas = (0.9, 0.95)  # of AdamW
+    keep_best = True  # False: keep the last epoch's weights, whatever their score
+    betas = (0.9, 0.95)  # of the optimizer
     memory_format = torch.contiguous_format
     model: nn.Module
     split: Split
@@ -68,6 +69,10 @@ class Objective:
     def identity(self) -> dict[str, str]:
         """Give what else defines the experiment besides the flags: hashes of lists and checkpoints."""
         return {"train": self.split.sha256}
+
+    def remarks(self) -> list[str]:
+        """Say in sentences what every reader of the result must know; the plan and the report repeat them."""
+        return []
 
     def open(self, run: RunFolder) -> TrainBatches:
         """Open caches, stores and validation data; give the training batches."""
@@ -278,12 +283,21 @@ class Task(Objective):
             help="as many updates as with all labels; the batch shrinks to the number of images if need be",
         )
 
+        recipe = parser.flags("optimisation", role="recipe")
+        recipe(
+            "--keep",
+            choices=["best", "last"],
+            default="best",
+            help="the weights to keep: those of the best validation score, or the last epoch's",
+        )
+
     @staticmethod
     def add_transfer_arguments(parser: Parser) -> None:
         """Add the flags that only make sense when training starts from a checkpoint (finetune.py)."""
 
     def __init__(self, args: argparse.Namespace, dist: Distributed):
         super().__init__(args, dist)
+        self.keep_best = args.keep == "best"
         self.frozen = self.encoder_is_frozen()
         # Frozen features must not change from step to step.
         self.drop_path = 0.0 if self.frozen else args.drop_path
