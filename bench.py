@@ -2,360 +2,869 @@
 
     python bench.py --quick                                              # two minutes on two cores
     python bench.py --peers --output bench.jsonl                         # everything; bf16 on GPUs that have it
+    python bench.py --tasks objectives                                   # all objectives of pretrain.py
     python bench.py --report bench.jsonl                                 # write BENCHMARKS.md from recorded lines
 
-One JSON line per measurement and a table at the end. Contestants of a task take turns in one process, in changing order, so
-a drifting machine favours none; times are medians over synchronised turns, ratios medians over pairs of the same turn.
+The step that is timed is that of the training scripts: their flags, objectives and tasks, and trainer.Trainer.train_step.
+One JSON line per measurement and a table at the end. Contestants of a task take turns in one process, in changing order,
+so a drifting machine favours none; times are medians over synchronised turns, ratios medians over pairs of the same turn.
 """
 
 import argparse
+import copy
+import dataclasses
+import functools
 import importlib.metadata
 import itertools
 import json
+import math
 import os
+import platform
 import shlex
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
+from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
+from torch import Tensor
 
-import data
-import splits
+import baseline
+import bench_choices
+import bench_peers
+import finetune
+import pretrain
 from batches import TrainBatches
-from engine import EngineError, Parser, Precision, hardware_name, launch, peak_flops, setup
-from models import MODELS, build_mae, build_segmenter
+from engine import Distributed, EngineError, Parser, Precision, at_least, hardware_name, launch, peak_flops, setup
+from models import MODELS
+from objective import Objective
+from runs import RunFolder
+from tasks import TASKS
+from trainer import Trainer, plan_run
 
 TRAININGS = ("pretrain", "finetune", "resnet50")
-REAL, SYNTHETIC = "this project, real batches", "this project, synthetic"
-WHOLE = "3 x 150 + 6 x 100 epochs and evaluation"
+DEFAULT_TASKS = (*TRAININGS, "data", "study", "scaling")
+
+# Variants of a measurement, as the report names them.
+REAL = "this project, real batches"
+SYNTHETIC = "this project, synthetic"
+WHOLE_STUDY = "3 x 150 + 6 x 100 epochs and evaluation"
+
 # The paper's study: images through training, and through evaluation (validation after each epoch, then the test set).
-STUDY = {"pretrain": 3 * 150 * 25_739, "finetune": 5 * 100 * 5_144, "resnet50": 100 * 5_144,
-         "pretrain evaluation": 3 * 150 * 2 * 1_016, "finetune evaluation": 5 * (100 * 1_102 + 1_103),
-         "resnet50 evaluation": 100 * 1_102 + 1_103}  # fmt: skip
-COLUMNS = ("task", "variant", "model", "batch_size", "world_size", "precision", "step_ms", "spread_ms", "img_s", "tflops",
-           "mfu", "mem_gb", "ratio", "note")  # fmt: skip
-WANTED = (*itertools.product(TRAININGS, (SYNTHETIC, REAL)), ("scaling", SYNTHETIC), ("choices", SYNTHETIC),
-          ("data", "cache + augmentation on cuda:0"), ("study", WHOLE))  # fmt: skip
+STUDY = {
+    "pretrain": 3 * 150 * 25_739,
+    "finetune": 5 * 100 * 5_144,
+    "resnet50": 100 * 5_144,
+    "pretrain evaluation": 3 * 150 * 2 * 1_016,
+    "finetune evaluation": 5 * (100 * 1_102 + 1_103),
+    "resnet50 evaluation": 100 * 1_102 + 1_103,
+}
+COLUMNS = (
+    "task",
+    "variant",
+    "model",
+    "batch_size",
+    "world_size",
+    "precision",
+    "step_ms",
+    "spread_ms",
+    "img_s",
+    "tflops",
+    "mfu",
+    "mem_gb",
+    "ratio",
+    "note",
+)
+DRAWN_PHOTOS = ("--num_train=64", "--num_val=24", "--num_pets=48")
+MOST_PHOTOS = 4096  # that a training reads: enough for its rate, soon decoded
+ENDLESS = 10**9  # steps, more than any measurement takes
 
 
-def get_args_parser() -> argparse.ArgumentParser:
+def get_args_parser() -> Parser:
+    """Make the parser of the command line."""
     parser = Parser("bench.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    add, tasks = parser.add_argument, (*TRAININGS, "data", "study", "scaling")
-    text = "what to measure; study: from the trainings' rates; choices: pre-training with each choice in it undone"
-    add("--tasks", nargs="+", choices=(*tasks, "choices"), default=tasks, help=text)
+    add = parser.add_argument
+    add(
+        "--tasks",
+        nargs="+",
+        choices=list(MEASUREMENTS),
+        default=DEFAULT_TASKS,
+        help="what to measure; study: from the trainings' rates; choices: pre-training with each choice in it undone;\n"
+        "objectives: all objectives of pretrain.py (default: all but the last two)",
+    )
     add("--quick", action="store_true", help="mae_small, few images and turns: a check that takes two minutes")
-    add("--synthetic", action="store_true", help="no real batches: needs no photos")
+    add("--synthetic", action="store_true", help="no real batches: one batch of random pixels, again and again")
     add("--peers", action="store_true", help="also transformers, timm and PIL + torchvision (requirements-dev.txt)")
     add("--model", choices=list(MODELS), help="default mae_base (--quick: mae_small)")
-    add("--batch_size", type=int, help="images per step and process (default 256, fine-tuning 64; on CPUs 16)")
-    add("--img_size", type=int, default=224, help="input size in pixels")
+    add(
+        "--batch_size",
+        type=at_least(1, int),
+        help="images per step and process (default 256, fine-tuning 64; on CPUs 16)",
+    )
+    add("--img_size", type=at_least(1, int), default=224, help="input size in pixels")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     add("--precision", choices=["auto", "bf16", "fp16", "fp32"], default="auto", help="as in training")
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile all contestants (default: on GPUs)")
-    add("--repeats", type=int, help="turns of each contestant (default 7)")
+    add("--repeats", type=at_least(1, int), help="turns of each contestant (default 7)")
     add("--data_root", help="photos to read (default: drawn ones in a temporary folder)")
+    add("--cache_dir", help="folder of their decoded images (default: a temporary folder)")
     add("--profile", metavar="DIR", help="write a chrome trace of each training, print its most expensive kernels")
     add("--output", default="bench.jsonl", help="file that the JSON lines are appended to")
     add("--report", metavar="FILE", help="only write BENCHMARKS.md (or --output X.md) from these JSON lines")
     return parser
 
 
-def pixel_loss(network, batch) -> torch.Tensor:
-    return F.cross_entropy(network(batch["images"], batch["drop_path"]).float(), batch["masks"])
+def resolve(args: argparse.Namespace, on_gpu: bool) -> argparse.Namespace:
+    """Fill in the defaults that depend on --quick and on the device."""
+    resolved = copy.copy(args)
+    if args.model is None:
+        resolved.model = "mae_small" if args.quick else "mae_base"
+    if args.repeats is None:
+        resolved.repeats = 2 if args.quick else 7
+    if args.compile is None:
+        resolved.compile = on_gpu
+    return resolved
 
 
-class Bench:
-    """The settings, the data and the recorded measurements of one invocation."""
+def default_batch_size(task: str, quick: bool, on_gpu: bool) -> int:
+    """Give the images per step and process of a task."""
+    if quick:
+        return 4
+    if not on_gpu:
+        return 16
+    if task in ("finetune", "resnet50"):
+        return 64
+    return 256
 
-    def __init__(self, args):
-        self.args, self.dist, self.rows, self.cores = args, setup(args.device), [], len(os.sched_getaffinity(0))
-        self.device, self.on_gpu = self.dist.device, self.dist.device.type == "cuda"
-        self.precision, names = Precision(args.precision, self.device), ["torch", "torchvision"]
-        model, repeats = ("mae_small", 2) if args.quick else ("mae_base", 7)
-        args.model, args.repeats = args.model or model, args.repeats or repeats
-        args.compile = self.on_gpu if args.compile is None else args.compile
-        usual = (4, 4) if args.quick else (256, 64) if self.on_gpu else (16, 16)
-        self.count = {task: args.batch_size or usual[task != "pretrain"] for task in TRAININGS}
-        patches = (args.img_size // MODELS[args.model].get("patch_size", 16)) ** 2
-        self.draws = {"noise": (patches,), "drop_path": (MODELS[args.model]["depth"], 2)}
-        sys.path.append(str(Path(__file__).with_name("tests")))
-        if args.peers:  # other projects' networks and data path
-            self.peers, names = importlib.import_module("peers"), [*names, "transformers", "timm"]
-        try:
-            versions = {"python": sys.version.split()[0], **{n: importlib.metadata.version(n) for n in names}}
-        except importlib.metadata.PackageNotFoundError as error:
-            raise EngineError(f"--peers: {error}; `pip install -r requirements-dev.txt`") from None
-        self.machine = {"device": hardware_name(self.device), "cores": self.cores, "threads": torch.get_num_threads(),
-                        "versions": versions, "command": shlex.join(["python", "bench.py", *sys.argv[1:]])}  # fmt: skip
 
-    def record(self, task: str, variant: str, **fields) -> None:
-        row = {"task": task, "variant": variant, "precision": self.precision.name, **fields, "machine": self.machine}
+# ---------------------------------------------------------------------------------------------------------------------
+# Recording
+
+
+class Ledger:
+    """The measurements of one invocation; each becomes a JSON line of a file as soon as it is made."""
+
+    def __init__(self, path: str, machine: dict, precision: str, writes: bool):
+        self.path = Path(path)
+        self.machine = machine
+        self.precision = precision
+        self.writes = writes
+        self.rows: list[dict] = []
+
+    def record(self, task: str, variant: str, **fields: object) -> None:
+        """Add a measurement."""
+        row = {"task": task, "variant": variant, "precision": self.precision, **fields, "machine": self.machine}
         self.rows.append(row)
-        if self.dist.is_main:
-            with open(self.args.output, "a") as f:
-                f.write(json.dumps(row) + "\n")
+        if self.writes:
+            with open(self.path, "a") as file:
+                file.write(json.dumps(row) + "\n")
 
-    def seconds(self, step, steps: int, settle: int = 0, clock=time.perf_counter) -> float:
-        """Time a synchronised step; those of `settle` go first, untimed: they empty queues that filled meanwhile."""
-        if settle:
-            self.seconds(step, settle)
+    def adopt_last_line(self) -> None:
+        """Take over what another process has just written to the file."""
+        last = self.path.read_text().splitlines()[-1]
+        self.rows.append(json.loads(last))
+
+    def rates(self, variant: str) -> dict[str, float]:
+        """Look up the images per second of a variant: task -> rate."""
+        return {row["task"]: row["img_s"] for row in self.rows if row["variant"] == variant}
+
+
+def describe_machine(device: torch.device, peers: bool) -> dict:
+    """Collect what a measurement depends on besides its flags; EngineError if a peer is not installed."""
+    versions = {"python": platform.python_version()}
+    for package in ("torch", "torchvision"):
+        versions[package] = importlib.metadata.version(package)
+    if peers:
+        versions |= bench_peers.package_versions()
+    return {
+        "device": hardware_name(device),
+        "cores": usable_cores(),
+        "threads": torch.get_num_threads(),
+        "versions": versions,
+        "command": shlex.join(["python", "bench.py", *sys.argv[1:]]),
+    }
+
+
+def usable_cores() -> int:
+    """Count the cores that this process may run on."""
+    return len(os.sched_getaffinity(0))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Timing
+
+
+@dataclass
+class Contestant:
+    """What is timed.
+
+    step: does one step, of any number of images. flops: floating-point operations per image. state_bytes: what the
+    contestant keeps on the device between its turns (weights and optimizer).
+    """
+
+    step: Callable[[], object]
+    flops: float | None = None
+    state_bytes: int = 0
+
+
+class Pace(NamedTuple):
+    """The steps of a turn."""
+
+    steps: int  # timed
+    settle: int  # before them, untimed: they empty queues that filled while others had their turns
+
+
+@dataclass
+class Timing:
+    """The turns of one contestant."""
+
+    contestant: Contestant
+    turns: list[float] = field(default_factory=list)  # seconds of a step
+    memory: int | None = None  # bytes at the peak of its last turn; None on CPUs
+
+    @property
+    def seconds(self) -> float:
+        """The median time of a step."""
+        return median(self.turns)
+
+    def ratio(self, first: "Timing") -> float:
+        """Compare with another contestant's time, by pairs of the same turn."""
+        return median(mine / other for mine, other in zip(self.turns, first.turns, strict=True))
+
+
+class Stopwatch:
+    """Times steps on a device."""
+
+    def __init__(self, device: torch.device, repeats: int, compiled: bool):
+        self.on_gpu = device.type == "cuda"
+        self.repeats = repeats
+        self.usual_pace = Pace(steps=1, settle=0)
+        if compiled:
+            self.usual_pace = Pace(steps=1, settle=2)
+        if self.on_gpu:
+            self.usual_pace = Pace(steps=10, settle=2)
+
+    def seconds(self, step: Callable[[], object], pace: Pace, clock: Callable[[], float] = time.perf_counter) -> float:
+        """Time a step, in seconds of the clock; the device is synchronised before and after."""
+        self._repeat(step, pace.settle)
         start = clock()
-        for _ in range(steps):
+        self._repeat(step, pace.steps)
+        return (clock() - start) / pace.steps
+
+    def _repeat(self, step: Callable[[], object], times: int) -> None:
+        for _ in range(times):
             step()
         if self.on_gpu:
             torch.cuda.synchronize()
-        return (clock() - start) / steps
 
-    def compare(self, task: str, contestants: dict, count: int, steps: int = 0, settle: int = 0) -> None:
-        """Time contestants (name -> function of a step of `count` images) in turns; ratio: over the first one."""
-        names, times, memory = list(contestants), {n: [] for n in contestants}, {}
-        steps, settle = steps or (10 if self.on_gpu else 1), settle or 2 * (self.on_gpu or self.args.compile)
-        limit, world = peak_flops(self.device, self.precision.name), self.dist.world_size
-        for turn in range(self.args.repeats + 1):
-            shift = turn // 2 % len(names)  # each one comes early and late, and after different ones
-            for name in (names[shift:] + names[:shift])[:: -1 if turn % 2 else 1]:
-                if self.on_gpu:  # memory: what this contestant keeps and what its steps add
-                    torch.cuda.reset_peak_memory_stats()
-                    others = torch.cuda.memory_allocated() - getattr(contestants[name], "state_bytes", 0)
-                times[name].append(self.seconds(contestants[name], steps, settle))
-                memory[name] = (torch.cuda.max_memory_allocated() - others) / 1e9 if self.on_gpu else None
-        for name, (_, *turns) in times.items():  # the first turn warmed up: compilation, allocators, optimizer state
-            rate = count * world / median(turns)
-            done = getattr(contestants[name], "flops", 0) * rate or None
-            self.record(task, name, batch_size=count, world_size=world, steps=steps, turns=len(turns), img_s=rate,
-                        model="resnet50" if "resnet50" in task else None if task == "data" else self.args.model,
-                        img_size=self.args.img_size, step_ms=1e3 * median(turns), mem_gb=memory[name],
-                        spread_ms=[1e3 * min(turns), 1e3 * max(turns)], compiled=self.args.compile,
-                        tflops=done and done / 1e12, mfu=done / limit / world if done and limit else None,
-                        ratio=median(b / a for a, b in zip(times[names[0]][1:], turns, strict=True)))  # fmt: skip
+    def take_turns(self, contestants: dict[str, Contestant], pace: Pace) -> dict[str, Timing]:
+        """Time contestants in turns, the order of which changes; gives a timing for each name."""
+        timings = {name: Timing(contestant) for name, contestant in contestants.items()}
+        for name in contestants:  # compilation, allocators and optimizers warm up
+            self._take_turn(timings[name], pace)
+            timings[name].turns.clear()
+        for turn in range(1, self.repeats + 1):
+            for name in order_of_turn(list(contestants), turn):
+                self._take_turn(timings[name], pace)
+        return timings
 
-    def open_data(self, folder: str) -> None:
-        """Draw photos unless --data_root names some, and decode them into a temporary cache."""
-        self.root, self.cache = self.args.data_root or f"{folder}/data", f"{folder}/cache"
-        if not self.args.data_root:
-            script, sizes = Path(__file__).with_name("prepare.py"), ["--num_train=64", "--num_val=24", "--num_pets=48"]
-            draw = [sys.executable, script, "demo", "--data_root", self.root, *sizes]
-            subprocess.run(draw, check=True, stdout=subprocess.DEVNULL)
-        self.pets = splits.pets_split(self.root, "train").images
-        self.photos = splits.select_split(self.root, "all", cache_dir=self.cache).images[:4096]
-        for images, kind in ((self.photos + self.pets, "image"), (self.pets, "trimap")):
-            data.build_cache(self.root, images, kind=kind, cache_dir=self.cache)
-
-    def batches(self, task: str, count: int, device: torch.device) -> TrainBatches:
-        """Batches as the training scripts make them, held on a GPU; a list shorter than four batches is repeated."""
-        kinds, images = (["image"], self.photos) if task == "pretrain" else (["image", "trimap"], self.pets)
-        images, draw = images * -(-4 * count // len(images)), "noise" if task == "pretrain" else "drop_path"
-        options = {"cache_dir": self.cache, "device": device, "on_device": device.type == "cuda"}
-        stores = [data.ImageStore(self.root, images, kind=kind, **options) for kind in kinds]
-        options = {"img_size": self.args.img_size, "batch_size": count, "seed": 0, "device": device}
-        return TrainBatches(*stores, draws={draw: self.draws[draw]}, vertical_flip=len(kinds) > 1, **options)
-
-    def training_step(self, module: torch.nn.Module, loss, flops: float, source, compiled=None, optimizer=None):
-        """Make a function that does one whole update: forward under autocast, backward, fused AdamW."""
-        layout = torch.channels_last if hasattr(module, "backbone") else torch.preserve_format
-        network = module.to(self.device, memory_format=layout)
-        compiled = self.args.compile if compiled is None else compiled
-        network = torch.compile(network, dynamic=False, disable=not compiled)
-        if self.dist.world_size > 1:
-            network = torch.nn.parallel.DistributedDataParallel(network, gradient_as_bucket_view=True)
-        parameters = [p for p in module.parameters() if p.requires_grad]
-        optimizer, scaler = optimizer or torch.optim.AdamW(parameters, lr=1e-5, fused=True), self.precision.scaler
-
-        def step():
-            with torch.profiler.record_function("wait for data"):
-                batch = next(source)
-            with self.precision.autocast():
-                value = loss(network, batch)
-            scaler.scale(value).backward()
-            scaler.step(optimizer)
-            scaler.update()
-            optimizer.zero_grad(set_to_none=True)
-
-        step.flops, step.state_bytes = flops, 3 * sum(p.numel() * p.element_size() for p in parameters)
-        return step
-
-    def train(self, task: str, count: int) -> None:
-        """Measure a training on synthetic and real batches, beside peers, and its forward pass; scaling: synthetic only."""
-        shapes = {"images": (3, self.args.img_size, self.args.img_size), **self.draws}
-        batch = {name: torch.rand(count, *shape, device=self.device) for name, shape in shapes.items()}
-        batch["masks"], same = (batch["images"][:, 0] * 3).long().clamp(max=2), itertools.repeat(batch)
-        if task in ("pretrain", "scaling"):
-            module = build_mae(self.args.model, img_size=self.args.img_size)
-            flops, loss = module.flops(mask_ratio=0.75), lambda network, b: network(b["images"], 0.75, b["noise"])[0]
-        else:
-            resnet, size = task == "resnet50", self.args.img_size
-            module = build_segmenter(task if resnet else self.args.model, img_size=size, drop_path=0.1)
-            flops, loss = module.flops(), pixel_loss
-        steps = {SYNTHETIC: self.training_step(module, loss, flops, same)}
-        if task != "scaling" and not self.args.synthetic:
-            source = (parts[0] for parts in self.batches(task, count, self.device).run(0, 10**9))
-            steps[REAL] = self.training_step(module, loss, flops, source)
-        if self.args.peers:
-            others = self.peers.peers_of(task, self.args.model, module, loss)
-            steps |= {name: self.training_step(*parts, same) for name, parts in others.items()}
-        self.compare(task, steps, count)
-        if task == "scaling":
+    def _take_turn(self, timing: Timing, pace: Pace) -> None:
+        contestant = timing.contestant
+        if not self.on_gpu:
+            timing.turns.append(self.seconds(contestant.step, pace))
             return
-        if self.args.profile:
-            self.profile(task, steps.get(REAL, steps[SYNTHETIC]))
-
-        def evaluate():
-            with torch.no_grad(), self.precision.autocast():
-                loss(module.eval(), batch)
-
-        self.compare(f"{task} evaluation", {SYNTHETIC: evaluate}, count)
-
-    def choices(self) -> None:
-        """Measure pre-training with each choice in its step undone; all contestants train the same parameters."""
-        alternatives, count = importlib.import_module("choices"), self.count["pretrain"]
-        module = build_mae(self.args.model, img_size=self.args.img_size)
-        shapes = {"images": (3, self.args.img_size, self.args.img_size), "noise": (module.num_patches,)}
-        same = itertools.repeat({k: torch.rand(count, *shape, device=self.device) for k, shape in shapes.items()})
-        flops = module.flops(mask_ratio=0.75)
-        parts = module, lambda network, b: network(b["images"], 0.75, b["noise"])[0], flops, same
-        weights = [p for p in module.to(self.device).parameters() if p.requires_grad]
-        adamw = {n: torch.optim.AdamW(weights, lr=1e-5, **how) for n, how in alternatives.OPTIMIZERS.items()}
-        fused, other = torch.optim.AdamW(weights, lr=1e-5, fused=True), not self.args.compile
-        steps = {SYNTHETIC: self.training_step(*parts, optimizer=fused)}  # one optimizer: its memory favours none
-        name = "torch.compile" if other else "not compiled"
-        steps[name] = self.training_step(*parts, compiled=other, optimizer=fused)
-        for name in alternatives.PATCHES:
-            steps[name] = alternatives.undone(name, self.training_step(*parts, optimizer=fused))
-        steps |= {name: self.training_step(*parts, optimizer=own) for name, own in adamw.items()}
-        self.compare("choices", steps, count, settle=1)
-
-    def profile(self, task: str, step) -> None:
-        """Write a chrome trace; print the ten most expensive kernels and the share of time the device waits."""
-        with torch.profiler.profile() as trace:
-            seconds = 3 * self.seconds(step, 3)
-        os.makedirs(self.args.profile, exist_ok=True)
-        trace.export_chrome_trace(f"{self.args.profile}/{task}.json")
-        events, order = trace.key_averages(), "self_device_time_total" if self.on_gpu else "self_cpu_time_total"
-        print(events.table(sort_by=order, row_limit=10, max_name_column_width=50))
-        fetch = sum(e.cpu_time_total for e in events if e.key == "wait for data") / 1e6 / seconds
-        idle = 1 - sum(e.self_device_time_total for e in events) / 1e6 / seconds
-        note = f", the device idles {max(0, idle):.1%}" if self.on_gpu else ""
-        self.record(task, "profile", note=f"fetching and augmenting a batch takes {fetch:.1%} of a step{note}")
-
-    def data(self) -> None:
-        """Measure the cache with augmentation, what it leaves to a GPU's host, and (peers) PIL in a DataLoader."""
-        count, paths, jobs, steps = self.count["pretrain"], {}, {}, itertools.count()
-        if self.args.peers:
-            files = [f"{self.root}/{name}" for name in self.photos]
-            paths, jobs = self.peers.pil_paths(files, self.args.img_size, count, self.cores)
-        for device in dict.fromkeys([torch.device("cpu"), self.device]):
-            batches = self.batches("pretrain", count, device)
-            paths[own := f"cache + augmentation on {device}"] = batches.run(0, 10**9).__next__
-        self.compare("data", paths, count, steps=4 * self.cores, settle=2 * self.cores + 2)
-        host = self.batches("pretrain", count, torch.device("cpu"))
-        gather = lambda: host.images.gather(host._prepare(next(steps))[0], pin=self.on_gpu)  # noqa: E731
-        jobs["this project: rows gathered, random draws"] = gather
-        for name, job in jobs.items():
-            cost = median(self.seconds(job, 1, 1, time.process_time) for _ in range(self.args.repeats)) * 1e3 / count
-            self.record("data", f"host, {name}", cpu_ms=cost, note=f"{cost:.3f} ms of CPU time per image")
-        if "pretrain" in (rates := self.rates(SYNTHETIC)):
-            share = rates["pretrain"] / self.rates(own)["data"]
-            self.record("data", "augmentation", note=f"{share:.2%} of a synthetic training step", model=self.args.model)
-
-    def rates(self, variant: str) -> dict[str, float]:
-        return {row["task"]: row["img_s"] for row in self.rows if row["variant"] == variant}
-
-    def study(self) -> None:
-        """Project the time of the whole study from the measured rates; name what is missing instead of guessing."""
-        rates = {k: v for k, v in self.rates(SYNTHETIC).items() if "evaluation" in k} | self.rates(REAL)
-        missing = ", ".join(sorted(STUDY.keys() - rates))
-        hours = None if missing else sum(n / rates[k] for k, n in STUDY.items()) / 3600
-        note = f"not measured: {missing}" if missing else f"{hours:,.2f} hours by the rates above"
-        self.record("study", WHOLE, model=self.args.model, hours=hours, note=note)
-
-    def scaling(self) -> None:
-        """Measure the growth with the batch size, then with the number of processes, which torchrun starts."""
-        count = self.count["pretrain"]
-        if self.dist.world_size > 1:
-            return self.train("scaling", count)
-        for factor in (0.25, 0.5, 1, 2, 4) if self.on_gpu else (1, 2):
-            self.train("scaling", max(1, int(count * factor)))
-        same = {"model": self.args.model, "img_size": self.args.img_size, "output": self.args.output, "batch_size": count,
-                "device": self.device.type, "precision": self.precision.name, "repeats": self.args.repeats}  # fmt: skip
-        flags = [*(f"--{k}={v}" for k, v in same.items()), "--synthetic", "--tasks", "scaling"]
-        flags += ["--compile" if self.args.compile else "--no-compile"]
-        for world in (n for n in (2, 4, 8) if n <= (torch.cuda.device_count() if self.on_gpu else self.cores)):
-            torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}"]
-            subprocess.run([*torchrun, __file__, *flags], check=True)
-            self.rows.append(json.loads(Path(self.args.output).read_text().splitlines()[-1]))
+        torch.cuda.reset_peak_memory_stats()
+        others = torch.cuda.memory_allocated() - contestant.state_bytes
+        timing.turns.append(self.seconds(contestant.step, pace))
+        timing.memory = torch.cuda.max_memory_allocated() - others
 
 
-def table(rows: list[dict]) -> str:
+def order_of_turn(names: list[str], turn: int) -> list[str]:
+    """Arrange contestants so that, over the turns, each one comes early and late, and after different ones."""
+    first = turn // 2 % len(names)
+    order = names[first:] + names[:first]
+    if turn % 2 == 1:
+        order.reverse()
+    return order
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is trained
+
+
+class TrainingStep:
+    """One update of the training loop on the next batch of a source."""
+
+    def __init__(self, trainer: Trainer, source: Iterator[list[dict[str, Tensor]]]):
+        self.trainer = trainer
+        self.source = source
+
+    def __call__(self) -> None:
+        with torch.profiler.record_function("wait for data"):
+            micro_batches = next(self.source)
+        self.trainer.train_step(micro_batches, want_norm=False)
+
+
+@dataclass
+class Training:
+    """A training as its script sets it up."""
+
+    objective: Objective
+    batches: TrainBatches
+    trainer: Trainer
+
+    def contestant(self, source: Iterator[list[dict[str, Tensor]]]) -> Contestant:
+        """Make a contestant of the training on a source of micro-batches."""
+        weights = sum(p.numel() * p.element_size() for p in self.trainer.params)
+        state_bytes = 3 * weights  # with AdamW's two moments
+        return Contestant(TrainingStep(self.trainer, source), self.trainer.flops, state_bytes)
+
+    def on_real_batches(self) -> Contestant:
+        """Make a contestant that reads and augments photos."""
+        return self.contestant(self.batches.run(0, ENDLESS))
+
+    def evaluation(self, micro_batches: list[dict[str, Tensor]]) -> Contestant:
+        """Make a contestant that computes the loss alone, as validation does; it leaves the network in eval mode."""
+        self.objective.model.eval()
+
+        def evaluate() -> None:
+            with torch.no_grad(), self.trainer.precision.autocast():
+                for batch in micro_batches:
+                    self.objective.loss(self.objective.model, batch)
+
+        return Contestant(evaluate)
+
+
+def random_pixels(batches: TrainBatches) -> list[dict[str, Tensor]]:
+    """Make the micro-batches of a step whose images are noise, as normalised images are in mean and spread."""
+    (micro_batches,) = batches.run(0, 1)
+    for batch in micro_batches:
+        batch["images"].normal_()
+    return micro_batches
+
+
+class Workshop:
+    """Sets trainings up as the scripts do, from their own command lines; what they write goes to a temporary folder."""
+
+    def __init__(self, args: argparse.Namespace, dist: Distributed, folder: str):
+        self.args = args
+        self.dist = dist
+        self.folder = folder
+        self.cache_dir = args.cache_dir or f"{folder}/cache"
+
+    @functools.cached_property
+    def data_root(self) -> str:
+        """The folder of photos; without --data_root, they are drawn on first use."""
+        if self.args.data_root is not None:
+            return self.args.data_root
+        drawn = f"{self.folder}/data"
+        draw_photos(drawn)
+        return drawn
+
+    def objective(self, task: str, count: int) -> Objective:
+        """Build the objective or task of a training, for `count` images per step and process."""
+        if task == "pretrain":
+            return self.pretraining("mae", count)
+        flags = self._flags(count)
+        if task == "finetune":
+            args = finetune.get_args_parser().parse_args([f"--model={self.args.model}", "--init=none", *flags])
+            args.init = None  # a step takes as long from random weights
+        else:
+            args = baseline.get_args_parser().parse_args([f"--model={task}", *flags])
+            args = baseline.resolve(args)
+        return self._sized(TASKS[args.task](args, self.dist))
+
+    def pretraining(self, name: str, count: int, device: torch.device | None = None) -> Objective:
+        """Build an objective of pretrain.py by name; device: another than that of --device."""
+        dist = self.dist
+        if device is not None:
+            dist = dataclasses.replace(dist, device=device)
+        flags = [f"--objective={name}", f"--model={self.args.model}", "--split=all", *self._flags(count)]
+        args = pretrain.get_args_parser(name).parse_args(flags)
+        return self._sized(pretrain.OBJECTIVES[name](args, dist))
+
+    def _flags(self, count: int) -> list[str]:
+        """Pass on the flags that all training scripts have."""
+        return [
+            f"--batch_size={count * self.dist.world_size}",
+            f"--img_size={self.args.img_size}",
+            f"--data_root={self.data_root}",
+            f"--cache_dir={self.cache_dir}",
+            f"--device={self.args.device}",
+            f"--precision={self.args.precision}",
+            "--compile" if self.args.compile else "--no-compile",
+        ]
+
+    def _sized(self, objective: Objective) -> Objective:
+        """Let an objective train on four batches or more: a short list is repeated, a long one cut."""
+        images = objective.split.images[:MOST_PHOTOS]
+        objective.batch_size = objective.args.batch_size
+        repeats = math.ceil(4 * objective.batch_size / len(images))
+        objective.split = dataclasses.replace(objective.split, images=images * repeats)
+        objective.epoch_images = len(objective.split.images)
+        return objective
+
+    def training(self, objective: Objective, batches: TrainBatches | None = None) -> Training:
+        """Set the training of an objective up; batches: those of another training instead of its own."""
+        run = self.run_folder()
+        if batches is None:
+            batches = objective.open(run)
+        args = objective.args
+        plan = plan_run(objective, args, self.dist)
+        objective.model.to(self.dist.device, memory_format=objective.memory_format)
+        precision = Precision(args.precision, self.dist.device)
+        trainer = Trainer(objective, plan, run, batches, precision, args, self.dist)
+        return Training(objective, batches, trainer)
+
+    def run_folder(self) -> RunFolder:
+        """Make a run folder, as trainings need one; a step writes nothing into it."""
+        return RunFolder(tempfile.mkdtemp(dir=self.folder), self.dist, config={"experiment": {}})
+
+
+def draw_photos(data_root: str) -> None:
+    """Draw a small data set, as a user without photos would."""
+    script = Path(__file__).with_name("prepare.py")
+    command = [sys.executable, str(script), "demo", f"--data_root={data_root}", *DRAWN_PHOTOS]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Measurements
+
+
+class Bench:
+    """What the measurements share."""
+
+    def __init__(self, args: argparse.Namespace, dist: Distributed, folder: str):
+        self.args = args
+        self.dist = dist
+        self.device = dist.device
+        self.on_gpu = dist.device.type == "cuda"
+        precision = Precision(args.precision, dist.device)
+        machine = describe_machine(dist.device, args.peers)
+        self.ledger = Ledger(args.output, machine, precision.name, writes=dist.is_main)
+        self.stopwatch = Stopwatch(dist.device, args.repeats, args.compile)
+        self.workshop = Workshop(args, dist, folder)
+
+    def count(self, task: str) -> int:
+        """Give the images per step and process of a task."""
+        return self.args.batch_size or default_batch_size(task, self.args.quick, self.on_gpu)
+
+    def compare(
+        self,
+        task: str,
+        contestants: dict[str, Contestant],
+        count: int,
+        pace: Pace | None = None,
+        describe: Callable[[Timing, Timing], str] | None = None,
+    ) -> None:
+        """Time contestants of steps of `count` images and record them, with ratios over the first one.
+
+        describe: what a timing and that of the first contestant amount to, for the last column.
+        """
+        if pace is None:
+            pace = self.stopwatch.usual_pace
+        timings = self.stopwatch.take_turns(contestants, pace)
+        first = next(iter(timings.values()))
+        for name, timing in timings.items():
+            fields = self.fields_of(timing, first, count)
+            if describe is not None:
+                fields["note"] = describe(timing, first)
+            self.ledger.record(task, name, steps=pace.steps, model=self.model_of(task), **fields)
+
+    def model_of(self, task: str) -> str | None:
+        """Name the network of a task."""
+        if task == "data":
+            return None
+        if task.startswith("resnet50"):
+            return "resnet50"
+        return self.args.model
+
+    def fields_of(self, timing: Timing, first: Timing, count: int) -> dict:
+        """Work out the columns of a timing."""
+        world = self.dist.world_size
+        rate = count * world / timing.seconds
+        done = None
+        if timing.contestant.flops:
+            done = timing.contestant.flops * rate
+        limit = peak_flops(self.device, self.ledger.precision)
+        memory = timing.memory
+        return {
+            "batch_size": count,
+            "world_size": world,
+            "turns": len(timing.turns),
+            "img_s": rate,
+            "img_size": self.args.img_size,
+            "step_ms": 1e3 * timing.seconds,
+            "mem_gb": None if memory is None else memory / 1e9,
+            "spread_ms": [1e3 * min(timing.turns), 1e3 * max(timing.turns)],
+            "compiled": self.args.compile,
+            "tflops": None if done is None else done / 1e12,
+            "mfu": done / (limit * world) if done and limit else None,
+            "ratio": timing.ratio(first),
+        }
+
+
+def measure_training(bench: Bench, task: str) -> None:
+    """Measure a training on synthetic and real batches, its peers, and its forward pass."""
+    count = bench.count(task)
+    training = bench.workshop.training(bench.workshop.objective(task, count))
+    micro_batches = random_pixels(training.batches)
+    contestants = {SYNTHETIC: training.contestant(itertools.repeat(micro_batches))}
+    if not bench.args.synthetic:
+        contestants[REAL] = training.on_real_batches()
+    if bench.args.peers:
+        for name, peer in bench_peers.peers_of(task, training.objective).items():
+            peer_training = bench.workshop.training(peer, training.batches)
+            contestants[name] = peer_training.contestant(itertools.repeat(micro_batches))
+    bench.compare(task, contestants, count)
+    if bench.args.profile:
+        profile(bench, task, contestants.get(REAL, contestants[SYNTHETIC]))
+    bench.compare(f"{task} evaluation", {SYNTHETIC: training.evaluation(micro_batches)}, count)
+
+
+def profile(bench: Bench, task: str, contestant: Contestant) -> None:
+    """Write a chrome trace; print the ten most expensive kernels and record how long the device waits."""
+    steps = 3
+    with torch.profiler.profile() as trace:
+        seconds = steps * bench.stopwatch.seconds(contestant.step, Pace(steps, settle=0))
+    os.makedirs(bench.args.profile, exist_ok=True)
+    trace.export_chrome_trace(f"{bench.args.profile}/{task}.json")
+    events = trace.key_averages()
+    order = "self_device_time_total" if bench.on_gpu else "self_cpu_time_total"
+    print(events.table(sort_by=order, row_limit=10, max_name_column_width=50))
+    fetching = sum(event.cpu_time_total for event in events if event.key == "wait for data") / 1e6
+    note = f"fetching and augmenting a batch takes {fetching / seconds:.1%} of a step"
+    if bench.on_gpu:
+        busy = sum(event.self_device_time_total for event in events) / 1e6
+        note += f", the device idles {max(0, 1 - busy / seconds):.1%}"
+    bench.ledger.record(task, "profile", note=note)
+
+
+def measure_objectives(bench: Bench) -> None:
+    """Measure the training step of every objective of pretrain.py, and its cost relative to the first one's."""
+    count = bench.count("pretrain")
+    contestants = {}
+    for name in pretrain.OBJECTIVES:
+        training = bench.workshop.training(bench.workshop.pretraining(name, count))
+        contestants[name] = training.contestant(itertools.repeat(random_pixels(training.batches)))
+    bench.compare("objectives", contestants, count, describe=describe_cost)
+
+
+def describe_cost(timing: Timing, first: Timing) -> str:
+    """Say what a training step takes in operations and memory, also relative to the first contestant's."""
+    flops = timing.contestant.flops
+    parts = ["operations unknown"]
+    if flops and first.contestant.flops:
+        parts = [f"{flops / 1e9:.2f} GFLOP per image, {flops / first.contestant.flops:.2f} x the first"]
+    if timing.memory and first.memory:
+        parts.append(f"{timing.memory / 1e9:.2f} GB, {timing.memory / first.memory:.2f} x")
+    return "; ".join(parts)
+
+
+def measure_choices(bench: Bench) -> None:
+    """Measure pre-training with each choice in its step undone; all contestants train the same parameters."""
+    count = bench.count("pretrain")
+    workshop = bench.workshop
+    training = workshop.training(workshop.pretraining("mae", count))
+    source = itertools.repeat(random_pixels(training.batches))
+    own = training.contestant(source)
+    contestants = {SYNTHETIC: own}
+    name = "not compiled" if bench.args.compile else "torch.compile"
+    contestants[name] = with_other_compilation(workshop, training).contestant(source)
+    for name in bench_choices.PATCHES:
+        step = bench_choices.undone(name, own.step)
+        contestants[name] = Contestant(step, flops=None, state_bytes=own.state_bytes)  # it computes more or less
+    for name in bench_choices.OPTIMIZERS:
+        other = copy.copy(training.trainer)
+        other.optimizer = bench_choices.other_optimizer(name, training.trainer.optimizer)
+        contestants[name] = dataclasses.replace(training, trainer=other).contestant(source)
+    usual = bench.stopwatch.usual_pace
+    bench.compare("choices", contestants, count, Pace(usual.steps, max(1, usual.settle)))
+
+
+def with_other_compilation(workshop: Workshop, training: Training) -> Training:
+    """Set the same training up with --compile turned round, on the same weights and the same optimizer."""
+    objective = copy.copy(training.objective)
+    objective.args = copy.copy(objective.args)
+    objective.args.compile = not objective.args.compile
+    other = workshop.training(objective, training.batches)
+    other.trainer.optimizer = training.trainer.optimizer  # one optimizer: its memory favours none
+    return other
+
+
+def measure_data(bench: Bench) -> None:
+    """Measure the cache with augmentation, what it leaves to a GPU's host, and (peers) PIL in a DataLoader."""
+    if bench.args.synthetic:
+        return
+    count = bench.count("pretrain")
+    cores = usable_cores()
+    paths = {}
+    host_jobs = {}
+    cpu = torch.device("cpu")
+    host = pretraining_batches(bench, count, cpu)
+    if bench.args.peers:
+        files = [f"{bench.workshop.data_root}/{image}" for image in host.examples.images.images]
+        photos = bench_peers.photos_for(files, bench.args.img_size, count)
+        in_workers = bench_peers.loader_batches(photos, count, cores)
+        paths[f"PIL + torchvision, {cores} DataLoader workers"] = Contestant(in_workers.__next__)
+        host_jobs["PIL + torchvision: decode, crop, flip"] = bench_peers.one_core_batches(photos, count).__next__
+    paths[f"cache + augmentation on {cpu}"] = Contestant(host.run(0, ENDLESS).__next__)
+    own = f"cache + augmentation on {bench.device}"
+    if bench.on_gpu:
+        batches = pretraining_batches(bench, count, bench.device)
+        paths[own] = Contestant(batches.run(0, ENDLESS).__next__)
+    bench.compare("data", paths, count, Pace(steps=4 * cores, settle=2 * cores + 2))
+    host_jobs["this project: rows gathered, random draws"] = host_batches(host, pin=bench.on_gpu).__next__
+    for name, job in host_jobs.items():
+        cost = cpu_milliseconds(bench.stopwatch, job) / count
+        bench.ledger.record("data", f"host, {name}", cpu_ms=cost, note=f"{cost:.3f} ms of CPU time per image")
+    trained = bench.ledger.rates(SYNTHETIC).get("pretrain")
+    if trained is not None:
+        share = trained / bench.ledger.rates(own)["data"]
+        note = f"{share:.2%} of a synthetic training step"
+        bench.ledger.record("data", "augmentation", note=note, model=bench.args.model)
+
+
+def pretraining_batches(bench: Bench, count: int, device: torch.device) -> TrainBatches:
+    """Open the batches of pre-training on a device."""
+    objective = bench.workshop.pretraining("mae", count, device)
+    return objective.open(bench.workshop.run_folder())
+
+
+def host_batches(batches: TrainBatches, pin: bool) -> Iterator[Tensor]:
+    """Do only the host's part of batches: draw, and gather the images (pin: into page-locked memory)."""
+    for step in itertools.count():
+        index = batches.prepare(step).index
+        yield batches.examples.images.gather(index, pin)
+
+
+def cpu_milliseconds(stopwatch: Stopwatch, job: Callable[[], object]) -> float:
+    """Measure the CPU time of a job in this process, the median of several."""
+    costs = []
+    for _ in range(stopwatch.repeats):
+        costs.append(stopwatch.seconds(job, Pace(steps=1, settle=1), time.process_time))
+    return 1e3 * median(costs)
+
+
+def measure_study(bench: Bench) -> None:
+    """Project the time of the study from the measured rates; name what is missing instead of guessing."""
+    rates = bench.ledger.rates(REAL)
+    for task, rate in bench.ledger.rates(SYNTHETIC).items():
+        if task.endswith("evaluation"):
+            rates[task] = rate
+    missing = sorted(task for task in STUDY if task not in rates)
+    hours = None
+    if missing:
+        note = f"not measured: {', '.join(missing)}"
+    else:
+        hours = sum(images / rates[task] for task, images in STUDY.items()) / 3600
+        note = f"{hours:,.2f} hours by the rates above"
+    bench.ledger.record("study", WHOLE_STUDY, model=bench.args.model, hours=hours, note=note)
+
+
+def measure_scaling(bench: Bench) -> None:
+    """Measure the growth with the batch size, then with the number of processes, which torchrun starts."""
+    count = bench.count("pretrain")
+    if bench.dist.world_size > 1:
+        measure_batch_size(bench, count)
+        return
+    factors = (0.25, 0.5, 1, 2, 4) if bench.on_gpu else (1, 2)
+    for factor in factors:
+        measure_batch_size(bench, max(1, int(count * factor)))
+    available = torch.cuda.device_count() if bench.on_gpu else usable_cores()
+    for world in (2, 4, 8):
+        if world <= available:
+            measure_in_processes(bench, count, world)
+
+
+def measure_batch_size(bench: Bench, count: int) -> None:
+    """Measure the step of pre-training with `count` images per process."""
+    training = bench.workshop.training(bench.workshop.objective("pretrain", count))
+    synthetic = training.contestant(itertools.repeat(random_pixels(training.batches)))
+    bench.compare("scaling", {SYNTHETIC: synthetic}, count)
+
+
+def measure_in_processes(bench: Bench, count: int, world: int) -> None:
+    """Let `world` processes measure the same step together; they write the line."""
+    args = bench.args
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}"),
+        __file__,
+        "--tasks=scaling",
+        "--synthetic",
+        f"--model={args.model}",
+        f"--batch_size={count}",
+        f"--img_size={args.img_size}",
+        f"--device={bench.device.type}",
+        f"--precision={bench.ledger.precision}",
+        "--compile" if args.compile else "--no-compile",
+        f"--repeats={args.repeats}",
+        f"--data_root={bench.workshop.data_root}",
+        f"--cache_dir={bench.workshop.cache_dir}",
+        f"--output={args.output}",
+    ]
+    subprocess.run(command, check=True)
+    bench.ledger.adopt_last_line()
+
+
+# What --tasks accepts besides the trainings, in the order of measurement: the study comes after all rates.
+OTHER_MEASUREMENTS: dict[str, Callable[[Bench], None]] = {
+    "data": measure_data,
+    "scaling": measure_scaling,
+    "choices": measure_choices,
+    "objectives": measure_objectives,
+    "study": measure_study,
+}
+MEASUREMENTS = (*TRAININGS, *OTHER_MEASUREMENTS)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Report
+
+
+def table(rows: Iterable[dict]) -> str:
     """Format rows as a Markdown table; a figure that was not measured is a dash."""
-
-    def cell(value) -> str:
-        if isinstance(value, list):  # the fastest and the slowest
-            return "–".join(map(cell, value))
-        number = f"{value:,.0f}" if isinstance(value, float) and value >= 100 else value
-        return "–" if number is None else f"{number:.3g}" if isinstance(number, float) else str(number)
-
-    lines = [COLUMNS, ["---"] * len(COLUMNS), *([cell(row.get(column)) for column in COLUMNS] for row in rows)]
+    lines = [COLUMNS, ["---"] * len(COLUMNS)]
+    for row in rows:
+        lines.append([cell(row.get(column)) for column in COLUMNS])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def cell(value: object) -> str:
+    """Format a figure with three digits, and the fastest and slowest of a list."""
+    if value is None:
+        return "–"
+    if isinstance(value, list):
+        return "–".join(cell(item) for item in value)
+    if not isinstance(value, float):
+        return str(value)
+    if value >= 100:
+        return f"{value:,.0f}"
+    return f"{value:.3g}"
+
+
 def write_report(source: str, target: str) -> None:
-    """Write BENCHMARKS.md from JSON lines: tables by machine and command, then what no GPU has measured."""
-    try:
-        rows = [json.loads(line) for line in Path(source).read_text().splitlines()]
-        sections = [
-            (machine, list(group)) for machine, group in itertools.groupby(rows, key=lambda row: row["machine"])
-        ]
-        titles = [f"{m['device']}\n\n`{m['command']}`\n\n{m['threads']} threads; " for m, _ in sections]
-        titles = [
-            t + ", ".join(f"{k} {v}" for k, v in m["versions"].items())
-            for t, (m, _) in zip(titles, sections, strict=True)
-        ]
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise EngineError(f"--report {source} holds no lines that bench.py wrote: {error!r}") from None
-    text = f"# Benchmarks\n\nWritten by `python bench.py --report {source}`; all is measured, nothing estimated.\n\n"
-    text += "ratio: step time over that of the first line of its task, the median over pairs of turns; spread: the fastest\n"
-    text += "and the slowest turn; differences well inside it are no finding. choices: one choice in the step undone.\n"
-    text += "".join(f"\n## {title}\n\n{table(group)}\n" for title, (_, group) in zip(titles, sections, strict=True))
-    on_gpu = [row for row in rows if "NVIDIA" in row["machine"]["device"] and (row.get("img_s") or row.get("hours"))]
-    full = ({"mae_base", "resnet50", None}, {224, None})  # of the study's size, not of a quick look
-    on_gpu = [row for row in on_gpu if row.get("model") in full[0] and row.get("img_size") in full[1]]
-    done = {(row["task"], row["variant"]) for row in on_gpu}
-    missing = [f"- {task}: {variant}\n" for task, variant in WANTED if (task, variant) not in done]
-    text += "\n## Not measured yet on an NVIDIA GPU\n\n" * bool(missing) + "".join(missing)
+    """Write BENCHMARKS.md from JSON lines: tables by machine and command, then what no GPU has measured.
+
+    Raises EngineError if the source holds other lines.
+    """
+    rows = read_rows(source)
+    text = (
+        "# Benchmarks\n\n"
+        f"Written by `python bench.py --report {source}`; all is measured, nothing estimated.\n\n"
+        "ratio: step time over that of the first line of its task, the median over pairs of turns; spread: the fastest\n"
+        "and the slowest turn; differences well inside it are no finding. choices: one choice in the step undone.\n"
+    )
+    for machine, group in itertools.groupby(rows, key=machine_of):
+        text += f"\n## {title(machine)}\n\n{table(group)}\n"
+    missing = missing_measurements(rows)
+    if missing:
+        text += "\n## Not measured yet on an NVIDIA GPU\n\n"
+        text += "".join(f"- {task}: {variant}\n" for task, variant in missing)
     Path(target).write_text(text)
 
 
+def machine_of(row: dict) -> dict:
+    return row["machine"]
+
+
+def read_rows(source: str) -> list[dict]:
+    """Read the lines that earlier invocations wrote; EngineError names the first that is none of them."""
+    refused = f"--report {source} holds no lines that bench.py wrote"
+    try:
+        lines = Path(source).read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise EngineError(f"{refused}: {error}") from None
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            raise EngineError(f"{refused}: line {number} is no JSON") from None
+        if not is_measurement(row):
+            raise EngineError(f"{refused}: line {number} has no task, variant and machine")
+        rows.append(row)
+    return rows
+
+
+def is_measurement(row: object) -> bool:
+    """Tell whether a line of JSON has what the report cannot do without."""
+    if not isinstance(row, dict) or not {"task", "variant", "machine"} <= row.keys():
+        return False
+    machine = row["machine"]
+    if not isinstance(machine, dict) or not {"device", "threads", "versions", "command"} <= machine.keys():
+        return False
+    return isinstance(machine["versions"], dict)
+
+
+def title(machine: dict) -> str:
+    """Say which machine and command a table comes from."""
+    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+    return f"{machine['device']}\n\n`{machine['command']}`\n\n{machine['threads']} threads; {versions}"
+
+
+def missing_measurements(rows: list[dict]) -> list[tuple[str, str]]:
+    """List the (task, variant) that no NVIDIA GPU has measured at the study's size."""
+    wanted = []
+    for task in TRAININGS:
+        wanted.append((task, SYNTHETIC))
+        wanted.append((task, REAL))
+    wanted.append(("scaling", SYNTHETIC))
+    wanted.append(("choices", SYNTHETIC))
+    wanted.append(("data", "cache + augmentation on cuda:0"))
+    wanted.append(("study", WHOLE_STUDY))
+    done = {(row["task"], row["variant"]) for row in rows if is_of_study_size(row)}
+    return [measurement for measurement in wanted if measurement not in done]
+
+
+def is_of_study_size(row: dict) -> bool:
+    """Tell whether an NVIDIA GPU measured a row with the study's networks and input size, and not for a quick look."""
+    on_gpu = "NVIDIA" in row["machine"]["device"]
+    has_result = bool(row.get("img_s") or row.get("hours"))
+    full_model = row.get("model") in ("mae_base", "resnet50", None)
+    full_images = row.get("img_size") in (224, None)
+    return on_gpu and has_result and full_model and full_images
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Start
+
+
 def main(args: argparse.Namespace) -> None:
+    """Measure what --tasks names, or write the report."""
     if args.report:
-        return write_report(args.report, "BENCHMARKS.md" if args.output == "bench.jsonl" else args.output)
-    for name in ("batch_size", "repeats", "img_size"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise EngineError(f"--{name} must be at least 1, got {getattr(args, name)}")
+        target = "BENCHMARKS.md" if args.output == "bench.jsonl" else args.output
+        write_report(args.report, target)
+        return
+    refuse_wrong_use(args)
+    with open(args.output, "a"):
+        pass  # a file that cannot be written is refused before anything is measured
+    dist = setup(args.device)
+    args = resolve(args, on_gpu=dist.device.type == "cuda")
+    with tempfile.TemporaryDirectory() as folder:
+        bench = Bench(args, dist, folder)
+        for task in TRAININGS:
+            if task in args.tasks:
+                measure_training(bench, task)
+        for task, measure in OTHER_MEASUREMENTS.items():
+            if task in args.tasks:
+                measure(bench)
+    if dist.world_size == 1:
+        print(table(bench.ledger.rows))
+
+
+def refuse_wrong_use(args: argparse.Namespace) -> None:
+    """Raise EngineError for flags that do not fit together."""
     if args.synthetic and set(args.tasks) == {"data"}:
         raise EngineError("--tasks data measures real batches, which --synthetic leaves out")
     if args.profile and Path(args.profile).exists() and not Path(args.profile).is_dir():
-        raise EngineError(f"--profile {args.profile} is a file: name a folder")
-    open(args.output, "a").close()  # before anything is measured
-    bench = Bench(args)
-    try:
-        build_segmenter(args.model, img_size=args.img_size)
-    except ValueError as error:
-        raise EngineError(str(error)) from None
-    with tempfile.TemporaryDirectory() as folder:
-        if not args.synthetic:
-            bench.open_data(folder)
-        for task in sorted(args.tasks, key=lambda task: task == "study"):  # from the rates of all others
-            if task in TRAININGS:
-                bench.train(task, bench.count[task])
-            elif task != "data" or not args.synthetic:
-                getattr(bench, task)()
-    if bench.dist.world_size == 1:
-        print(table(bench.rows))
+        raise EngineError(f"--profile {args.profile} is a file; name a folder")
 
 
 if __name__ == "__main__":

@@ -1,163 +1,378 @@
-"""Scores of segmentations from 3 x 3 counts, and the statistics that compare them. Pure numpy; works when copied alone.
+"""Scores of segmentations from 3 x 3 counts, and the statistics that compare them. Needs numpy only; copy it alone.
 
     counts = np.load("test.npz")["counts"]          # int64 [images, 3, 3]: rows truth, columns prediction
     dataset_scores(counts)["miou"]                  # counts summed over images first, the common practice
-    bootstrap(counts, lambda c: scores(c)["iou"])   # (value, low, high) over test images
+    image_iou(counts)                               # the IoU of each image first, as the original study scored
+    bootstrap(counts, lambda c: scores(c)["iou"])   # Interval(value, low, high) over test images
 
 Classes in order: 0 pet, 1 background, 2 border. Intervals over seeds are Student's t; over images, the bootstrap.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
+from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 CLASSES = ("pet", "background", "border")
-PET, BACKGROUND, BORDER = range(3)
+PET = 0
+BACKGROUND = 1
+BORDER = 2
 
 
-def ratio(a, b) -> np.ndarray:
+class Interval(NamedTuple):
+    """A value with its confidence limits: numbers, or arrays of one shape."""
+
+    value: float | np.ndarray
+    low: float | np.ndarray
+    high: float | np.ndarray
+
+
+# -- Scores
+
+
+def ratio(a: ArrayLike, b: ArrayLike) -> np.ndarray:
     """Divide a by b elementwise; nan where b is 0, without a warning."""
     a, b = np.broadcast_arrays(np.asarray(a, float), np.asarray(b, float))
-    return np.divide(a, b, out=np.full(a.shape, np.nan), where=b != 0)
+    undefined = np.full(a.shape, np.nan)
+    return np.divide(a, b, out=undefined, where=b != 0)
 
 
-def mean(values, axis: int | None = None) -> np.ndarray:
-    """Average what is not nan; nan where nothing is left, without a warning."""
-    return ratio(np.nansum(values, axis), np.sum(~np.isnan(values), axis))
+def mean(values: ArrayLike, axis: int | None = None) -> np.ndarray:
+    """Average the values that are not nan; nan where there are none, without a warning."""
+    total = np.nansum(values, axis)
+    number = np.sum(~np.isnan(values), axis)
+    return ratio(total, number)
 
 
-def scores(counts) -> dict[str, np.ndarray]:
-    """Score pixel counts [..., 3, 3] (rows truth, columns prediction) -> name to array [...], all in [0, 1].
-
-    accuracy; iou_pet, iou_background, iou_border and their mean miou (over the classes that occur in truth or prediction);
-    iou: the paper's binary IoU of the animal, border counted as background in truth and prediction, which equals iou_pet;
-    dice of the same masks; iou_border_as_pet: border counted as animal in both; iou_border_ignored: pixels whose *truth* is
-    border are dropped, a predicted border elsewhere is not animal. An empty union gives nan.
-    """
+def _as_counts(counts: ArrayLike) -> np.ndarray:
+    """Convert pixel counts [..., 3, 3] to float; raise ValueError for another shape."""
     c = np.asarray(counts, float)
     if c.shape[-2:] != (3, 3):
         raise ValueError(f"counts must have the shape [..., 3, 3], got {list(c.shape)}")
-    truth, pred, hit = c.sum(-1), c.sum(-2), np.diagonal(c, axis1=-2, axis2=-1)
-    per_class, pet, total = ratio(hit, truth + pred - hit), hit[..., PET], c.sum((-2, -1))
-    animal = total - truth[..., BACKGROUND] - pred[..., BACKGROUND] + hit[..., BACKGROUND]  # pet or border, in both
+    return c
+
+
+def scores(counts: ArrayLike) -> dict[str, np.ndarray]:
+    """Score pixel counts [..., 3, 3] (rows truth, columns prediction): name to array [...] in [0, 1].
+
+    - accuracy: share of correct pixels.
+    - iou_pet, iou_background, iou_border: per class. miou: their mean over the classes in truth or prediction.
+    - iou: the paper's binary IoU of the animal; border is background in truth and prediction. It equals iou_pet.
+    - dice: of the same two masks.
+    - iou_border_as_pet: border is animal in truth and prediction.
+    - iou_border_ignored: pixels whose truth is border are dropped; a predicted border elsewhere is not animal.
+
+    A score whose union is empty is nan. Raises ValueError for another shape.
+    """
+    c = _as_counts(counts)
+    truth = c.sum(-1)
+    predicted = c.sum(-2)
+    correct = np.diagonal(c, axis1=-2, axis2=-1)
+    total = c.sum((-2, -1))
+    iou = ratio(correct, truth + predicted - correct)
+
+    pet = correct[..., PET]
+    pet_truth = truth[..., PET]
+    background = correct[..., BACKGROUND]
+    pet_or_border = total - truth[..., BACKGROUND] - predicted[..., BACKGROUND] + background
+    pet_on_background = c[..., BACKGROUND, PET]
     return {
-        "accuracy": ratio(hit.sum(-1), total),
-        **{f"iou_{name}": per_class[..., k] for k, name in enumerate(CLASSES)},
-        "miou": mean(per_class, -1),
-        "iou": per_class[..., PET],
-        "iou_border_as_pet": ratio(animal, total - hit[..., BACKGROUND]),
-        "iou_border_ignored": ratio(pet, truth[..., PET] + c[..., BACKGROUND, PET]),
-        "dice": ratio(2 * pet, truth[..., PET] + pred[..., PET]),
+        "accuracy": ratio(correct.sum(-1), total),
+        "iou_pet": iou[..., PET],
+        "iou_background": iou[..., BACKGROUND],
+        "iou_border": iou[..., BORDER],
+        "miou": mean(iou, -1),
+        "iou": iou[..., PET],
+        "iou_border_as_pet": ratio(pet_or_border, total - background),
+        "iou_border_ignored": ratio(pet, pet_truth + pet_on_background),
+        "dice": ratio(2 * pet, pet_truth + predicted[..., PET]),
     }
 
 
-def dataset_scores(counts) -> dict[str, np.ndarray]:
+def dataset_scores(counts: ArrayLike) -> dict[str, np.ndarray]:
     """Score the sum of counts [n, 3, 3] over images: every pixel weighs the same."""
     return scores(np.asarray(counts).sum(0))
 
 
-def image_scores(counts) -> dict[str, np.ndarray]:
-    """Average the scores of each image in counts [n, 3, 3]: every image weighs the same, those with nan are left out."""
-    return {k: mean(v, 0) for k, v in scores(counts).items()}
+def image_scores(counts: ArrayLike) -> dict[str, np.ndarray]:
+    """Average the scores of each image in counts [n, 3, 3]: every image weighs the same, nan are left out."""
+    return {name: mean(values, 0) for name, values in scores(counts).items()}
 
 
-def boundary_iou(boundary) -> dict[str, dict[str, np.ndarray]]:
-    """Boundary IoU of [n, 2, 2] (mask; intersection, union) -> {"dataset", "image"} -> {"pet", "pet_or_border"}."""
+def image_iou_each(counts: ArrayLike, smooth: float = 0.001) -> np.ndarray:
+    """Score each image of counts [..., 3, 3] like the original study: [...] in (0, 1].
+
+    (intersection + smooth) / (union + smooth) in pixels, of pet against everything else. An image without pet in truth
+    and prediction scores 1, where scores()["iou"] is nan.
+    """
+    c = _as_counts(counts)
+    intersection = c[..., PET, PET]
+    truth = c[..., PET, :].sum(-1)
+    predicted = c[..., PET].sum(-1)
+    union = truth + predicted - intersection
+    return (intersection + smooth) / (union + smooth)
+
+
+def image_iou(counts: ArrayLike, smooth: float = 0.001) -> np.ndarray:
+    """Average image_iou_each over counts [n, 3, 3], as the original study averages its images."""
+    return image_iou_each(counts, smooth).mean(0)
+
+
+def boundary_iou(boundary: ArrayLike) -> dict[str, dict[str, np.ndarray]]:
+    """Score boundaries [n, 2, 2] of n images, over the data set and as a mean over images.
+
+    boundary[i]: for each of two masks, pet and pet or border, its intersection and union in pixels. Returns the keys
+    "dataset" and "image", each with "pet" and "pet_or_border".
+
+    Boundary IoU: Cheng et al., CVPR 2021. Images without a boundary in either mask do not enter the mean over images.
+    """
     b = np.asarray(boundary, float)
-    levels = {"dataset": ratio(b[..., 0].sum(0), b[..., 1].sum(0)), "image": mean(ratio(b[..., 0], b[..., 1]), 0)}
-    return {level: {"pet": v[0], "pet_or_border": v[1]} for level, v in levels.items()}
+    intersection = b[..., 0]
+    union = b[..., 1]
+    levels = {"dataset": ratio(intersection.sum(0), union.sum(0)), "image": mean(ratio(intersection, union), 0)}
+    return {level: {"pet": value[0], "pet_or_border": value[1]} for level, value in levels.items()}
 
 
-# -- Student's t: with t = sqrt(df) tan(angle) the density is cos(angle) ** (df - 1), up to a factor
-NODES, WEIGHTS = np.polynomial.legendre.leggauss(200)
+# -- Student's t
+
+NODES, WEIGHTS = np.polynomial.legendre.leggauss(200)  # on [-1, 1]
 
 
 def t_cdf(t: float, df: float) -> float:
-    """Probability that Student's t with df >= 1 degrees of freedom is at most t, to 1e-14."""
-    if not math.isfinite(t):
-        return math.nan if math.isnan(t) else float(t > 0)
-    half = min(math.atan(abs(t) / math.sqrt(df)), 40 / math.sqrt(df)) / 2  # beyond 40 deviations there is nothing
-    factor = math.exp(math.lgamma((df + 1) / 2) - math.lgamma(df / 2)) / math.sqrt(math.pi)
-    area = factor * half * float(WEIGHTS @ np.cos(half * (NODES + 1)) ** (df - 1))
+    """Compute P(T <= t) of Student's t with df >= 1 degrees of freedom, to 1e-14."""
+    if math.isnan(t):
+        return math.nan
+    if math.isinf(t):
+        return float(t > 0)
+    # With t = sqrt(df) tan(angle) the density is cos(angle) ** (df - 1), up to a factor.
+    angle = math.atan(abs(t) / math.sqrt(df))
+    negligible = 40 / math.sqrt(df)  # beyond 40 standard deviations the density vanishes
+    half = min(angle, negligible) / 2
+    density = np.cos(half * (NODES + 1)) ** (df - 1)
+    log_gammas = math.lgamma((df + 1) / 2) - math.lgamma(df / 2)
+    factor = math.exp(log_gammas) / math.sqrt(math.pi)
+    area = factor * half * float(WEIGHTS @ density)
     return 0.5 + math.copysign(min(0.5, area), t)
 
 
 @cache
 def t_quantile(p: float, df: float) -> float:
-    """Invert t_cdf for p in (0, 1), by bisection."""
+    """Invert t_cdf by bisection; raise ValueError unless p is in (0, 1)."""
     if not 0 < p < 1:
         raise ValueError(f"a quantile needs a probability in (0, 1), got {p}")
-    low, high = -math.pi / 2, 0.0
+    tail = min(p, 1 - p)
+    low = -math.pi / 2  # angles as in t_cdf
+    high = 0.0
     for _ in range(80):
         middle = (low + high) / 2
-        below = t_cdf(math.sqrt(df) * math.tan(middle), df) < min(p, 1 - p)
-        low, high = (middle, high) if below else (low, middle)
+        if t_cdf(math.sqrt(df) * math.tan(middle), df) < tail:
+            low = middle
+        else:
+            high = middle
     return math.copysign(math.sqrt(df) * math.tan(low), p - 0.5)
 
 
-def t_interval(values, level: float = 0.95) -> tuple[float, float, float]:
-    """Mean and confidence interval of a normal mean from values [n] -> (mean, low, high); n = 1: nan limits."""
-    x, half = np.asarray(values, float), math.nan
-    if len(x) > 1:
-        half = t_quantile(0.5 + level / 2, len(x) - 1) * float(x.std(ddof=1)) / math.sqrt(len(x))
-    return float(x.mean()), float(x.mean()) - half, float(x.mean()) + half
+def t_interval(values: ArrayLike, level: float = 0.95) -> Interval:
+    """Estimate a normal mean with its confidence interval from values [n]; n = 1 has nan limits."""
+    x = np.asarray(values, float)
+    n = len(x)
+    centre = float(x.mean())
+    half_width = math.nan
+    if n > 1:
+        deviation = float(x.std(ddof=1))
+        half_width = t_quantile(0.5 + level / 2, n - 1) * deviation / math.sqrt(n)
+    return Interval(centre, centre - half_width, centre + half_width)
 
 
-def t_statistic(differences, expected: float = 0.0) -> float:
-    """(mean - expected) / standard error of values [n]: infinite where they do not vary, nan for n < 2 or with a nan."""
+def t_statistic(differences: ArrayLike, expected: float = 0.0) -> float:
+    """Compute (mean - expected) / standard error of values [n].
+
+    Infinite where the values do not vary, 0 where they all equal `expected`, nan for n < 2 or with a nan.
+    """
     x = np.asarray(differences, float)
     if len(x) < 2 or np.isnan(x).any():
         return math.nan
-    distance, error = float(x.mean() - expected), float(x.std(ddof=1)) / math.sqrt(len(x))
-    return distance / error if error > 0 else math.copysign(math.inf, distance) if distance else 0.0
+    distance = float(x.mean() - expected)
+    error = float(x.std(ddof=1)) / math.sqrt(len(x))
+    if error > 0:
+        return distance / error
+    if distance == 0:
+        return 0.0
+    return math.copysign(math.inf, distance)
 
 
-def paired_t_test(differences) -> float:
-    """Two-sided p-value of "the mean of differences [n] is 0"; nan for n < 2."""
-    return 2 * t_cdf(-abs(t_statistic(differences)), max(len(differences) - 1, 1))
+def paired_t_test(differences: ArrayLike) -> float:
+    """Compute the two-sided p-value of "the mean of differences [n] is 0"; nan for n < 2."""
+    df = max(len(differences) - 1, 1)
+    return 2 * t_cdf(-abs(t_statistic(differences)), df)
 
 
-def tost(differences, margin: float) -> float:
-    """P-value of equivalence: small when the mean of differences [n] lies within (-margin, margin); nan for n < 2."""
-    sides = -t_statistic(differences, -margin), t_statistic(differences, margin)
-    return max(t_cdf(t, max(len(differences) - 1, 1)) for t in sides)
+def tost(differences: ArrayLike, margin: float) -> float:
+    """Compute the p-value of equivalence by two one-sided t-tests (Schuirmann 1987); nan for n < 2.
+
+    Small when the mean of differences [n] lies within (-margin, margin).
+    """
+    df = max(len(differences) - 1, 1)
+    p_lower = t_cdf(-t_statistic(differences, -margin), df)
+    p_upper = t_cdf(t_statistic(differences, margin), df)
+    return max(p_lower, p_upper)
 
 
-def holm(p_values) -> np.ndarray:
-    """Correct p-values [m] for m tests, step down (Holm 1979); nan stays nan and does not count as a test."""
+def holm(p_values: ArrayLike) -> np.ndarray:
+    """Correct p-values [m] for m tests, step down (Holm 1979); nan stays nan and is not counted as a test."""
     p = np.asarray(p_values, float)
-    order, out = np.argsort(p), np.empty(p.shape)  # nan comes last
-    left = np.sum(~np.isnan(p)) - np.arange(len(p))
-    out[order] = np.minimum(1, np.maximum.accumulate(left * p[order]))
-    return out
+    order = np.argsort(p)  # nan comes last
+    tests = np.sum(~np.isnan(p))
+    remaining = tests - np.arange(len(p))
+    stepped = np.maximum.accumulate(remaining * p[order])
+    corrected = np.empty(p.shape)
+    corrected[order] = np.minimum(1, stepped)
+    return corrected
+
+
+# -- Power of the paired t-test
+
+
+def _normal_cdf(x: np.ndarray) -> np.ndarray:
+    """Compute the standard normal distribution function of x [n]."""
+    return np.array([math.erfc(-value / math.sqrt(2)) / 2 for value in x])
+
+
+def _noncentral_t_tail(threshold: float, df: float, shift: float) -> float:
+    """Compute P(T > threshold > 0) of noncentral t, (Z + shift) / (chi / sqrt(df)), to about 1e-12.
+
+    For a given chi the event is Z > threshold * chi / sqrt(df) - shift. Its probability is integrated over the density of
+    chi, piecewise: within the range of chi, and where that normal probability falls from 1 to 0.
+    """
+    slope = threshold / math.sqrt(df)
+    lowest = max(0.0, math.sqrt(df) - 12)  # the standard deviation of chi is below 1
+    highest = math.sqrt(df) + 12
+    fall = np.clip([(shift - 9) / slope, shift / slope, (shift + 9) / slope], lowest, highest)
+    edges = [lowest, *fall, highest]
+    log_factor = (1 - df / 2) * math.log(2) - math.lgamma(df / 2)
+    total = 0.0
+    for start, end in pairwise(edges):
+        half = (end - start) / 2
+        if half == 0:
+            continue
+        chi = start + half * (NODES + 1)
+        density = np.exp(log_factor + (df - 1) * np.log(chi) - chi**2 / 2)
+        beyond = _normal_cdf(shift - slope * chi)
+        total += half * float(WEIGHTS @ (density * beyond))
+    return total
+
+
+def t_test_power(effect: float, pairs: int, level: float = 0.05) -> float:
+    """Compute the probability that a two-sided paired t-test rejects at `level`.
+
+    effect: the true mean difference in units of the standard deviation of the differences; pairs >= 2.
+    """
+    df = pairs - 1
+    threshold = t_quantile(1 - level / 2, df)
+    shift = effect * math.sqrt(pairs)
+    upper = _noncentral_t_tail(threshold, df, shift)
+    lower = _noncentral_t_tail(threshold, df, -shift)
+    return upper + lower
+
+
+@cache
+def detectable_effect(pairs: int, power: float = 0.8, level: float = 0.05) -> float:
+    """Invert t_test_power by bisection; raise ValueError unless 0 < level < power < 1.
+
+    Returns the smallest effect, in standard deviations of the differences, that is detected with the given power.
+    """
+    if not 0 < level < power < 1:
+        raise ValueError(f"a power must lie between the level {level} and 1, got {power}")
+    low = 0.0
+    high = 1.0
+    while t_test_power(high, pairs, level) < power:
+        low = high
+        high = 2 * high
+    for _ in range(50):
+        middle = (low + high) / 2
+        if t_test_power(middle, pairs, level) < power:
+            low = middle
+        else:
+            high = middle
+    return high
+
+
+def detectable_difference(differences: ArrayLike, power: float = 0.8, level: float = 0.05) -> float:
+    """Compute the smallest true mean difference that a paired t-test finds with the given power.
+
+    The test has as many pairs as differences [n], whose standard deviation is taken for the true one. In their unit; nan
+    for n < 2 or with a nan. Raises ValueError unless 0 < level < power < 1.
+    """
+    x = np.asarray(differences, float)
+    if len(x) < 2 or np.isnan(x).any():
+        return math.nan
+    return detectable_effect(len(x), power, level) * float(x.std(ddof=1))
 
 
 # -- Bootstrap over images
-def bootstrap(records, statistic: Callable, resamples: int = 10_000, level: float = 0.95, seed: int = 0):
-    """Interval of a statistic of summed records over n images -> (value, low, high).
 
-    records [n, ...]: one image's counts each; statistic: sums [..., ...] -> values, for any number of leading axes. The
-    percentile interval, widened by sqrt(n / (n - 1)) about the value because resampling n understates the spread.
-    For a mean over images pass records [n, 2] of (value, 1) and `lambda s: s[..., 0] / s[..., 1]`.
+CHUNK = 2_000_000  # weights at a time, which bounds the memory
+
+
+def _resampled_sums(records: np.ndarray, resamples: int, seed: int) -> Iterator[np.ndarray]:
+    """Sum n records drawn from [n, ...] with replacement, `resamples` times: [rows, ...], in pieces."""
+    rng = np.random.default_rng(seed)
+    n = len(records)
+    flat = records.reshape(n, -1)
+    chunk = max(1, CHUNK // n)
+    for start in range(0, resamples, chunk):
+        rows = min(chunk, resamples - start)
+        picks = rng.integers(0, n, (rows, n))
+        cells = picks + n * np.arange(rows)[:, None]
+        weights = np.bincount(cells.ravel(), minlength=rows * n).reshape(rows, n)
+        sums = weights @ flat
+        yield sums.reshape(rows, *records.shape[1:])
+
+
+def bootstrap(
+    records: ArrayLike, statistic: Callable, resamples: int = 10_000, level: float = 0.95, seed: int = 0
+) -> Interval:
+    """Estimate a statistic of summed records [n, ...] over n images, with its percentile interval.
+
+    records: one image's counts each; statistic: sums [..., ...] to values, for any number of leading axes. The interval is
+    widened by sqrt(n / (n - 1)) about the value, because resampling n images understates the spread. For a mean over
+    images pass records [n, 2] of (value, 1) and `lambda s: s[..., 0] / s[..., 1]`.
     """
     x = np.asarray(records, float)
-    n, value, rng, draws = len(x), statistic(x.sum(0)), np.random.default_rng(seed), []
-    chunk = max(1, 2_000_000 // n)
-    for start in range(0, resamples, chunk):  # a bounded piece of the [resamples, n] weights at a time
-        rows = min(chunk, resamples - start)
-        picks = rng.integers(0, n, (rows, n)) + n * np.arange(rows)[:, None]
-        weights = np.bincount(picks.ravel(), minlength=rows * n).reshape(rows, n)
-        draws.append(statistic((weights @ x.reshape(n, -1)).reshape(rows, *x.shape[1:])))
-    tails = np.nanquantile(np.concatenate(draws), [0.5 - level / 2, 0.5 + level / 2], axis=0)
-    return value, *(value + (tails - value) * math.sqrt(n / max(n - 1, 1)))
+    n = len(x)
+    value = statistic(x.sum(0))
+    resampled = [statistic(sums) for sums in _resampled_sums(x, resamples, seed)]
+    tails = [0.5 - level / 2, 0.5 + level / 2]
+    limits = np.nanquantile(np.concatenate(resampled), tails, axis=0)
+    widening = math.sqrt(n / max(n - 1, 1))
+    low, high = value + (limits - value) * widening
+    return Interval(value, low, high)
 
 
-def paired_bootstrap(records_a, records_b, statistic: Callable, resamples: int = 10_000, level=0.95, seed: int = 0):
-    """Interval of statistic(a) - statistic(b) when both saw the same n images -> (difference, low, high); see bootstrap."""
-    a, b = np.asarray(records_a), np.asarray(records_b)
+def paired_bootstrap(
+    records_a: ArrayLike,
+    records_b: ArrayLike,
+    statistic: Callable,
+    resamples: int = 10_000,
+    level: float = 0.95,
+    seed: int = 0,
+) -> Interval:
+    """Estimate statistic(a) - statistic(b) on the same n images, with its interval; see bootstrap.
+
+    Raises ValueError where the records differ in shape.
+    """
+    a = np.asarray(records_a)
+    b = np.asarray(records_b)
     if a.shape != b.shape:
         raise ValueError(f"paired records must have one shape, got {list(a.shape)} and {list(b.shape)}")
-    pair, axis = np.stack([a, b], axis=1), -a.ndim
-    return bootstrap(pair, lambda s: statistic(s.take(0, axis)) - statistic(s.take(1, axis)), resamples, level, seed)
+    pairs = np.stack([a, b], axis=1)
+    axis = -a.ndim  # of the pair, counted from the end: any number of resamples may come before it
+
+    def difference(sums: np.ndarray) -> np.ndarray:
+        return statistic(sums.take(0, axis)) - statistic(sums.take(1, axis))
+
+    return bootstrap(pairs, difference, resamples, level, seed)

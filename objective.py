@@ -7,6 +7,7 @@ OBJECTIVES in pretrain.py, or TASKS in tasks.py for a downstream task.
 
 import argparse
 import sys
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 import data
 import engine
 import splits
-from batches import Augmentation, Draw, EvalBatches, Examples, TrainBatches
+from batches import Augmentation, Draw, EvalBatches, Examples, TrainBatches, uniform
 from data import ImageStore
 from engine import Distributed, EngineError, Parser, Precision, Progress, at_least
 from runs import RunFolder
@@ -24,6 +25,7 @@ from splits import Split
 from weights import ENCODER_KEYS, hash_file, load_pretrained
 
 LARGEST_VALIDATION_BATCH = 256
+VALIDATION_SEED = 20170  # of what pre-training validates with: masks, noise
 
 
 class Objective:
@@ -74,9 +76,29 @@ class Objective:
         """Say in sentences what every reader of the result must know; the plan and the report repeat them."""
         return []
 
+    def draws(self) -> dict[str, Draw]:
+        """Name the random numbers that the loss needs of each training image."""
+        return {}
+
     def open(self, run: RunFolder) -> TrainBatches:
         """Open caches, stores and validation data; give the training batches."""
         raise NotImplementedError
+
+    def train_batches(self, examples: Examples, augmentation: Augmentation) -> TrainBatches:
+        """Make the training batches that the flags ask for, with the objective's draws."""
+        return TrainBatches(
+            examples,
+            augmentation,
+            batch_size=self.batch_size,
+            seed=self.args.seed,
+            micro_batch_size=self.args.micro_batch_size,
+            draws=self.draws(),
+            dist=self.dist,
+        )
+
+    def eval_batches(self, store: ImageStore, targets: dict[str, Tensor], batch_size: int) -> EvalBatches:
+        """Make batches of all images of a store at input size; targets: name -> tensor [N, ...] on the device."""
+        return EvalBatches(store, img_size=self.args.img_size, batch_size=batch_size, targets=targets, dist=self.dist)
 
     def loss(self, network: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         """Compute the scalar loss of a micro-batch under autocast; calls network exactly once, as DDP requires."""
@@ -108,9 +130,9 @@ class Objective:
 class Pretraining(Objective):
     """An objective of pretrain.py: trained on a split of COCO, judged on fixed animal and non-animal images of val2017.
 
-    A subclass gives build_model and loss; further random numbers for the loss come from draws() in training and from
-    validation_targets() in validation, where they are the same for every arm, seed and machine. The encoder kept in
-    model.pt is the part of the network that has the keys of models.ViT.
+    A subclass gives build_model and loss. Random numbers that the loss needs come from draws(); validation takes them from
+    one fixed seed, so they are the same for every arm, seed and machine. The encoder kept in model.pt is the part of the
+    network that has the keys of models.ViT.
     """
 
     scores = {"loss_animal": "loss on animal images", "loss_non_animal": "loss on non-animal images"}
@@ -139,13 +161,10 @@ class Pretraining(Objective):
         """Say how training images are cropped and flipped."""
         return Augmentation(self.args.img_size, crop_scale=(0.2, 1.0))
 
-    def draws(self) -> dict[str, Draw]:
-        """Name the random numbers that the loss needs of each training image."""
-        return {}
-
-    def validation_targets(self, count: int) -> dict[str, Tensor]:
-        """Give what validation batches carry besides images: name -> tensor [count, ...]."""
-        return {}
+    def validation_targets(self, images: Sequence[str]) -> dict[str, Tensor]:
+        """Give what validation batches carry besides images: fixed draws, name -> tensor [N, ...]."""
+        rng = np.random.default_rng(VALIDATION_SEED)
+        return {name: torch.from_numpy(draw(rng, len(images))) for name, draw in self.draws().items()}
 
     def open(self, run: RunFolder) -> TrainBatches:
         self.run_dir = run.dir
@@ -153,19 +172,11 @@ class Pretraining(Objective):
         self.targets: dict[str, dict[str, Tensor]] = {}
         for name, part in self.held_out.items():
             store = open_store(self.args, self.dist, part.images)
-            targets = self.validation_targets(len(store))
+            targets = self.validation_targets(store.images)
             self.stores[name] = store
             # On the device once: a copy for each batch would make a GPU wait.
             self.targets[name] = {key: target.to(self.dist.device) for key, target in targets.items()}
-        return TrainBatches(
-            Examples(open_store(self.args, self.dist, self.split.images)),
-            self.augmentation(),
-            batch_size=self.batch_size,
-            seed=self.args.seed,
-            micro_batch_size=self.args.micro_batch_size,
-            draws=self.draws(),
-            dist=self.dist,
-        )
+        return self.train_batches(Examples(open_store(self.args, self.dist, self.split.images)), self.augmentation())
 
     def validate(self, step: int, stopping: Callable[[], bool]) -> dict[str, float] | None:
         """Average the loss over the animal and the non-animal images, each once."""
@@ -185,14 +196,8 @@ class Pretraining(Objective):
     ) -> float | None:
         """Average loss_of(batch) over the images of a validation list; None if a process was to stop meanwhile."""
         store = self.stores[name]
-        batch_size = self.args.micro_batch_size or self.args.batch_size
-        batches = EvalBatches(
-            store,
-            img_size=self.args.img_size,
-            batch_size=min(batch_size, LARGEST_VALIDATION_BATCH),
-            targets=self.targets[name],
-            dist=self.dist,
-        )
+        batch_size = min(self.args.micro_batch_size or self.args.batch_size, LARGEST_VALIDATION_BATCH)
+        batches = self.eval_batches(store, self.targets[name], batch_size)
 
         def score(batch: dict[str, Tensor]) -> dict[str, Tensor]:
             return {"loss": loss_of(batch).double() * len(batch["images"])}
@@ -259,7 +264,7 @@ def images_of_an_epoch(args: argparse.Namespace, split: Split) -> int:
 class Task(Objective):
     """A downstream task: trained by finetune.py from a checkpoint or by baseline.py from random weights, tested once.
 
-    A task gives build_model, open, loss, validate and test, and the list of its training images.
+    A task gives build_model, open, loss, validate and test; one on other images than the pets also gives its lists.
     """
 
     model_kind = ""  # the kind of network in model_config, see models.BUILDERS
@@ -312,6 +317,7 @@ class Task(Objective):
                 if name.startswith(ENCODER_KEYS):
                     parameter.requires_grad = False
         self.split = self.training_split(args.train_fraction)
+        self.val_split = self.validation_split()
         self.epoch_images = len(self.split.images)
         if args.equal_updates:
             self.epoch_images = len(self.training_split(1.0).images)
@@ -328,7 +334,18 @@ class Task(Objective):
 
     def training_split(self, train_fraction: float) -> Split:
         """List the training images, or the part of them that --train_fraction asks for."""
-        raise NotImplementedError
+        chosen = {"train_fraction": train_fraction, "split_seed": self.args.split_seed}
+        return splits.pets_split(self.args.data_root, "train", **chosen)
+
+    def validation_split(self) -> Split:
+        """List the validation images."""
+        return splits.pets_split(self.args.data_root, "val")
+
+    def draws(self) -> dict[str, Draw]:
+        """Name the draws of stochastic depth; the loss passes them to the network."""
+        if self.drop_path == 0 or not hasattr(self.model, "blocks"):
+            return {}
+        return {"drop_path": uniform(len(self.model.blocks), 2)}
 
     def encoder_is_frozen(self) -> bool:
         """Tell whether only what follows the encoder is trained."""
@@ -341,7 +358,7 @@ class Task(Objective):
         return self.model.flops(training=not self.frozen)
 
     def identity(self) -> dict[str, str]:
-        return {"train": self.split.sha256, "init": self.init_sha256}
+        return {"train": self.split.sha256, "init": self.init_sha256, "val": self.val_split.sha256}
 
     def export(self, weights: dict[str, Tensor]) -> dict:
         config = {"img_size": self.args.img_size, "kind": self.model_kind, "name": self.args.model}
@@ -377,6 +394,27 @@ class TestSetting:
         data.build_cache(self.data_root, images, progress=Progress, **options)
         return ImageStore(self.data_root, images, device=self.dist.device, **options)
 
+    def batches(self, store: ImageStore, targets: dict[str, Tensor]) -> EvalBatches:
+        """Make batches of all images of a store; targets: name -> tensor [N, ...]."""
+        on_device = {name: target.to(self.dist.device) for name, target in targets.items()}
+        size = store.size
+        return EvalBatches(store, img_size=size, batch_size=self.batch_size, targets=on_device, dist=self.dist)
+
+    @torch.no_grad()
+    def collect(
+        self, batches: EvalBatches, score: Callable[[dict[str, Tensor]], dict[str, Tensor]]
+    ) -> dict[str, np.ndarray]:
+        """Apply score(batch), which gives name -> value of each image [b], to all batches -> name -> values [N]."""
+        columns = defaultdict(list)
+        with Progress("testing", len(batches)) as progress:
+            for batch in batches:
+                with self.precision.autocast():
+                    scores = score(batch)
+                for name, values in scores.items():
+                    columns[name].append(values)
+                progress.update(1)
+        return {name: torch.cat(parts).double().cpu().numpy() for name, parts in columns.items()}
+
 
 def mean_records(ids: Sequence[str], **values: np.ndarray) -> dict[str, np.ndarray]:
     """Make test records of scores that are means over images: name -> value of each image [n].
@@ -390,6 +428,28 @@ def mean_records(ids: Sequence[str], **values: np.ndarray) -> dict[str, np.ndarr
         "numerators": numerators,
         "denominators": np.ones_like(numerators),
     }
+
+
+def mean_scores(
+    batches: Iterable[dict[str, Tensor]],
+    score: Callable[[dict[str, Tensor]], dict[str, Tensor]],
+    names: Iterable[str],
+    dist: Distributed,
+    stopping: Callable[[], bool],
+) -> dict[str, float] | None:
+    """Average score(batch), which gives the named values of each image [b], over all images; None as in sum_over."""
+    zero = torch.zeros((), dtype=torch.float64, device=dist.device)
+    totals = {name: zero.clone() for name in (*names, "images")}
+
+    def summed(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        sums = {name: values.double().sum() for name, values in score(batch).items()}
+        return {**sums, "images": len(batch["images"])}
+
+    sums = sum_over(batches, summed, totals, dist, stopping)
+    if sums is None:
+        return None
+    images = sums.pop("images").item()
+    return {name: total.item() / images for name, total in sums.items()}
 
 
 def sum_over(

@@ -20,8 +20,8 @@ from functools import partial
 from pathlib import Path
 
 import data
-import demo
 import download
+import draw as demo
 import splits
 from engine import Parser, Progress, launch, write_json
 

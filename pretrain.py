@@ -25,7 +25,6 @@ from models import MODELS, build_mae, patchify, take_rows
 from objective import Objective, Pretraining, add_split_arguments, block_activations, chosen
 from trainer import add_training_arguments, train
 
-VALIDATION_MASK_SEED = 20170
 FIGURE_IMAGES = 4  # of each validation list
 
 
@@ -56,9 +55,6 @@ class MaskedPixels(Pretraining):
 
     def draws(self) -> dict[str, Draw]:
         return {"noise": uniform(self.model.num_patches)}
-
-    def validation_targets(self, count: int) -> dict[str, Tensor]:
-        return {"noise": validation_noise(count, self.model.num_patches)}
 
     def loss(self, network: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         loss, _, _ = network(batch["images"], self.args.mask_ratio, batch["noise"])
@@ -133,12 +129,6 @@ class MaskedPixels(Pretraining):
             "norm_pix_loss": self.args.norm_pix_loss,
         }
         return {"model": weights, "model_config": config}
-
-
-def validation_noise(count: int, patches: int) -> Tensor:
-    """Draw the fixed masks of the validation images [count, L], equal for every arm, seed and machine."""
-    rng = np.random.default_rng(VALIDATION_MASK_SEED)
-    return torch.from_numpy(rng.random((count, patches), dtype=np.float32))
 
 
 def to_photos(images: Tensor) -> np.ndarray:

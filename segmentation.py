@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import augment
 import data
 import splits
-from batches import Augmentation, EvalBatches, Examples, TrainBatches, uniform
+from batches import Augmentation, Examples, TrainBatches
 from engine import Distributed, Parser, Progress, fraction
 from metrics import BACKGROUND, BORDER, CLASSES, PET, dataset_scores
 from models import build_segmenter
@@ -123,7 +123,6 @@ class Segmentation(Task):
 
     def __init__(self, args: argparse.Namespace, dist: Distributed):
         super().__init__(args, dist)
-        self.val_split = splits.pets_split(args.data_root, "val")
         if hasattr(self.model, "backbone"):  # convolutions are faster with channels last
             self.memory_format = torch.channels_last
 
@@ -137,13 +136,6 @@ class Segmentation(Task):
 
     def build_model(self, **options) -> nn.Module:
         return build_segmenter(self.args.model, img_size=self.args.img_size, **options)
-
-    def training_split(self, train_fraction: float) -> splits.Split:
-        chosen = {"train_fraction": train_fraction, "split_seed": self.args.split_seed}
-        return splits.pets_split(self.args.data_root, "train", **chosen)
-
-    def identity(self) -> dict[str, str]:
-        return {**super().identity(), "val": self.val_split.sha256}
 
     def activation_values(self) -> int | None:
         if not hasattr(self.model, "blocks"):
@@ -160,18 +152,8 @@ class Segmentation(Task):
         images = open_store(args, self.dist, self.split.images)
         masks = open_store(args, self.dist, images.images, "trimap")
         crop_scale = None if args.crop_scale == 1 else (args.crop_scale, 1.0)
-        draws = {}
-        if self.drop_path and hasattr(self.model, "blocks"):
-            draws["drop_path"] = uniform(len(self.model.blocks), 2)
-        return TrainBatches(
-            Examples(images, masks),
-            Augmentation(args.img_size, crop_scale, horizontal_flip=args.flips, vertical_flip=args.flips),
-            batch_size=self.batch_size,
-            seed=args.seed,
-            micro_batch_size=args.micro_batch_size,
-            draws=draws,
-            dist=self.dist,
-        )
+        flips = {"horizontal_flip": args.flips, "vertical_flip": args.flips}
+        return self.train_batches(Examples(images, masks), Augmentation(args.img_size, crop_scale, **flips))
 
     def loss(self, network: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         images = batch["images"].contiguous(memory_format=self.memory_format)
@@ -180,13 +162,7 @@ class Segmentation(Task):
 
     def validate(self, step: int, stopping: Callable[[], bool]) -> dict[str, float] | None:
         """Score exactly the validation images, each once, against their trimaps at input size."""
-        batches = EvalBatches(
-            self.val_store,
-            img_size=self.args.img_size,
-            batch_size=VALIDATION_BATCH,
-            targets={"truth": self.val_truth},
-            dist=self.dist,
-        )
+        batches = self.eval_batches(self.val_store, {"truth": self.val_truth}, VALIDATION_BATCH)
         totals = {
             "loss": torch.zeros((), dtype=torch.float64, device=self.dist.device),
             "counts": torch.zeros(NUM_CLASSES, NUM_CLASSES, dtype=torch.int64, device=self.dist.device),
@@ -254,10 +230,8 @@ def test_records(model: nn.Module, img_size: int, setting: TestSetting) -> dict[
     shown = choose_panels(ids)
     columns = defaultdict(list)
     panels = {}
-    targets = {"truth": truth.to(setting.dist.device)}
-    batches = EvalBatches(store, img_size=img_size, batch_size=setting.batch_size, targets=targets, dist=setting.dist)
     with Progress("testing", len(ids)) as progress:
-        for batch in batches:
+        for batch in setting.batches(store, {"truth": truth}):
             target = batch["truth"].long()
             with setting.precision.autocast():
                 logits = model(batch["images"]).float()

@@ -512,6 +512,7 @@ class Trainer:
             self._save()
             stop = self.dist.gather_named({"stop": self.stop_signal})["stop"]
             self._leave(int(stop.max()))
+        scores = {name: float(value) for name, value in scores.items()}  # what a checkpoint may hold
         for name, value in scores.items():
             if name.startswith("loss") and not math.isfinite(value):
                 self._refuse_non_finite("validation loss", self.state.step)

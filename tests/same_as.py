@@ -27,24 +27,8 @@ TIME_LIMIT = 600  # seconds for one command
 PRETRAIN = "pretrain_animal"  # the case whose weights the fine-tunings start from
 
 SMALL = [
-    "--img_size",
-    "64",
-    "--cache_size",
-    "64",
-    "--batch_size",
-    "8",
-    "--epochs",
-    "3",
-    "--warmup_epochs",
-    "1",
-    "--log_every",
-    "2",
-    "--seed",
-    "3",
-    "--device",
-    "cpu",
-    "--precision",
-    "fp32",
+    *["--img_size", "64", "--cache_size", "64", "--batch_size", "8", "--epochs", "3", "--warmup_epochs", "1"],
+    *["--blr", "0.02", "--device", "cpu", "--precision", "fp32", "--log_every", "2", "--seed", "3"],
 ]
 MICRO = ["--micro_batch_size", "2"]
 LONG = ["--epochs", "20", "--save_minutes", "0"]  # a checkpoint after every epoch, and time to interrupt

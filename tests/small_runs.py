@@ -11,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -70,12 +71,37 @@ def run(script: str, *flags) -> str:
 
 
 def refusal(script: str, *flags) -> str:
-    """Run what must be refused -> the one line that says why."""
-    with pytest.raises(ValueError) as info:
+    """Run what must be refused -> the one line that says why, from an error or, for a flag alone, from the parser."""
+    errors = io.StringIO()
+    with contextlib.redirect_stderr(errors), pytest.raises((ValueError, SystemExit)) as info:
         run(script, *flags)
-    assert info.value.exit_code in (1, 2)
-    assert "\n" not in str(info.value)
-    return str(info.value)
+    if info.type is SystemExit:
+        assert info.value.code == 2
+        message = errors.getvalue().removesuffix("\n")
+    else:
+        assert info.value.exit_code in (1, 2)
+        message = str(info.value)
+    assert message
+    assert "\n" not in message
+    return message
+
+
+class MemoryStore:
+    """Images uint8 [N, C, S, S] in memory, with the attributes of data.ImageStore that batches use."""
+
+    def __init__(self, pixels: torch.Tensor):
+        self.pixels = pixels
+        self.images = tuple(f"memory/{number}.jpg" for number in range(len(pixels)))
+        self.rows = np.arange(len(pixels))
+        self.size = pixels.shape[-1]
+        self.sizes = np.full((len(pixels), 2), self.size, np.float32)
+        self.tensor = None
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def gather(self, index, pin: bool = False) -> torch.Tensor:
+        return self.pixels[torch.from_numpy(self.rows[np.asarray(index)])]
 
 
 def log(folder, event: str) -> list[dict]:

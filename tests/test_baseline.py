@@ -49,7 +49,7 @@ def resnet_run(flags, resnet_weights, tmp_path_factory):
 def test_resnet50_trains_and_its_checkpoint_loads_as_the_segmenter_that_was_scored(resnet_run):
     folder, _ = resnet_run
     config, m = json.loads((folder / "config.json").read_text()), metrics(folder)
-    assert (m["kind"], m["updates"], m["n_train"]) == ("baseline", 4, 32)
+    assert (m["script"], m["kind"], m["updates"], m["n_train"]) == ("baseline", "segment", 4, 32)
     model, content = load_model(str(folder / "model.pt"))
     assert isinstance(model, ResNet50Segmenter)
     assert content["model_config"] == {"kind": "segmenter", "img_size": IMG, "name": "resnet50"}
@@ -128,7 +128,7 @@ TWO_PROCESSES = """
 import hashlib, sys
 import baseline, trainer
 fit, models = trainer.Trainer.fit, []
-trainer.Trainer.fit = lambda self, validate: (models.append(self.model), fit(self, validate))[1]
+trainer.Trainer.fit = lambda self: (models.append(self.model), fit(self))[1]
 baseline.main(baseline.get_args_parser().parse_args(sys.argv[1:]))
 state = models[0].state_dict()
 print("state", len(state), hashlib.sha256(b"".join(v.numpy().tobytes() for v in state.values())).hexdigest())

@@ -8,10 +8,11 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from small_runs import MemoryStore
 
 import augment
 import data
-from batches import EvalBatches, TrainBatches
+from batches import Alone, Augmentation, EvalBatches, Examples, TrainBatches, uniform
 
 QUIET = settings(deadline=None, database=None, max_examples=25)
 COUNT, SIZE = 23, 12
@@ -35,9 +36,24 @@ def stores(tmp_path_factory):
     return made
 
 
-def batches(stores, batch_size, seed=0, **options):
-    options = dict(img_size=8, draws={"noise": (5,), "drop": (2, 3)}) | options
-    return TrainBatches(*stores, batch_size=batch_size, seed=seed, **options)
+DRAWS = {"noise": uniform(5), "drop": uniform(2, 3)}
+PLACES = np.arange(COUNT, dtype=np.float32)[:, None]
+
+
+def batches(stores, batch_size, seed=0, vertical_flip=False, draws=DRAWS, **options):
+    """Make training batches of the stores, with a target that names the entry."""
+    return TrainBatches(
+        Examples(*stores, targets={"place": PLACES}),
+        Augmentation(8, vertical_flip=vertical_flip),
+        batch_size=batch_size,
+        seed=seed,
+        draws=draws,
+        **options,
+    )
+
+
+def process(rank: int, world_size: int) -> Alone:
+    return Alone(rank=rank, world_size=world_size)
 
 
 def numbers(batch) -> list[int]:
@@ -79,7 +95,7 @@ def test_ranks_and_micro_batches_hold_disjoint_parts_of_the_same_global_batch(st
     whole = joined(next(batches(stores, batch_size, seed, vertical_flip=True).run(step, step + 1)))
     shards = []
     for rank in range(world):
-        options = dict(rank=rank, world_size=world, micro_batch_size=micro, vertical_flip=True)
+        options = dict(dist=process(rank, world), micro_batch_size=micro, vertical_flip=True)
         train = batches(stores, batch_size, seed, **options)
         (batch,) = train.run(step, step + 1)
         assert len(batch) == train.micro_batches == parts and all(len(m["images"]) == micro for m in batch)
@@ -102,6 +118,7 @@ def test_shapes_ranges_and_masks_belong_to_the_images(stores):
         assert b["images"].shape == (11, 3, 8, 8) and b["images"].dtype == torch.float32
         assert b["masks"].shape == (11, 8, 8) and b["masks"].dtype == torch.int64
         assert b["masks"].flatten(1).min(1)[0].tolist() == [n % 3 for n in numbers(b)]
+        assert b["place"][:, 0].tolist() == numbers(b)
         assert b["noise"].shape == (11, 5) and b["drop"].shape == (11, 2, 3)
         assert b["noise"].min() >= 0 and b["noise"].max() < 1
 
@@ -129,21 +146,15 @@ def test_a_store_kept_on_the_device_gives_the_same_batches(stores):
 def test_crops_and_flips_can_be_switched_off(stores):
     left = torch.zeros(1, 3, SIZE, SIZE, dtype=torch.uint8)
     left[..., : SIZE // 2] = 255
-
-    class Half:
-        images, rows, sizes, size = ("x",) * 4, np.zeros(4, np.int64), np.array([[30, 20]], np.float32), SIZE
-        tensor = left
-
-        def __len__(self):
-            return 4
+    half = MemoryStore(left.expand(4, -1, -1, -1))
 
     def seen(**options):
-        train = TrainBatches(Half(), img_size=SIZE, batch_size=4, seed=0, **options)
+        train = TrainBatches(Examples(half), Augmentation(SIZE, **options), batch_size=4, seed=0)
         return augment.denormalise(torch.cat([b[0]["images"] for b in train.run(0, 8)])).round()
 
-    plain = seen(crop=False, flip=False, vertical_flip=True)
+    plain = seen(crop_scale=None, horizontal_flip=False, vertical_flip=True)
     assert torch.equal(plain, left.float().expand_as(plain))
-    mirrored = seen(crop=False)
+    mirrored = seen(crop_scale=None)
     share = (mirrored[:, 0, 0, 0] == 0).float().mean()
     assert 0.2 < share < 0.8 and torch.equal(mirrored[:, :, 0], mirrored[:, :, -1])
     assert not torch.equal(seen(), mirrored)
@@ -154,35 +165,42 @@ def test_crops_and_flips_can_be_switched_off(stores):
 def test_evaluation_sees_every_image_exactly_once(stores, world, batch_size, img_size):
     seen = []
     for rank in range(world):
-        loader = EvalBatches(stores[0], img_size=img_size, batch_size=batch_size, rank=rank, world_size=world)
+        loader = EvalBatches(
+            stores[0],
+            img_size=img_size,
+            batch_size=batch_size,
+            targets={"place": torch.from_numpy(PLACES)},
+            dist=process(rank, world),
+        )
         parts = list(loader)
-        assert len(parts) == len(loader) and all(len(i) == batch_size for i, _ in parts[:-1])
-        for index, images in parts:
-            assert images.shape == (len(index), 3, img_size, img_size)
-            assert numbers({"images": images}) == index.tolist()
+        assert len(parts) == len(loader) and all(len(part["index"]) == batch_size for part in parts[:-1])
+        for part in parts:
+            index = part["index"]
+            assert part["images"].shape == (len(index), 3, img_size, img_size)
+            assert numbers(part) == part["place"][:, 0].tolist() == index.tolist()
             seen += index.tolist()
     assert sorted(seen) == list(range(COUNT))
 
 
 def test_evaluation_with_more_processes_than_images_leaves_some_without(stores):
-    options = dict(img_size=6, batch_size=4, world_size=COUNT + 2)
-    shares = [[i.tolist() for i, _ in EvalBatches(stores[0], rank=r, **options)] for r in range(COUNT + 2)]
+    shares = []
+    for rank in range(COUNT + 2):
+        loader = EvalBatches(stores[0], img_size=6, batch_size=4, dist=process(rank, COUNT + 2))
+        shares.append([batch["index"].tolist() for batch in loader])
     assert shares == [[[r]] for r in range(COUNT)] + [[], []]
-    images = torch.full((2, 3, 9, 9), 100, dtype=torch.uint8)  # plain tensors are taken as well
-    assert [i.tolist() for i, _ in EvalBatches(images, img_size=6, batch_size=4)] == [[0, 1]]
 
 
 @pytest.mark.parametrize(
     "batch_size, options, words",
     [
         (24, {}, "larger than the split's 23 images .*the nearest valid size is 23"),
-        (24, {"world_size": 2, "micro_batch_size": 4}, "the nearest valid size is 16"),
-        (7, {"world_size": 2}, r"2 process\(es\)\); the nearest valid size is (6|8)"),
+        (24, {"dist": process(0, 2), "micro_batch_size": 4}, "the nearest valid size is 16"),
+        (7, {"dist": process(0, 2)}, r"2 process\(es\)\); the nearest valid size is (6|8)"),
         (10, {"micro_batch_size": 4}, r"micro-batch 4\); the nearest valid size is (8|12)"),
-        (1, {"world_size": 4}, "the nearest valid size is 4"),
+        (1, {"dist": process(0, 4)}, "the nearest valid size is 4"),
         (0, {}, "nearest valid size is 1"),
-        (23, {"world_size": 24}, "is not divisible .* none: too few images"),
-        (23, {"world_size": 8}, "the nearest valid size is 16"),
+        (23, {"dist": process(0, 24)}, "is not divisible .* none: too few images"),
+        (23, {"dist": process(0, 8)}, "the nearest valid size is 16"),
         (4, {"seed": -1}, "0 or more"),
     ],
 )

@@ -9,12 +9,15 @@ import subprocess
 import sys
 from pathlib import Path
 
-import choices
 import pytest
 import torch
 
 import bench
+import bench_choices
+import bench_peers
 import models
+from engine import EngineError, setup
+from trainer import Trainer
 
 ROOT = Path(bench.__file__).parent
 TINY = ["--quick", "--model", "mae_tiny", "--img_size", "32", "--batch_size", "2", "--repeats", "1", "--device", "cpu"]
@@ -30,7 +33,7 @@ def run(folder, *flags):
 def quick(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bench")
     done = run(
-        folder, *TINY, "--profile", "traces", "--tasks", "pretrain", "finetune", "resnet50", "data", "study", "choices"
+        folder, *TINY, "--profile", "traces", "--tasks", *bench.TRAININGS, "data", "study", "choices", "objectives"
     )
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in (folder / "bench.jsonl").read_text().splitlines()]
@@ -53,10 +56,10 @@ def test_quick_measures_every_training_on_both_kinds_of_batches(quick):
 
 def test_every_choice_in_the_step_is_measured_beside_its_alternative(quick):
     names = [r["variant"] for r in quick[1] if r["task"] == "choices"]
-    assert names == [bench.SYNTHETIC, "torch.compile", *choices.PATCHES, *choices.OPTIMIZERS]
+    assert names == [bench.SYNTHETIC, "torch.compile", *bench_choices.PATCHES, *bench_choices.OPTIMIZERS]
 
 
-@pytest.mark.parametrize("name", choices.PATCHES)
+@pytest.mark.parametrize("name", bench_choices.PATCHES)
 def test_an_alternative_computes_the_same_loss_and_gradients(name):
     torch.manual_seed(0)
     model = models.build_mae("mae_tiny", img_size=64)
@@ -69,9 +72,72 @@ def test_an_alternative_computes_the_same_loss_and_gradients(name):
         found.append([loss.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)])
 
     step()
-    choices.undone(name, step)()
+    bench_choices.undone(name, step)()
     for ours, theirs in zip(*found, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_every_objective_is_measured_with_its_cost_relative_to_the_first(quick):
+    rows = [r for r in quick[1] if r["task"] == "objectives"]
+    assert [r["variant"] for r in rows] == list(bench.pretrain.OBJECTIVES)
+    assert rows[0]["ratio"] == 1
+    assert rows[0]["note"].endswith("GFLOP per image, 1.00 x the first")
+
+
+@pytest.fixture
+def workshop(tmp_path):
+    flags = [*TINY, "--no-compile"]
+    args = bench.get_args_parser().parse_args(flags)
+    return bench.Workshop(args, setup("cpu"), str(tmp_path))
+
+
+@pytest.mark.parametrize("task", bench.TRAININGS)
+def test_what_is_timed_is_the_step_of_the_training_loop(task, workshop, monkeypatch):
+    training = workshop.training(workshop.objective(task, 2))
+    steps = []
+    real_step = Trainer.train_step
+
+    def spy(trainer, micro_batches, want_norm):
+        steps.append((trainer.objective.name, len(micro_batches[0]["images"]), want_norm))
+        return real_step(trainer, micro_batches, want_norm)
+
+    monkeypatch.setattr(Trainer, "train_step", spy)
+    before = [p.detach().clone() for p in training.trainer.params]
+    training.contestant(iter([bench.random_pixels(training.batches)])).step()
+    training.on_real_batches().step()
+    name = "mae" if task == "pretrain" else "segment"
+    assert steps == [(name, 2, False), (name, 2, False)]
+    assert all((p != old).any() for p, old in zip(training.trainer.params, before, strict=True))
+    assert not (Path(training.trainer.run.dir) / "log.jsonl").exists()
+
+
+def test_turns_come_in_changing_order():
+    names = ["a", "b", "c"]
+    orders = ["".join(bench.order_of_turn(names, turn)) for turn in range(6)]
+    assert orders == ["abc", "cba", "bca", "acb", "cab", "bac"]
+
+
+def test_a_missing_peer_is_named_with_the_command_that_installs_it(monkeypatch):
+    monkeypatch.setattr(bench_peers, "PACKAGES", ("no-such-package",))
+    with pytest.raises(EngineError, match="no-such-package, which is not installed; `pip install"):
+        bench.describe_machine(torch.device("cpu"), peers=True)
+
+
+def test_another_optimizer_makes_the_same_update():
+    torch.manual_seed(0)
+    start = torch.randn(5, 5)
+    updated = []
+    for name in (None, *bench_choices.OPTIMIZERS):
+        weight = torch.nn.Parameter(start.clone())
+        groups = [{"params": [weight], "lr_scale": 1.0, "weight_decay": 0.05}]
+        optimizer = torch.optim.AdamW(groups, lr=0.1, betas=(0.9, 0.95), fused=True)
+        if name is not None:
+            optimizer = bench_choices.other_optimizer(name, optimizer)
+        weight.square().sum().backward()
+        optimizer.step()
+        updated.append(weight.detach())
+    for other in updated[1:]:
+        torch.testing.assert_close(other, updated[0])
 
 
 def test_quick_profiles_and_prints_a_table(quick):
@@ -107,7 +173,7 @@ def test_peers_are_measured_beside_this_project_and_imported_only_when_asked(tmp
     names = {r["variant"] for r in rows}
     assert {"transformers ViTMAE (SDPA), synthetic", "timm ViT, linear head, synthetic"} <= names
     assert rows[0]["machine"]["versions"]["transformers"]
-    code = "import bench, sys; print({'timm', 'transformers', 'peers'} & set(sys.modules))"
+    code = "import bench, sys; print({'timm', 'transformers'} & set(sys.modules))"
     plain = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert plain.stdout.strip() == "set()", plain.stderr
 
@@ -141,6 +207,19 @@ def test_the_report_lists_measured_lines_and_names_what_no_gpu_has_measured(tmp_
     source.write_text(json.dumps(on_gpu) + "\n")
     bench.write_report(str(source), str(target))
     assert f"- pretrain: {bench.REAL}" not in target.read_text()
+
+
+def test_the_recorded_lines_give_the_recorded_report(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    bench.write_report("benchmarks.jsonl", str(tmp_path / "report.md"))
+    assert (tmp_path / "report.md").read_text() == (ROOT / "BENCHMARKS.md").read_text()
+
+
+@pytest.mark.parametrize("line", ["no json", "[1]", '{"task": "pretrain", "variant": "x", "machine": {"device": "y"}}'])
+def test_a_report_of_foreign_lines_is_refused(line, tmp_path):
+    (tmp_path / "lines.jsonl").write_text(line + "\n")
+    with pytest.raises(EngineError, match="line 1"):
+        bench.write_report(str(tmp_path / "lines.jsonl"), str(tmp_path / "report.md"))
 
 
 @pytest.mark.parametrize("flags", [["--batch_size", "0"], ["--repeats", "-1"], ["--report", "absent.jsonl"]])

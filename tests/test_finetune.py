@@ -21,18 +21,19 @@ from small_runs import (
     needs_photos,
     on_two_processes,
     refusal,
-    run,  # fmt: skip
+    run,
 )
 
 import augment
 import data
-import evaluate
 import finetune
 import splits
 from engine import param_groups, setup
 from metrics import dataset_scores
 from models import build_segmenter
-from weights import load_model
+from objective import Task
+from segmentation import Segmentation, confusion
+from weights import ENCODER_KEYS, load_model
 
 TINY = ["--model", "mae_tiny", *SMALL]
 
@@ -79,7 +80,7 @@ def expected_scale(name, depth=12, decay=0.65):
 
 def test_encoder_layers_decay_downwards_and_decoder_and_head_train_at_the_full_rate():
     model = build_segmenter("mae_small", img_size=32)
-    groups = param_groups(model, 0.05, 0.65, finetune.NO_DECAY)
+    groups = param_groups(model, 0.05, 0.65, Task.no_decay)
     rates = {name: (g["lr_scale"], g["weight_decay"]) for g in groups for name in g["names"]}
     assert set(rates) == {name for name, _ in model.named_parameters()} - {"mask_token"}
     for name, (scale, decay) in rates.items():
@@ -142,7 +143,7 @@ def test_a_full_checkpoint_gives_all_but_the_head(tuned, init):
 
 def test_an_encoder_alone_starts_the_decoder_fresh_and_says_so(flags, init, tmp_path):
     state = torch.load(init, weights_only=True)["model"]
-    torch.save({"model": {k: v for k, v in state.items() if k.startswith(finetune.ENCODER)}}, tmp_path / "encoder.pth")
+    torch.save({"model": {k: v for k, v in state.items() if k.startswith(ENCODER_KEYS)}}, tmp_path / "encoder.pth")
     text = short(flags, tmp_path / "run", "--init", tmp_path / "encoder.pth")
     assert "the decoder starts fresh" in text
     assert "missing none" not in text
@@ -153,10 +154,10 @@ def test_frozen_features_stay_as_they_were_and_the_rest_trains(flags, init, tmp_
     short(flags, tmp_path / "run", *option)
     before, (model, content) = torch.load(init, weights_only=True)["model"], load_model(str(tmp_path / "run/model.pt"))
     after = content["model"]
-    for key in (k for k in before if k.startswith(finetune.ENCODER)):
+    for key in (k for k in before if k.startswith(ENCODER_KEYS)):
         assert torch.equal(before[key], after[key]), key
     if option[0] == "--head":
-        assert {k for k in after if not k.startswith(finetune.ENCODER)} == {"decoder_pred.weight", "decoder_pred.bias"}
+        assert {k for k in after if not k.startswith(ENCODER_KEYS)} == {"decoder_pred.weight", "decoder_pred.bias"}
     else:
         trained = {k.split(".")[0] for k in before if not torch.equal(before[k], after[k])}
         assert trained == {"decoder_embed", "decoder_pos_embed", "decoder_blocks", "decoder_norm", "decoder_pred"}
@@ -176,10 +177,9 @@ def test_the_weights_kept_are_those_of_the_best_validation_iou(flags, tuned):
     best = max(vals, key=lambda v: v["iou"])
     kept = {k: v for k, v in metrics(folder)["best"].items() if k != "seconds"}
     assert kept == {k: v for k, v in best.items() if k not in ("event", "seconds")}
-    args, model = arguments(flags), load_model(str(folder / "model.pt"))[0]
-    val = splits.pets_split(args.data_root, "val")
+    task = segmentation(flags, load_model(str(folder / "model.pt"))[0])
     with torch.no_grad():
-        again = finetune.Validation(model, args, setup("cpu"), val.images)(0)
+        again = task.validate(0, lambda: False)
     assert again["iou"] == best["iou"]
     assert again["loss"] == pytest.approx(best["loss"], rel=1e-6)
 
@@ -187,7 +187,8 @@ def test_the_weights_kept_are_those_of_the_best_validation_iou(flags, tuned):
 def test_a_run_records_what_it_did(tuned):
     folder, text = tuned
     config, m = json.loads((folder / "config.json").read_text()), metrics(folder)
-    assert config["kind"] == m["kind"] == "finetune"
+    for record in (config, m):
+        assert (record["script"], record["kind"]) == ("finetune", "segment")
     assert config["updates"] == m["updates"] == 16
     assert config["n_train"] == m["n_train"] == m["n_unique"] == 32
     assert m["epochs"] == 4
@@ -242,18 +243,27 @@ def arguments(flags):
     return finetune.get_args_parser().parse_args([str(f) for f in flags])
 
 
+def segmentation(flags, model, images=None) -> Segmentation:
+    """Make the task as main does, with a trained network and perhaps other validation images."""
+    task = Segmentation(arguments(flags), setup("cpu"))
+    task.model = model
+    if images is not None:
+        task.val_split = dataclasses.replace(task.val_split, images=images)
+    task.open(None)
+    return task
+
+
 def test_validation_equals_pixel_by_pixel_counting_with_each_image_once(flags, tuned):
     args, model = arguments(flags), load_model(str(tuned[0] / "model.pt"))[0]
     images = splits.pets_split(args.data_root, "val").images
-    found = log(tuned[0], "val")[-1]
-    validation = finetune.Validation(model, args, setup("cpu"), images)
+    task = segmentation(flags, model)
     counts, losses = np.zeros((3, 3), int), []
     with torch.no_grad():
-        found = validation(0)
+        found = task.validate(0, lambda: False)
         for i in range(len(images)):
             trimap = Image.open(f"{args.data_root}/{data.trimap_path(images[i])}").resize((IMG, IMG), Image.NEAREST)
             truth = torch.from_numpy(np.array(trimap)).long() - 1
-            logits = model(augment.normalise(validation.store.gather([i]).float()))[0]
+            logits = model(augment.normalise(task.val_store.gather([i]).float()))[0]
             losses += F.cross_entropy(logits[None], truth[None], reduction="none").flatten().tolist()
             np.add.at(counts, (truth.flatten().numpy(), logits.argmax(0).flatten().numpy()), 1)
     assert counts.sum() == len(images) * IMG**2
@@ -267,22 +277,24 @@ def test_validation_equals_pixel_by_pixel_counting_with_each_image_once(flags, t
 
 COUNT_ON_TWO = """
 import json, sys, torch
-import finetune, splits
-from engine import setup
+from test_finetune import many_images, segmentation
 from weights import load_model
 
-args, dist = finetune.get_args_parser().parse_args(sys.argv[2:]), setup("cpu")
-images = (22 * splits.pets_split(args.data_root, "val").images)[:131]    # 66 and 65 for batches of 64
+task = segmentation(sys.argv[2:], load_model(sys.argv[1])[0], many_images(sys.argv[2:]))
 with torch.no_grad():
-    print(json.dumps(finetune.Validation(load_model(sys.argv[1])[0].eval(), args, dist, images)(0)))
+    print(json.dumps(task.validate(0, lambda: False)))
 """
 
 
+def many_images(flags) -> tuple[str, ...]:
+    """Repeat the validation images until two processes have 66 and 65 for batches of 64."""
+    return (22 * splits.pets_split(arguments(flags).data_root, "val").images)[:131]
+
+
 def test_two_processes_validate_to_the_same_scores_with_a_last_batch_that_is_not_full(flags, tuned):
-    args, model = arguments(flags), load_model(str(tuned[0] / "model.pt"))[0]
-    images = (22 * splits.pets_split(args.data_root, "val").images)[:131]
+    task = segmentation(flags, load_model(str(tuned[0] / "model.pt"))[0], many_images(flags))
     with torch.no_grad():
-        alone = finetune.Validation(model, args, setup("cpu"), images)(0)
+        alone = task.validate(0, lambda: False)
     for out in on_two_processes(COUNT_ON_TWO, tuned[0] / "model.pt", *flags):
         together = json.loads(out.splitlines()[-1])
         assert together.pop("loss") == pytest.approx(alone["loss"], rel=1e-6)
@@ -333,7 +345,7 @@ def test_at_full_size_a_few_epochs_clear_the_trivial_predictors(tmp_path_factory
     train, val = (data.load_truth(root, splits.pets_split(root, part).images, 224) for part in ("train", "val"))
     mean_mask = torch.stack([(train == k).float().mean(0) for k in range(3)]).argmax(0)
     guesses = [torch.full_like(val, 0), torch.full_like(val, 1), mean_mask.expand_as(val)]
-    trivial = [float(dataset_scores(evaluate.confusion(val.long(), g.long()).numpy())["iou"]) for g in guesses]
+    trivial = [float(dataset_scores(confusion(val.long(), g.long()).numpy())["iou"]) for g in guesses]
     print("IoU", metrics(tmp_path / "run")["best"]["iou"], "trivial", trivial)
     assert metrics(tmp_path / "run")["best"]["iou"] > max(trivial) + 0.02
 
@@ -390,12 +402,12 @@ def test_an_empty_list_of_pets_is_refused(flags, root, tmp_path):
     [
         (["--batch_size", 64], "--batch_size 64 is larger than the split's 32 images; use at most 32"),
         (["--batch_size", 8, "--micro_batch_size", 3], "nearest valid size is 9"),
-        (["--batch_size", 8, "--crop_scale", 0], "--crop_scale must lie in (0, 1], got 0.0"),
-        (["--batch_size", 8, "--layer_decay", 0], "--layer_decay must lie in (0, 1], got 0.0"),
-        (["--batch_size", 8, "--train_fraction", 1.5], "--train_fraction must lie in (0, 1], got 1.5"),
+        (["--batch_size", 8, "--crop_scale", 0], "argument --crop_scale: must lie in (0, 1], got 0"),
+        (["--batch_size", 8, "--layer_decay", 0], "argument --layer_decay: must lie in (0, 1], got 0"),
+        (["--batch_size", 8, "--train_fraction", 1.5], "argument --train_fraction: must lie in (0, 1], got 1.5"),
         (["--batch_size", 8, "--drop_path", 1], "drop_path must lie in [0, 1), got 1.0"),
         (["--batch_size", 8, "--img_size", 60], "60"),
-        (["--batch_size", 8, "--epochs", 0], "--epochs must be at least 1, got 0"),
+        (["--batch_size", 8, "--epochs", 0], "argument --epochs: must be at least 1, got 0"),
     ],
 )
 def test_wrong_use_is_refused_in_one_line(flags, tmp_path, wrong, reason):

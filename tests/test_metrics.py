@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from metrics import boundary_iou, dataset_scores, image_scores, scores
+from metrics import boundary_iou, dataset_scores, image_iou, image_iou_each, image_scores, scores
 
 masks = st.lists(st.tuples(st.integers(0, 2), st.integers(0, 2)), min_size=1, max_size=40)
 
@@ -102,3 +102,34 @@ def test_boundary_iou_pools_or_averages_and_skips_images_without_a_boundary():
     found = boundary_iou([[[1, 2], [3, 4]], [[3, 4], [0, 0]]])
     assert found["dataset"] == {"pet": 4 / 6, "pet_or_border": 3 / 4}
     assert found["image"] == {"pet": (1 / 2 + 3 / 4) / 2, "pet_or_border": 3 / 4}
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(masks, min_size=1, max_size=5))
+def test_the_image_iou_agrees_with_brute_force_on_any_masks(images):
+    expected = []
+    for pairs in images:
+        intersection = sum(t == 0 and p == 0 for t, p in pairs)
+        union = sum(t == 0 or p == 0 for t, p in pairs)
+        expected.append((intersection + 0.001) / (union + 0.001))
+    counts = np.stack([count(pairs) for pairs in images])
+    assert image_iou_each(counts) == pytest.approx(expected, abs=1e-12)
+    assert image_iou(counts) == pytest.approx(sum(expected) / len(expected), abs=1e-12)
+
+
+def test_the_image_iou_of_cases_known_by_heart():
+    empty = np.diag([0, 8, 1])
+    missed = np.array([[0, 3, 1], [0, 5, 0], [0, 0, 0]])
+    half = np.array([[2, 1, 0], [0, 5, 0], [1, 0, 0]])
+    each = image_iou_each(np.stack([empty, missed, half]))
+    assert each == pytest.approx([1, 0.001 / 4.001, 2.001 / 4.001])
+    assert image_iou_each(half, smooth=1) == pytest.approx(3 / 5)
+    assert image_iou(np.stack([empty, missed, half])).shape == ()
+    assert image_iou_each(np.ones((4, 5, 3, 3))).shape == (4, 5)
+    with pytest.raises(ValueError, match=r"\[2, 2\]"):
+        image_iou(np.ones((2, 2)))
+
+
+def test_the_image_iou_without_smoothing_is_the_mean_of_the_binary_iou():
+    counts = np.random.default_rng(0).integers(1, 60, (50, 3, 3))
+    assert image_iou(counts, smooth=0) == pytest.approx(image_scores(counts)["iou"], abs=1e-12)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import data
-import demo
+import draw as demo
 import prepare
 import splits
 

@@ -1,22 +1,21 @@
 """Pre-training lowers the loss below what predicting nothing gives, under fixed validation masks, and says what it did."""
 
-import argparse
 import itertools
 import json
 import os
 import statistics
+import types
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from small_runs import IMG, SMALL, drawn_root, log, metrics, needs_photos, refusal, run
+from small_runs import IMG, SMALL, MemoryStore, drawn_root, log, metrics, needs_photos, refusal, run
 
+import augment
 import pretrain
-import splits
 from engine import setup
-from models import build_mae, patchify
-from trainer import open_store
+from models import patchify
 from weights import load_model
 
 TINY = ["--model", "mae_tiny", *SMALL]
@@ -76,32 +75,44 @@ def test_the_figure_shows_input_reconstruction_and_original_of_named_images(trai
     assert (filled == same).all(), "visible patches are kept, the others predicted"
 
 
+def masked_pixels(flags, *more) -> pretrain.MaskedPixels:
+    """Make the objective as main does, without training it."""
+    words = [str(flag) for flag in (*flags, "--num_images", 16, *more)]
+    return pretrain.MaskedPixels(pretrain.get_args_parser().parse_args(words), setup("cpu"))
+
+
+def fixed_noise(count: int, patches: int) -> torch.Tensor:
+    """Draw the masks that every run validates with."""
+    return torch.from_numpy(np.random.default_rng(20170).random((count, patches), np.float32))
+
+
 def test_validation_is_the_mean_over_each_image_once_under_fixed_masks_for_any_batch_size(flags, trained):
-    args = pretrain.get_args_parser().parse_args([str(f) for f in flags])
-    dist, model = setup("cpu"), load_model(str(trained[0] / "model.pt"))[0]
-    images = splits.mae_validation(args.data_root, cache_dir=args.cache_dir)["animal"].images
-    store = open_store(args, dist, images, "image")
-    noise = pretrain.validation_noise(len(images), model.num_patches)
-    each = []
-    with torch.no_grad():
-        for i in range(len(images)):
-            x = pretrain.augment.normalise(store.gather([i]).float())
-            each.append(model(x, 0.75, noise[i : i + 1])[0].item())
-        for size in (None, 3):
-            args.micro_batch_size = size
-            scores = pretrain.Validation(model, {"animal": store}, args, dist)(0)
-            assert scores["loss_animal"] == pytest.approx(statistics.fmean(each), rel=1e-5)
+    model = load_model(str(trained[0] / "model.pt"))[0]
+    for batch_size in (8, 3):
+        mae = masked_pixels(flags, "--batch_size", batch_size)
+        mae.open(types.SimpleNamespace(dir=trained[0]))
+        mae.model = model
+        store = mae.stores["animal"]
+        noise = fixed_noise(len(store), model.num_patches)
+        each = []
+        with torch.no_grad():
+            for i in range(len(store)):
+                x = augment.normalise(store.gather([i]).float())
+                each.append(model(x, 0.75, noise[i : i + 1])[0].item())
+            scores = mae.validate(0, lambda: False)
+        assert scores["loss_animal"] == pytest.approx(statistics.fmean(each), rel=1e-5)
     assert scores["loss_animal"] == pytest.approx(metrics(trained[0])["last"]["loss_animal"], rel=1e-5)
 
 
 def test_the_loss_of_predicting_zero_is_that_of_the_hidden_patches_alone(flags):
-    args = argparse.Namespace(img_size=IMG, mask_ratio=0.75, batch_size=8, micro_batch_size=None)
-    model, dist = build_mae("mae_tiny", img_size=IMG), setup("cpu")
+    mae = masked_pixels(flags, "--batch_size", 8)
     images = torch.randint(0, 256, (5, 3, IMG, IMG), dtype=torch.uint8)
     images[:, :, :32] = 128  # flat patches, whose normalised pixels are zero, as half of the image
-    zero = pretrain.Validation(model, {"some": images}, args, dist).predict_zero()["some"]
-    noise = pretrain.validation_noise(5, 16)
-    patches = patchify(pretrain.augment.normalise(images.float()), 16)
+    noise = fixed_noise(5, 16)
+    mae.stores = {"some": MemoryStore(images)}
+    mae.targets = {"some": {"noise": noise}}
+    zero = mae.predict_zero()["some"]
+    patches = patchify(augment.normalise(images.float()), 16)
     hidden = noise.argsort(dim=1, stable=True).argsort(dim=1) >= 4
     target = (patches - patches.mean(-1, keepdim=True)) / (patches.var(-1, keepdim=True) + 1e-6).sqrt()
     assert zero == pytest.approx((target**2).mean(-1)[hidden].mean().item(), rel=1e-5)
@@ -110,7 +121,8 @@ def test_the_loss_of_predicting_zero_is_that_of_the_hidden_patches_alone(flags):
 def test_a_run_records_what_it_did(trained):
     folder, text = trained
     config, m = json.loads((folder / "config.json").read_text()), metrics(folder)
-    assert (config["kind"], m["kind"]) == ("pretrain", "pretrain")
+    for record in (config, m):
+        assert (record["script"], record["kind"]) == ("pretrain", "mae")
     assert config["updates"] == m["updates"] == 200
     assert config["n_train"] == config["n_unique"] == config["batch_size"] == 16
     assert config["manifest"]["train"]["sha256"] == config["experiment"]["train"]
@@ -149,7 +161,7 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(flags, tmp_path):
         (["--batch_size", 300], "--batch_size 300 is larger than the split's 16 images; use at most 16"),
         (["--img_size", 60, "--batch_size", 8], "60"),
         (["--mask_ratio", 1, "--batch_size", 8], "mask_ratio must lie in [0, 1)"),
-        (["--blr", -1], "--blr must be at least 0, got -1.0"),
+        (["--blr", -1], "argument --blr: must be at least 0, got -1"),
         (["--micro_batch_size", 3, "--batch_size", 8], "nearest valid size is 9"),
         (["--split", "animal", "--animal_fraction", 0.2], "contradicts --split animal"),
     ],

@@ -5,7 +5,21 @@ import math
 import numpy as np
 import pytest
 
-from metrics import bootstrap, holm, paired_bootstrap, paired_t_test, scores, t_cdf, t_interval, t_quantile, tost
+from metrics import (
+    Interval,
+    bootstrap,
+    detectable_difference,
+    detectable_effect,
+    holm,
+    paired_bootstrap,
+    paired_t_test,
+    scores,
+    t_cdf,
+    t_interval,
+    t_quantile,
+    t_test_power,
+    tost,
+)
 
 
 def iou(counts):
@@ -80,6 +94,74 @@ def test_the_t_interval_covers_the_truth_as_often_as_it_says():
         intervals = np.array([t_interval(x) for x in rng.normal(0.7, 0.01, (2500, n))])
         covered = np.mean((intervals[:, 1] <= 0.7) & (intervals[:, 2] >= 0.7))
         assert abs(covered - 0.95) < 0.02
+
+
+# The power of a paired t-test by adaptive quadrature with scipy 1.17, checked against statsmodels 0.15's TTestPower:
+# pairs, smallest effect for (power 0.8, level 0.05), (0.9, 0.05) and (0.8, 0.01), power of the effect 0.8 at level 0.05.
+REFERENCES = [
+    (2, 11.5498884, 14.8241213, 57.6924617, 0.0788206145),
+    (3, 3.26404355, 3.92344851, 7.3198923, 0.134885399),
+    (5, 1.68199697, 1.96588882, 2.62897376, 0.280992064),
+    (10, 0.996001371, 1.15456499, 1.33203211, 0.616232763),
+    (30, 0.529235615, 0.612445495, 0.66220697, 0.98847524),
+]
+
+
+@pytest.mark.parametrize(("pairs", "usual", "powerful", "strict", "power"), REFERENCES)
+def test_the_power_of_the_paired_t_test_agrees_with_reference_values(pairs, usual, powerful, strict, power):
+    assert detectable_effect(pairs) == pytest.approx(usual, rel=1e-6)
+    assert detectable_effect(pairs, power=0.9) == pytest.approx(powerful, rel=1e-6)
+    assert detectable_effect(pairs, level=0.01) == pytest.approx(strict, rel=1e-6)
+    assert t_test_power(0.8, pairs) == pytest.approx(power, rel=1e-6)
+    assert t_test_power(-0.8, pairs) == pytest.approx(power, rel=1e-6)
+
+
+@pytest.mark.parametrize("pairs", [2, 3, 10, 1000])
+@pytest.mark.parametrize("level", [0.05, 0.001])
+def test_without_an_effect_the_power_is_the_level_and_it_grows_with_the_effect(pairs, level):
+    assert t_test_power(0, pairs, level) == pytest.approx(level, rel=1e-8)
+    powers = [t_test_power(effect, pairs, level) for effect in (0, 0.05, 0.2, 1, 5, 1e4)]
+    assert powers == sorted(powers) and powers[-1] == pytest.approx(1)
+
+
+def test_with_many_pairs_the_detectable_effect_is_that_of_the_normal_test():
+    normal = 1.959963985 + 0.841621234  # 97.5 % and 80 % quantiles
+    assert detectable_effect(100_000) * math.sqrt(100_000) == pytest.approx(normal, rel=1e-4)
+
+
+@pytest.mark.parametrize(("pairs", "power"), [(3, 0.8), (5, 0.5), (10, 0.9)])
+def test_simulated_studies_find_the_detectable_difference_as_often_as_promised(pairs, power):
+    rng = np.random.default_rng(pairs)
+    studies = 100_000
+    differences = rng.normal(detectable_effect(pairs, power) * 0.02, 0.02, (studies, pairs))
+    t = differences.mean(1) / differences.std(1, ddof=1) * math.sqrt(pairs)
+    detected = np.mean(np.abs(t) > t_quantile(0.975, pairs - 1))
+    assert abs(detected - power) < 5 * math.sqrt(power * (1 - power) / studies)
+
+
+def test_the_detectable_difference_is_in_the_unit_of_the_differences_whatever_their_mean():
+    differences = np.array([0.01, -0.02, 0.03, 0.00, 0.02])
+    found = detectable_difference(differences)
+    assert found == pytest.approx(1.6819969660 * differences.std(ddof=1), rel=1e-8)
+    assert detectable_difference(100 * differences + 7) == pytest.approx(100 * found)
+    assert detectable_difference(list(differences), power=0.9) > found
+    assert detectable_difference([0.1, 0.1, 0.1]) == pytest.approx(0, abs=1e-12)
+    assert math.isnan(detectable_difference([0.1])) and math.isnan(detectable_difference([0.1, math.nan]))
+
+
+@pytest.mark.parametrize(("power", "level"), [(0.05, 0.05), (1.0, 0.05), (0.8, 0.0), (0.8, 0.9)])
+def test_a_power_outside_its_range_is_refused(power, level):
+    with pytest.raises(ValueError, match="power"):
+        detectable_difference([0.1, 0.2], power, level)
+
+
+def test_intervals_have_names_and_unpack():
+    interval = t_interval([1.0, 2.0, 3.0])
+    assert isinstance(interval, Interval) and tuple(interval) == (interval.value, interval.low, interval.high)
+    records = np.random.default_rng(8).random((30, 4, 2))
+    of_arrays = bootstrap(records, lambda sums: sums[..., 0] / sums[..., 1], resamples=50)
+    assert of_arrays.value.shape == of_arrays.low.shape == of_arrays.high.shape == (4,)
+    assert np.all(of_arrays.low < of_arrays.value) and np.all(of_arrays.value < of_arrays.high)
 
 
 def draw_images(rng, n, trials, quality=1.0):

@@ -1,7 +1,10 @@
-"""The drawn demo data set has the publishers' layouts, is the same every time and is never taken for whole too early."""
+"""The drawn demo data set has the published layouts, is reproducible, and is never taken for complete too early."""
 
 import hashlib
 import json
+import shutil
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -11,14 +14,16 @@ from PIL import Image
 from pycocotools.coco import COCO
 
 import data
-import demo
+import draw
+import draw_figures
 import prepare
 import splits
 
+ROOT = Path(__file__).parent.parent
 SIZES = ["--num_train", "40", "--num_val", "16", "--num_pets", "28"]
 
 
-def draw(root, *more):
+def draw_data(root, *more):
     prepare.main(prepare.get_args_parser().parse_args(["demo", "--data_root", str(root), *SIZES, *more]))
 
 
@@ -30,7 +35,7 @@ def digest(root: Path):
 @pytest.fixture(scope="module")
 def drawn(tmp_path_factory):
     root = tmp_path_factory.mktemp("demo") / "drawn"
-    draw(root)
+    draw_data(root)
     return root
 
 
@@ -93,30 +98,30 @@ def test_no_brightness_threshold_tells_pet_from_background(drawn):
 
 
 def test_the_same_seed_draws_the_same_files_and_another_seed_others(drawn, tmp_path):
-    draw(tmp_path / "again")
-    draw(tmp_path / "other", "--seed", "1")
+    draw_data(tmp_path / "again")
+    draw_data(tmp_path / "other", "--seed", "1")
     assert digest(tmp_path / "again") == digest(drawn)
     same = digest(drawn).items() & digest(tmp_path / "other").items()
     assert {Path(name).suffix for name, _ in same} <= {".txt"}
 
 
 def test_a_larger_set_holds_the_smaller_one(drawn, tmp_path):
-    assert demo.draw_pet(0, 3)[1].tobytes() == demo.draw_pet(0, 3)[1].tobytes()
-    draw(tmp_path / "more", "--num_train", "44")
+    assert draw.draw_pet(0, 3).image.tobytes() == draw.draw_pet(0, 3).image.tobytes()
+    draw_data(tmp_path / "more", "--num_train", "44")
     photos = {n: h for n, h in digest(drawn).items() if n.endswith(("jpg", "png"))}
     assert photos.items() <= digest(tmp_path / "more").items()
 
 
 def test_complete_data_is_left_alone_and_foreign_or_other_data_never_overwritten(drawn, tmp_path, capsys):
     before = {path: path.stat().st_mtime_ns for path in drawn.rglob("*")}
-    draw(drawn)
+    draw_data(drawn)
     assert "is complete" in capsys.readouterr().out
     with pytest.raises(prepare.PrepareError, match="other sizes or seed"):
-        draw(drawn, "--seed", "1")
+        draw_data(drawn, "--seed", "1")
     assert before == {path: path.stat().st_mtime_ns for path in drawn.rglob("*")}
     (tmp_path / "mine.txt").write_text("mine")
     with pytest.raises(prepare.PrepareError, match="something else"):
-        draw(tmp_path)
+        draw_data(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
@@ -131,14 +136,14 @@ def test_an_interrupted_drawing_is_not_taken_for_whole_and_the_next_one_mends_it
     with monkeypatch.context() as patch:
         patch.setattr(prepare, "Progress", Interrupted)
         with pytest.raises(KeyboardInterrupt):
-            draw(tmp_path / "d")
+            draw_data(tmp_path / "d")
     assert not (tmp_path / "d").exists()
-    draw(tmp_path / "d")
+    draw_data(tmp_path / "d")
     assert digest(tmp_path / "d") == digest(drawn) and [path.name for path in tmp_path.iterdir()] == ["d"]
 
 
 def test_two_drawings_at_once_give_one_whole_data_set(drawn, tmp_path):
-    threads = [threading.Thread(target=draw, args=(tmp_path / "d",)) for _ in range(2)]
+    threads = [threading.Thread(target=draw_data, args=(tmp_path / "d",)) for _ in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -149,3 +154,74 @@ def test_two_drawings_at_once_give_one_whole_data_set(drawn, tmp_path):
 def test_the_file_says_what_it_is(drawn):
     first, second = (drawn / "DATASET.txt").read_text().splitlines()
     assert first == "drawn demo photos" and json.loads(second)["num_train"] == 40
+
+
+# What some pictures hold: mean colour, and pixels of each label. Other versions of numpy and Pillow may round a little
+# differently; another order of the random draws changes everything.
+COCO_PHOTOS = [
+    ((0, 0, 0), (138.5, 132.4, 115.4), [(17, 3262), (19, 1917), (9, 6629)]),
+    ((0, 0, 13), (139.6, 125.6, 108.6), [(25, 2419), (64, 1116), (9, 2235), (25, 4580)]),
+    ((0, 1, 26), (130.6, 112.0, 92.3), [(28, 1419), (3, 2983)]),
+    ((1, 0, 5), (154.8, 158.4, 168.3), [(1, 626), (28, 4138)]),
+]
+PET_PHOTOS = [
+    ((0, 0), "Abyssinian", (155.4, 125.9, 90.0), [13488, 23442, 3070]),
+    ((0, 7), "beagle", (156.4, 147.8, 121.0), [17972, 15563, 2765]),
+    ((0, 3), "Maine_Coon", (114.1, 120.0, 106.3), [6670, 28312, 2858]),
+    ((1, 10), "pug", (132.1, 121.5, 124.3), [8710, 27230, 3660]),
+]
+
+
+def mean_colour(image):
+    return np.asarray(image).reshape(-1, 3).mean(0)
+
+
+@pytest.mark.parametrize(("key", "colour", "labels"), COCO_PHOTOS)
+def test_coco_photos_are_the_ones_always_drawn(key, colour, labels):
+    photo = draw.draw_coco(*key)
+    assert mean_colour(photo.image) == pytest.approx(colour, abs=1)
+    assert [instance.category_id for instance in photo.instances] == [category for category, _ in labels]
+    areas = [instance.mask.sum() for instance in photo.instances]
+    assert areas == pytest.approx([area for _, area in labels], rel=0.02, abs=5)
+
+
+@pytest.mark.parametrize(("key", "breed", "colour", "areas"), PET_PHOTOS)
+def test_pet_photos_are_the_ones_always_drawn(key, breed, colour, areas):
+    photo = draw.draw_pet(*key)
+    assert photo.breed.name == breed and mean_colour(photo.image) == pytest.approx(colour, abs=1)
+    assert np.bincount(photo.trimap.ravel(), minlength=4)[1:] == pytest.approx(areas, rel=0.02, abs=5)
+
+
+@pytest.mark.parametrize("category", draw_figures.CATEGORIES, ids=lambda category: category.name)
+def test_every_figure_has_about_the_height_asked_for(category):
+    canvas = np.full((300, 400, 3), 0.5, np.float32)
+    look = draw.Look(category.figure, category.coats, category.pattern, category.fur)
+    alpha = draw.draw_figure(np.random.default_rng(0), canvas, look, 150, draw.Foot(200, 250))
+    rows = np.flatnonzero((alpha >= 0.5).any(1))
+    assert 135 < np.ptp(rows) < 170 and abs(rows[-1] - 250) < 10
+    assert np.ptp(canvas) > 0.2 and np.isfinite(canvas).all() and canvas.min() >= 0 and canvas.max() <= 1
+
+
+def test_run_lengths_are_cocos():
+    mask = np.array([[0, 1, 1], [0, 0, 1]], bool)
+    assert draw.run_lengths(mask) == [2, 1, 1, 2]  # down the columns: 0 0, 1, 0, 1 1
+    assert draw.run_lengths(~mask) == [0, 2, 1, 1, 2]
+    assert draw.bounding_box(mask) == [1, 0, 2, 2]
+
+
+def test_the_file_draws_sheets_of_examples_when_it_is_copied_with_its_figures(tmp_path):
+    for name in ("draw.py", "draw_figures.py"):
+        shutil.copy(ROOT / name, tmp_path)
+
+    def run(*args):
+        command = [sys.executable, "draw.py", *args]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+
+    assert run("--out", "sheets").stdout.split() == ["sheets/coco.png", "sheets/pets.png"]
+    for name in ("coco.png", "pets.png"):
+        sheet = Image.open(tmp_path / "sheets" / name)
+        assert sheet.size == (6 * draw.CELL, 4 * draw.CELL) and np.asarray(sheet).std() > 30
+    refused = run("--seed", "-1")
+    assert refused.returncode == 2 and "'-1' is no seed" in refused.stderr
+    failed = run("--out", "draw.py")
+    assert failed.returncode == 1 and failed.stderr == "draw.py: File exists: name another folder with --out\n"

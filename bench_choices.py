@@ -1,0 +1,124 @@
+"""The choices in this project's pre-training step, each undone in turn, so that bench.py can say what each one pays.
+
+Every alternative computes the same loss from the same parameters (tests/test_bench.py holds them to it).
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import models
+from models import MaskedAutoencoder
+
+
+def explicit_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Compute attention on [B, heads, N, D] as three operations instead of one fused kernel."""
+    scaled = q * q.shape[-1] ** -0.5
+    weights = (scaled @ k.transpose(-2, -1)).softmax(dim=-1)
+    return weights @ v
+
+
+def permuted_attention(self: models.Attention, x: Tensor) -> Tensor:
+    """Do Attention.forward with q, k and v as one permuted view [3, B, heads, N, D], as most public ViTs have it."""
+    B, N, D = x.shape
+    qkv = self.qkv(x).reshape(B, N, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+    q, k, v = qkv.unbind(0)
+    attended = F.scaled_dot_product_attention(q, k, v)
+    return self.proj(attended.transpose(1, 2).reshape(B, N, D))
+
+
+def gathered_rows(x: Tensor, ids: Tensor) -> Tensor:
+    """Do take_rows with torch.gather and an expanded index."""
+    index = ids[..., None].expand(-1, -1, x.shape[-1])
+    return torch.gather(x, 1, index)
+
+
+def identity(self: models.PatchEmbed, x: Tensor) -> Tensor:
+    """Stand in for PatchEmbed.forward where the patches are embedded already."""
+    return x
+
+
+def all_patches_embedded(
+    self: MaskedAutoencoder, images: Tensor, mask_ratio: float, noise: Tensor
+) -> tuple[Tensor, Tensor, None]:
+    """Do MaskedAutoencoder.forward with the convolution over all patches, most of which are then dropped."""
+    patches = models.patchify(images, self.patch_size)
+    visible = self.num_visible(mask_ratio)
+    order = torch.argsort(noise, dim=1, stable=True)
+    visible_ids = order[:, :visible]
+    embedded = self.patch_embed.proj(images).flatten(2).transpose(1, 2)
+    with mock.patch.object(type(self.patch_embed), "forward", identity):
+        latent = self.forward_encoder(models.take_rows(embedded, visible_ids), visible_ids)
+    pred = self.forward_decoder(latent, order)[:, visible:]
+    loss = self.forward_loss(models.take_rows(patches, order[:, visible:]), pred)
+    return loss, pred, None
+
+
+def unshuffled_decoder(
+    self: MaskedAutoencoder, images: Tensor, mask_ratio: float, noise: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Do MaskedAutoencoder.forward with tokens in image order and a masked mean over the loss of all patches."""
+    patches = models.patchify(images, self.patch_size)
+    visible = self.num_visible(mask_ratio)
+    order = torch.argsort(noise, dim=1, stable=True)
+    restore = torch.argsort(order, dim=1)
+    visible_ids = order[:, :visible]
+    x = self.decoder_embed(self.forward_encoder(models.take_rows(patches, visible_ids), visible_ids))
+    hidden = self.mask_token.to(x.dtype).expand(len(x), order.shape[1] - visible, -1)
+    shuffled = torch.cat([x[:, 1:], hidden], dim=1)
+    tokens = models.take_rows(shuffled, restore)
+    x = torch.cat([x[:, :1], tokens], dim=1) + self.decoder_pos_embed
+    for block in self.decoder_blocks:
+        x = block(x)
+    pred = self.decoder_pred(self.decoder_norm(x)[:, 1:])
+    mask = (restore >= visible).float()
+    target = patches.float()
+    mean, std = self.patch_statistics(target)
+    loss = (pred.float() - (target - mean) / std).square().mean(-1)
+    return (loss * mask).sum() / mask.sum(), pred, mask
+
+
+class Patch(NamedTuple):
+    """What takes the place of an attribute."""
+
+    owner: Any
+    attribute: str
+    replacement: Callable
+
+
+PATCHES = {
+    "attention without a fused kernel": Patch(F, "scaled_dot_product_attention", explicit_attention),
+    "q, k, v as one permuted view": Patch(models.Attention, "forward", permuted_attention),
+    "rows picked by torch.gather": Patch(models, "take_rows", gathered_rows),
+    "all patches embedded by the convolution": Patch(MaskedAutoencoder, "forward", all_patches_embedded),
+    "tokens unshuffled, loss of all patches": Patch(MaskedAutoencoder, "forward", unshuffled_decoder),
+}
+# Settings of torch.optim.AdamW, which the training loop runs fused.
+OPTIMIZERS = {
+    "AdamW, foreach": {"fused": False, "foreach": True},
+    "AdamW, one tensor at a time": {"fused": False, "foreach": False},
+}
+
+
+def undone(name: str, function: Callable) -> Callable:
+    """Make a function that runs with the alternative `name` of PATCHES in place."""
+    patch = PATCHES[name]
+
+    def run(*args: Any) -> Any:
+        with mock.patch.object(patch.owner, patch.attribute, patch.replacement):
+            return function(*args)
+
+    return run
+
+
+def other_optimizer(name: str, optimizer: torch.optim.AdamW) -> torch.optim.AdamW:
+    """Make an AdamW over the parameter groups of another one, with the settings `name` of OPTIMIZERS."""
+    groups = []
+    for group in optimizer.param_groups:
+        kept = {key: group[key] for key in ("params", "lr_scale", "weight_decay")}
+        groups.append(kept)
+    return torch.optim.AdamW(groups, lr=optimizer.defaults["lr"], betas=optimizer.defaults["betas"], **OPTIMIZERS[name])
