@@ -1,7 +1,8 @@
 """Images as training wants them: any file read as RGB, decoded once into a cache that all runs share.
 
-Copy this one file to use it (torch, numpy, pillow): build_cache("data", paths) decodes once, append-only and kill-safe;
-ImageStore("data", paths) then holds the pixels, memory-mapped or whole on the GPU.
+To use it elsewhere, copy this one file (it needs torch, numpy and Pillow). build_cache("data", paths) decodes every image
+once; the cache only grows and survives a kill. ImageStore("data", paths) then gives the pixels, from a memory map or from a
+tensor on the GPU.
 """
 
 import contextlib
@@ -12,17 +13,29 @@ import os
 import shlex
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
 
 MAX_PIXELS = 89_478_485  # above this Pillow warns of a decompression bomb; photographs stay far below
+MAX_UNREADABLE = 0.01  # share of the images that may be left out
 CHUNK = 128  # rows decoded, written and flushed together while the cache is built
-_ORIENTATION = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}  # EXIF tag -> Image.Transpose that undoes it
+
+ORIENTATION_TAG = 0x0112  # in the EXIF data
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}  # value of the orientation tag -> what turns the image upright
 
 
 class DataError(ValueError):
@@ -33,40 +46,52 @@ class DataError(ValueError):
         self.exit_code = exit_code
 
 
-def require(condition, message: str, exit_code: int = 2) -> None:
+def require(condition: object, message: str, exit_code: int = 2) -> None:
     """Raise DataError with the message unless the condition holds."""
     if not condition:
         raise DataError(message, exit_code)
 
 
-def show_path(path) -> str:
-    """Give a path in a form that stays on one line."""
-    return str(path) if str(path).isprintable() else repr(str(path))
+def show_path(path: str | Path) -> str:
+    """Return a path as text that stays on one line, quoted if it holds unprintable characters."""
+    text = str(path)
+    if text.isprintable():
+        return text
+    return repr(text)
 
 
 def seeded_rng(*key: int) -> np.random.Generator:
-    """Make a generator that is a pure function of non-negative integers."""
+    """Make a generator that depends on its key of non-negative integers alone."""
     require(min(key) >= 0, f"seeds must be 0 or more, got {min(key)}")
-    return np.random.Generator(np.random.Philox(np.random.SeedSequence(key)))
+    sequence = np.random.SeedSequence(key)
+    return np.random.Generator(np.random.Philox(sequence))
 
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Hold the lock of a file (made if missing) while others wait; a kill releases it. A full disk is told in one line."""
+    """Hold an exclusive lock on a file, which is created if missing; the system releases it after a kill.
+
+    An OSError inside, such as a full disk, becomes a DataError with advice.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "ab") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
     except OSError as error:
-        found = f"{show_path(error.filename or path)}: {error.strerror or error}; what was complete is kept"
+        name = show_path(path if error.filename is None else error.filename)
+        reason = error if error.strerror is None else error.strerror
         advice = "free some space or choose another --cache_dir, then repeat the command"
-        raise DataError(f"cannot write {found}: {advice}", 1) from None
+        raise DataError(f"cannot write {name}: {reason}; what was complete is kept: {advice}", 1) from None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Reading images and trimaps
 
 
 @contextlib.contextmanager
-def _opened(path) -> Iterator[Image.Image]:
-    """Open an image; whatever goes wrong inside becomes a DataError that names the file."""
+def _opened(path: str | Path) -> Iterator[Image.Image]:
+    """Open an image; any error while it is open becomes a DataError that names the file."""
     try:
         with Image.open(path) as image:
             if image.width * image.height > MAX_PIXELS:
@@ -75,202 +100,458 @@ def _opened(path) -> Iterator[Image.Image]:
     except DataError:
         raise
     except Exception as error:  # decoders raise anything from OSError to struct.error on damaged files
-        empty = os.path.isfile(path) and not os.path.getsize(path)
-        known = {"DecompressionBombError": f"more than {MAX_PIXELS:,} pixels, refused",
-                 "UnidentifiedImageError": "the file is empty" if empty else "not an image"}  # fmt: skip
-        reason = known.get(type(error).__name__) or getattr(error, "strerror", None) or str(error) or repr(error)
-        raise DataError(f"{show_path(path)}: cannot be read: {' '.join(reason.split())}") from None
+        reason = " ".join(_reason(error, path).split())
+        raise DataError(f"{show_path(path)}: cannot be read: {reason}") from None
 
 
-def _turned(image: Image.Image, tagged: Image.Image) -> Image.Image:
-    """Turn an image as the EXIF of `tagged` says; where that is missing or damaged, the pixels are still good."""
-    with contextlib.suppress(Exception):
-        return image.transpose(_ORIENTATION[tagged.getexif()[0x0112]])
-    return image
+def _reason(error: Exception, path: str | Path) -> str:
+    """Say why an image could not be read."""
+    if isinstance(error, Image.DecompressionBombError):
+        return f"more than {MAX_PIXELS:,} pixels, refused"
+    if isinstance(error, Image.UnidentifiedImageError):
+        if os.path.isfile(path) and os.path.getsize(path) == 0:
+            return "the file is empty"
+        return "not an image"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    if str(error):
+        return str(error)
+    return repr(error)
 
 
-def read_image(path) -> Image.Image:
-    """Read any image as RGB: EXIF orientation applied, transparency on white, 16 bit scaled, first frame, bombs refused."""
+def _turn_upright(image: Image.Image, tagged: Image.Image) -> Image.Image:
+    """Turn an image as the EXIF orientation of `tagged` says; a missing or damaged tag leaves it as it is."""
+    try:
+        method = UPRIGHT.get(tagged.getexif().get(ORIENTATION_TAG))
+    except Exception:  # damaged EXIF data; the pixels are still good
+        return image
+    if method is None:
+        return image
+    return image.transpose(method)
+
+
+def _scale_grey(image: Image.Image) -> Image.Image:
+    """Convert 16 and 32 bit grey to 8 bit, where Pillow would clip to white."""
+    grey = np.asarray(image, dtype=np.float32)
+    if image.mode.startswith("I;16") or grey.max(initial=0) > 255:
+        grey = grey * (255 / 65535)
+    grey = np.nan_to_num(grey).clip(0, 255).round()
+    return Image.fromarray(grey.astype(np.uint8))
+
+
+def _place_on_white(image: Image.Image) -> Image.Image:
+    """Composite a transparent image over white."""
+    image = image.convert("RGBA")
+    white = Image.new("RGBA", image.size, "white")
+    return Image.alpha_composite(white, image)
+
+
+def read_image(path: str | Path) -> Image.Image:
+    """Read the first frame of any image file as RGB.
+
+    The EXIF orientation is applied, transparency is placed on white, 16 bit grey is scaled to 8 bit. Raises DataError for
+    files that cannot be read and for more than MAX_PIXELS.
+    """
     with _opened(path) as source:
         image = source
-        if image.mode[0] in "IF":  # 16 and 32 bit grey, which Pillow would clip to white
-            grey = np.asarray(image, dtype=np.float32)
-            grey = grey * (255 / 65535 if image.mode.startswith("I;16") or grey.max(initial=0) > 255 else 1)
-            image = Image.fromarray(np.nan_to_num(grey).clip(0, 255).round().astype(np.uint8))
+        if image.mode.startswith(("I", "F")):
+            image = _scale_grey(image)
         if image.has_transparency_data:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return _turned(image.convert("RGB"), source)
+            image = _place_on_white(image)
+        return _turn_upright(image.convert("RGB"), source)
 
 
-def read_trimap(path, image_path) -> np.ndarray:
-    """Read a trimap -> uint8 [H, W]: 0 pet, 1 background, 2 border; turned as the EXIF tag of its image says."""
-    name = show_path(path)
+def read_trimap(path: str | Path, image_path: str | Path) -> np.ndarray:
+    """Read a trimap -> uint8 [H, W]: 0 pet, 1 background, 2 border, turned as the EXIF tag of its image says.
+
+    Raises DataError for other values, and for a size that differs from the image's.
+    """
     with _opened(image_path) as image, _opened(path) as trimap:
-        (w, h), (width, height) = trimap.size, image.size
-        # Pillow may give the size of a TIFF as turned.
-        sizes = {image.size, image.size[::-1]} if image.format == "TIFF" else {image.size}
-        require(trimap.size in sizes, f"{name}: {w} x {h}, but its image is {width} x {height}")
+        _check_trimap_size(trimap, image, path)
         trimap.load()
-        values = np.asarray(_turned(trimap, image))
-    found = f"values {values.min()} to {values.max()}" if values.ndim == 2 else f"{values.ndim} dimensions"
-    good = values.ndim == 2 and values.dtype != bool and values.min() >= 1 and values.max() <= 3
-    require(good, f"{name}: a trimap holds 1 (pet), 2 (background), 3 (border), found {found}")
+        values = np.asarray(_turn_upright(trimap, image))
+    expected = f"{show_path(path)}: a trimap holds 1 (pet), 2 (background), 3 (border)"
+    require(values.ndim == 2, f"{expected}, found {values.ndim} dimensions")
+    lowest = values.min()
+    highest = values.max()
+    good = values.dtype != bool and lowest >= 1 and highest <= 3
+    require(good, f"{expected}, found values {lowest} to {highest}")
     return (values - 1).astype(np.uint8)
 
 
+def _check_trimap_size(trimap: Image.Image, image: Image.Image, path: str | Path) -> None:
+    """Raise DataError unless a trimap has the size of its image."""
+    allowed = [image.size]
+    if image.format == "TIFF":  # Pillow may report the size after turning
+        allowed.append((image.height, image.width))
+    message = f"{trimap.width} x {trimap.height}, but its image is {image.width} x {image.height}"
+    require(trimap.size in allowed, f"{show_path(path)}: {message}")
+
+
 def trimap_path(image: str) -> str:
-    """Give the relative path of an image's trimap."""
+    """Return the path of an image's trimap, relative to the data root."""
     return f"oxford-iiit-pet/annotations/trimaps/{Path(image).stem}.png"
 
 
-def load_truth(data_root, images: Sequence[str], size: int | tuple[int, int]) -> torch.Tensor:
-    """Read original trimaps, each resized once to the nearest pixel -> uint8 [N, h, w], classes 0, 1, 2."""
+def load_truth(data_root: str | Path, images: Sequence[str], size: int | tuple[int, int]) -> torch.Tensor:
+    """Read the trimaps of images, each resized by nearest neighbour -> uint8 [N, h, w], classes 0, 1, 2.
+
+    size: side of a square, or (height, width).
+    """
     require(images, "none of the images can be read; `python prepare.py verify` names the cause")
-    h, w = (size, size) if isinstance(size, int) else size
-    paths = [(Path(data_root, trimap_path(image)), Path(data_root, image)) for image in images]
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        trimaps = pool.map(lambda pair: Image.fromarray(read_trimap(*pair)).resize((w, h), 0), paths)  # 0: nearest
-        return torch.from_numpy(np.stack([np.asarray(trimap) for trimap in trimaps]))
+    if isinstance(size, int):
+        size = (size, size)
+    height, width = size
+
+    def read(image: str) -> np.ndarray:
+        trimap = read_trimap(Path(data_root, trimap_path(image)), Path(data_root, image))
+        resized = Image.fromarray(trimap).resize((width, height), Image.Resampling.NEAREST)
+        return np.asarray(resized)
+
+    with ThreadPoolExecutor(num_cores()) as pool:
+        trimaps = list(pool.map(read, images))
+    return torch.from_numpy(np.stack(trimaps))
+
+
+def num_cores() -> int:
+    """Count the cores that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The cache on disk
+
+
+class Stamp(NamedTuple):
+    """Size and time of the files that a row is made from; a change of either means that they were replaced."""
+
+    num_bytes: int
+    mtime_ns: int
+
+
+MISSING = Stamp(-1, -1)
+
+
+class CacheEntry(NamedTuple):
+    """One line of a cache's index: what the row of the same number was made from. On disk a JSON list."""
+
+    key: str  # path of the image, relative to the data root
+    width: int  # of the original, in pixels; 0 if it cannot be read
+    height: int
+    num_bytes: int
+    mtime_ns: int
+    error: str | None  # why the source cannot be read; its row holds zeros
+
+    @property
+    def stamp(self) -> Stamp:
+        return Stamp(self.num_bytes, self.mtime_ns)
 
 
 class _CacheFiles:
-    """One cache on disk: rows in .u8 and, a line for each row, [key, width, height, bytes, mtime_ns, error] in .jsonl."""
+    """One cache on disk: rows of pixels in a .u8 file, and a CacheEntry for each row in a .jsonl file."""
 
-    def __init__(self, data_root, kind: str, cache_dir, size: int):
+    def __init__(self, data_root: str | Path, kind: str, cache_dir: str | Path, size: int):
         good = kind in ("image", "trimap") and size >= 1
         require(good, f"no cache of kind {kind!r} and size {size}; kinds are image and trimap, sizes 1 or more")
-        root = hashlib.sha256(os.path.abspath(data_root).encode(errors="surrogateescape")).hexdigest()[:12]
-        self.root, self.kind, self.size = Path(data_root), kind, size
-        self.rows, self.index = (Path(cache_dir, f"{kind}s_{size}_{root}.{end}") for end in ("u8", "jsonl"))
-        self.shape = (3 if kind == "image" else 1, size, size)
-        self.row_bytes = int(np.prod(self.shape))
+        location = os.path.abspath(data_root).encode(errors="surrogateescape")
+        digest = hashlib.sha256(location).hexdigest()[:12]
+        channels = 3 if kind == "image" else 1
+        self.root = Path(data_root)
+        self.kind = kind
+        self.size = size
+        self.rows = Path(cache_dir, f"{kind}s_{size}_{digest}.u8")
+        self.index = Path(cache_dir, f"{kind}s_{size}_{digest}.jsonl")
+        self.shape = (channels, size, size)
+        self.row_bytes = channels * size * size
 
-    def source(self, key: str) -> Path:
-        return self.root / (key if self.kind == "image" else trimap_path(key))
+    def sources(self, key: str) -> list[Path]:
+        """List the files that a row is made from: an image, or a trimap and the image that says how it is turned."""
+        image = self.root / key
+        if self.kind == "image":
+            return [image]
+        return [self.root / trimap_path(key), image]
 
-    def stamp(self, key: str) -> list[int]:
-        """Size and time of what a row is made from: they tell that it was replaced; a trimap is turned as its photo says."""
-        with contextlib.suppress(OSError):
-            stats = [os.stat(path) for path in {self.source(key), self.root / key}]
-            return [sum(stat.st_size for stat in stats), sum(stat.st_mtime_ns for stat in stats)]
-        return [-1, -1]
+    def stamp(self, key: str) -> Stamp:
+        """Add up the sizes and times of a row's source files; MISSING if one of them is."""
+        num_bytes = 0
+        mtime_ns = 0
+        for path in self.sources(key):
+            try:
+                stat = os.stat(path)
+            except OSError:
+                return MISSING
+            num_bytes += stat.st_size
+            mtime_ns += stat.st_mtime_ns
+        return Stamp(num_bytes, mtime_ns)
 
-    def read_index(self) -> tuple[list[list], int]:
+    def read_index(self) -> tuple[list[CacheEntry], int]:
         """Read the index up to the first torn line or missing row -> (entries, their length in bytes)."""
-        entries, end = [], 0
-        with contextlib.suppress(ValueError, FileNotFoundError):
-            lines = self.index.read_bytes().splitlines(keepends=True)
-            for line in lines[: self.rows.stat().st_size // self.row_bytes]:
-                entries.append(json.loads(line[: line.index(b"\n")]))
-                end += len(line)
-        return entries, end
-
-    def decode(self, key: str) -> tuple[np.ndarray, list]:
-        """Decode one source -> (row [C, S, S], index entry); an unreadable one gives a row of zeros and the reason."""
-        stamp = self.stamp(key)  # before reading: a file replaced meanwhile will be noticed
         try:
-            photo, source = self.kind == "image", self.source(key)
-            image = read_image(source) if photo else Image.fromarray(read_trimap(source, self.root / key))
-            how = Image.Resampling.BICUBIC if photo else Image.Resampling.NEAREST
-            row = np.asarray(image.resize((self.size, self.size), how)).reshape(self.size, self.size, -1)
-            return np.ascontiguousarray(row.transpose(2, 0, 1)), [key, *image.size, *stamp, None]
+            lines = self.index.read_bytes().splitlines(keepends=True)
+            num_rows = self.rows.stat().st_size // self.row_bytes
+        except FileNotFoundError:
+            return [], 0
+        entries = []
+        length = 0
+        for line in lines[:num_rows]:
+            entry = _parse_entry(line)
+            if entry is None:
+                break
+            entries.append(entry)
+            length += len(line)
+        return entries, length
+
+    def decode(self, key: str) -> tuple[np.ndarray, CacheEntry]:
+        """Decode one source -> (row [C, S, S], entry); an unreadable one gives zeros and an entry with the reason."""
+        stamp = self.stamp(key)  # before reading, so that a file replaced meanwhile will be noticed
+        try:
+            image = self._read(key)
         except DataError as error:
-            return np.zeros(self.shape, np.uint8), [key, 0, 0, *stamp, str(error)]
+            return np.zeros(self.shape, np.uint8), CacheEntry(key, 0, 0, *stamp, str(error))
+        entry = CacheEntry(key, image.width, image.height, *stamp, None)
+        return self._make_row(image), entry
+
+    def _read(self, key: str) -> Image.Image:
+        sources = self.sources(key)
+        if self.kind == "image":
+            return read_image(*sources)
+        return Image.fromarray(read_trimap(*sources))
+
+    def _make_row(self, image: Image.Image) -> np.ndarray:
+        """Resize an image to a square, without regard to its aspect ratio -> uint8 [C, S, S]."""
+        resampling = Image.Resampling.BICUBIC if self.kind == "image" else Image.Resampling.NEAREST
+        resized = image.resize((self.size, self.size), resampling)
+        pixels = np.asarray(resized).reshape(self.size, self.size, -1)
+        return np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
 
-def build_cache(data_root, images: Sequence[str], *, kind: str = "image", cache_dir="cache", cache_size: int = 384,
-                workers: int | None = None, progress: Callable | None = None) -> None:  # fmt: skip
-    """Decode what the cache lacks, squashed to cache_size, in parallel; any number of processes may call it at once.
+def _parse_entry(line: bytes) -> CacheEntry | None:
+    """Parse a line of the index; None if it is torn."""
+    if not line.endswith(b"\n"):
+        return None
+    try:
+        return CacheEntry(*json.loads(line))
+    except (ValueError, TypeError):
+        return None
 
-    Survives a kill at any moment. progress(description, total) gives a context manager with update(1). Raises DataError
-    when the disk is too small, when more than 1 % of the images cannot be read, or any trimap.
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Building the cache
+
+
+def build_cache(
+    data_root: str | Path,
+    images: Sequence[str],
+    *,
+    kind: str = "image",
+    cache_dir: str | Path = "cache",
+    cache_size: int = 384,
+    workers: int | None = None,
+    progress: Callable | None = None,
+) -> None:
+    """Decode in parallel what the cache lacks, each image resized to a square of cache_size pixels.
+
+    It survives a kill at any moment, and any number of processes may call it at once. kind: "image" or "trimap".
+    progress(description, total) gives a context manager with update(1). Raises DataError when the disk is too small, when
+    more than 1 % of the images cannot be read, or any trimap.
     """
     files = _CacheFiles(data_root, kind, cache_dir, cache_size)
     keys = list(dict.fromkeys(images))
     with locked(files.index):
-        entries, end = files.read_index()
-        latest = {entry[0]: entry for entry in entries}
-        # What failed is tried again, for the cause may be gone; it is written again only if it fares differently.
-        todo = [k for k in keys if k not in latest or latest[k][5] or latest[k][3:5] != files.stamp(k)]
-        needed = files.row_bytes * sum(k not in latest or not latest[k][5] for k in todo)
-        free = shutil.disk_usage(cache_dir).free
-        found = f"the {kind}s need {needed / 1e9:,.1f} GB, {free / 1e9:,.1f} GB are free in {show_path(cache_dir)}"
-        require(needed <= free, f"{found}; free some, choose another --cache_dir or a smaller --cache_size", 1)
+        entries, index_bytes = files.read_index()
+        latest = {entry.key: entry for entry in entries}
+        todo = [key for key in keys if _is_outdated(key, latest.get(key), files)]
+        _require_space(files, todo, latest)
         if todo:
             with open(files.rows, "ab") as rows, open(files.index, "ab") as index:
-                rows.truncate(len(entries) * files.row_bytes)  # cuts off what a kill left half written
-                index.truncate(end)
-                _append(files, todo, latest, rows, index, workers, progress)
-    failed = [latest[k] for k in keys if latest[k][5]]
-    if len(failed) > (0.01 * len(keys) if kind == "image" else 0):
-        limit = "at most 1 % may be left out" if kind == "image" else "every trimap is needed"
-        found = f"{len(failed):,} of {len(keys):,} {kind}s cannot be used ({limit}), first {failed[0][5]}"
-        raise DataError(f"{found}; see `python prepare.py verify --data_root {shlex.quote(str(data_root))}`")
+                rows.truncate(len(entries) * files.row_bytes)  # cut off what a kill left half written
+                index.truncate(index_bytes)
+                writer = _CacheWriter(rows, index, latest)
+                _decode_and_write(files, todo, writer, workers, progress)
+    _require_readable(files, [latest[key] for key in keys])
 
 
-def _append(files: _CacheFiles, todo: list[str], latest: dict, rows, index, workers, progress) -> None:
-    """Decode in threads (Pillow works without the GIL); rows reach the disk before their index lines."""
-    failed, ahead = [], iter(())
-    watch = progress(f"decoding {files.kind}s", len(todo)) if progress else contextlib.nullcontext()
-    with ThreadPoolExecutor(workers or len(os.sched_getaffinity(0))) as pool, watch as bar:
-        for start in range(0, len(todo) + CHUNK, CHUNK):  # one chunk is decoded while the one before it is written
-            decoded, ahead, lines = ahead, pool.map(files.decode, todo[start : start + CHUNK]), b""
-            for row, entry in decoded:
+def _is_outdated(key: str, entry: CacheEntry | None, files: _CacheFiles) -> bool:
+    """Say whether a row has to be decoded: it is missing, its source changed, or it failed before.
+
+    What failed is tried again, for the cause may be gone.
+    """
+    return entry is None or entry.error is not None or entry.stamp != files.stamp(key)
+
+
+def _require_space(files: _CacheFiles, todo: list[str], latest: dict[str, CacheEntry]) -> None:
+    """Raise DataError unless the disk has room for the rows that will be added."""
+    cache_dir = files.rows.parent
+    needed = 0
+    for key in todo:
+        failed_before = key in latest and latest[key].error is not None
+        if not failed_before:
+            needed += files.row_bytes
+    free = shutil.disk_usage(cache_dir).free
+    state = f"the {files.kind}s need {needed / 1e9:,.1f} GB, {free / 1e9:,.1f} GB are free in {show_path(cache_dir)}"
+    require(needed <= free, f"{state}; free some, choose another --cache_dir or a smaller --cache_size", 1)
+
+
+def _require_readable(files: _CacheFiles, entries: list[CacheEntry]) -> None:
+    """Raise DataError if too many sources of a list cannot be read."""
+    errors = [entry.error for entry in entries if entry.error is not None]
+    if files.kind == "image":
+        allowed = MAX_UNREADABLE * len(entries)
+        limit = "at most 1 % may be left out"
+    else:
+        allowed = 0
+        limit = "every trimap is needed"
+    if len(errors) > allowed:
+        problem = f"{len(errors):,} of {len(entries):,} {files.kind}s cannot be used ({limit}), first {errors[0]}"
+        command = f"python prepare.py verify --data_root {shlex.quote(str(files.root))}"
+        raise DataError(f"{problem}; see `{command}`")
+
+
+class _CacheWriter:
+    """Append rows and their entries to an open cache."""
+
+    def __init__(self, rows: BinaryIO, index: BinaryIO, latest: dict[str, CacheEntry]):
+        self.rows = rows
+        self.index = index
+        self.latest = latest  # key -> its last entry, kept up to date
+        self.pending = []  # entries whose rows may not have reached the disk yet
+        self.errors = []
+
+    def add(self, row: np.ndarray, entry: CacheEntry) -> None:
+        """Append a row; one that failed before is written again only if it fares differently."""
+        if entry.error is not None:
+            if self.latest.get(entry.key) == entry:
+                return
+            self.errors.append(entry.error)
+        self.latest[entry.key] = entry
+        self.rows.write(row)
+        self.pending.append(entry)
+
+    def flush(self) -> None:
+        """Bring everything to the disk, rows before their entries, so that no entry lacks its row after a kill."""
+        _flush_to_disk(self.rows)
+        for entry in self.pending:
+            self.index.write(json.dumps(entry).encode() + b"\n")
+        _flush_to_disk(self.index)
+        self.pending = []
+
+
+def _flush_to_disk(file: BinaryIO) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _decode_and_write(
+    files: _CacheFiles, todo: list[str], writer: _CacheWriter, workers: int | None, progress: Callable | None
+) -> None:
+    """Decode in threads, which Pillow lets run at once, and write chunk by chunk."""
+    watch = contextlib.nullcontext()
+    if progress is not None:
+        watch = progress(f"decoding {files.kind}s", len(todo))
+    if workers is None:
+        workers = num_cores()
+    with ThreadPoolExecutor(workers) as pool, watch as bar:
+        for chunk in _decode_ahead(pool, files, todo):
+            for row, entry in chunk:
                 if bar is not None:
                     bar.update(1)
-                if not entry[5] or latest.get(entry[0]) != entry:
-                    latest[entry[0]] = entry
-                    lines += json.dumps(entry).encode() + b"\n"
-                    rows.write(row)
-                    failed += [entry[5]] if entry[5] else []
-            for file, content in ((rows, b""), (index, lines)):
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-    for reason in failed:  # by the process that decoded them; all others find them in the index
-        print(f"left out: {reason}", file=sys.stderr)
+                writer.add(row, entry)
+            writer.flush()
+    for error in writer.errors:  # only in the process that decoded; the others read them from the index
+        print(f"left out: {error}", file=sys.stderr)
+
+
+def _decode_ahead(pool: ThreadPoolExecutor, files: _CacheFiles, todo: list[str]) -> Iterator[Iterable]:
+    """Yield chunks of (row, entry); while the caller writes one, the next is being decoded."""
+    current = pool.map(files.decode, todo[:CHUNK])
+    for start in range(CHUNK, len(todo), CHUNK):
+        following = pool.map(files.decode, todo[start : start + CHUNK])
+        yield current
+        current = following
+    yield current
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Reading the cache
 
 
 class ImageStore:
-    """The cached rows of a list of images, memory-mapped or (on_device) held as one tensor on `device`.
+    """The cached rows of a list of images, in a memory map or (on_device) in one tensor on `device`.
 
-    `.images`: entries kept, `.dropped`: unreadable ones, `.rows` int64 [N]: entry -> unique image, `.sizes` float32
-    [U, 2]: native (height, width). Raises DataError if an image is not in the cache or has changed since it was decoded.
+    `.images`: the entries kept. `.dropped`: the unreadable ones. `.rows` int64 [N]: entry -> unique image. `.sizes` float32
+    [U, 2]: original (height, width) of the unique images. `.size`: side of the rows in pixels. `.tensor` uint8
+    [U, C, S, S] on the device, or None. Raises DataError if an image is not in the cache or has changed since.
     """
 
-    def __init__(self, data_root, images: Sequence[str], *, kind: str = "image", cache_dir="cache", cache_size: int = 384,
-                 device="cpu", on_device: bool = False):  # fmt: skip
+    def __init__(
+        self,
+        data_root: str | Path,
+        images: Sequence[str],
+        *,
+        kind: str = "image",
+        cache_dir: str | Path = "cache",
+        cache_size: int = 384,
+        device: str | torch.device = "cpu",
+        on_device: bool = False,
+    ):
         files = _CacheFiles(data_root, kind, cache_dir, cache_size)
         entries, _ = files.read_index()
-        latest = {entry[0]: row for row, entry in enumerate(entries)}
+        latest = {entry.key: row for row, entry in enumerate(entries)}
         keys = list(dict.fromkeys(images))
-        if stale := [k for k in keys if k not in latest or entries[latest[k]][3:5] != files.stamp(k)]:
-            found = f"{len(stale):,} of {len(keys):,} {kind}s are not in the cache or changed since, first"
-            command = f"python prepare.py cache --data_root {shlex.quote(str(data_root))}"
-            raise DataError(f"{found} {show_path(stale[0])}; run `{command}`")
-        good = [k for k in keys if not entries[latest[k]][5]]
-        number = {k: i for i, k in enumerate(good)}
-        self.dropped = [k for k in keys if k not in number]
-        self.images = tuple(k for k in images if k in number)
-        self.rows = np.array([number[k] for k in self.images], np.int64)
-        self.sizes = np.array([entries[latest[k]][2:0:-1] for k in good], np.float32).reshape(-1, 2)
-        self.size, self.tensor = cache_size, None
-        self._places = np.array([latest[k] for k in good], np.int64)
-        self._map = np.memmap(files.rows, np.uint8, "r", shape=(len(entries), *files.shape)) if good else None
-        if on_device and good:
-            self.tensor = torch.empty(len(good), *files.shape, dtype=torch.uint8, device=device)
-            for i in range(0, len(good), CHUNK):
-                self.tensor[i : i + CHUNK] = torch.from_numpy(self._map[self._places[i : i + CHUNK]]).to(device)
+        _require_current(files, keys, entries, latest)
+
+        good = [key for key in keys if entries[latest[key]].error is None]
+        number = {key: i for i, key in enumerate(good)}
+        self.images = tuple(key for key in images if key in number)
+        self.dropped = [key for key in keys if key not in number]
+        self.rows = np.array([number[key] for key in self.images], np.int64)
+        self.size = cache_size
+
+        cache_rows = [latest[key] for key in good]
+        sizes = [(entries[row].height, entries[row].width) for row in cache_rows]
+        self.sizes = np.array(sizes, np.float32).reshape(-1, 2)
+        self._cache_rows = np.array(cache_rows, np.int64)  # unique image -> row of the cache
+
+        self._map = None
+        self.tensor = None
+        if good:
+            self._map = np.memmap(files.rows, np.uint8, "r", shape=(len(entries), *files.shape))
+            if on_device:
+                self.tensor = self._copy_to(device)
+
+    def _copy_to(self, device: str | torch.device) -> torch.Tensor:
+        """Copy all rows -> uint8 [U, C, S, S] on the device, in chunks to spare the host's memory."""
+        count = len(self._cache_rows)
+        tensor = torch.empty(count, *self._map.shape[1:], dtype=torch.uint8, device=device)
+        for start in range(0, count, CHUNK):
+            chunk = self._cache_rows[start : start + CHUNK]
+            tensor[start : start + CHUNK] = torch.from_numpy(self._map[chunk]).to(device)
+        return tensor
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def gather(self, index, pin: bool = False) -> torch.Tensor:
-        """Copy list entries index [n] -> uint8 [n, C, S, S], on the device if the store is there; pin: page-locked."""
+    def gather(self, index: Sequence[int] | np.ndarray, pin: bool = False) -> torch.Tensor:
+        """Copy the list's entries `index` [n] -> uint8 [n, C, S, S], on the device if the store is there.
+
+        pin: into page-locked memory, from which a GPU copies faster.
+        """
         rows = self.rows[np.asarray(index)]
         if self.tensor is not None:
             return self.tensor[torch.from_numpy(rows).to(self.tensor.device)]
         out = torch.empty(len(rows), *self._map.shape[1:], dtype=torch.uint8, pin_memory=pin)
-        np.take(self._map, self._places[rows], axis=0, out=out.numpy(), mode="clip")  # "raise" would copy twice
+        # mode="raise" would copy twice.
+        np.take(self._map, self._cache_rows[rows], axis=0, out=out.numpy(), mode="clip")
         return out
+
+
+def _require_current(files: _CacheFiles, keys: list[str], entries: list[CacheEntry], latest: dict[str, int]) -> None:
+    """Raise DataError if an image is not in the cache or has changed since it was decoded."""
+    stale = []
+    for key in keys:
+        if key not in latest or entries[latest[key]].stamp != files.stamp(key):
+            stale.append(key)
+    if stale:
+        problem = f"{len(stale):,} of {len(keys):,} {files.kind}s are not in the cache or changed since, first"
+        command = f"python prepare.py cache --data_root {shlex.quote(str(files.root))}"
+        raise DataError(f"{problem} {show_path(stale[0])}; run `{command}`")

@@ -253,10 +253,10 @@ def split_options(args: argparse.Namespace) -> dict:
 def images_of_an_epoch(args: argparse.Namespace, split: Split) -> int:
     """Count the images of a nominal epoch.
 
-    Splits of another size than the animal split train for as many updates as an arm of that size, unless --num_images
+    A split of another size than the animal split trains for as many updates as an arm of that size, unless --num_images
     sets the size on purpose.
     """
-    if args.split in splits.OWN_SIZE and args.num_images is None:
+    if args.num_images is None:
         return splits.reference_size(args.data_root, **split_options(args))
     return len(split.images)
 

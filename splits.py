@@ -1,92 +1,65 @@
 """Which images: the COCO splits of pre-training and the Pets splits of fine-tuning, from the publishers' own annotations.
 
-select_split("data", "mixed", animal_fraction=0.3, split_seed=0) gives paths below "data", and a manifest. Copy this file
-together with data.py; pycocotools is imported only where an annotation file is read for the first time.
+    python splits.py                                         # the names of all splits, one a line
+
+select_split("data", "mixed", animal_fraction=0.3, split_seed=0) gives paths below "data", and a manifest. To add a split,
+write one function that chooses images and name it in SPLITS. To use this file elsewhere, copy it together with data.py;
+pycocotools is imported only where an annotation file is read for the first time.
 """
 
 import contextlib
 import hashlib
+import inspect
 import io
-import itertools
 import json
 import os
 import shlex
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 
-from data import locked, require, seeded_rng, show_path
+from data import DataError, locked, require, seeded_rng, show_path
 
-SPLITS = ("animal", "non_animal", "mixed", "all", "pets")
-OWN_SIZE = ("all", "pets")
+COCO_FOLDER = "coco"
+PETS_FOLDER = "oxford-iiit-pet"
 ANIMAL_IMAGES = ("per_category", "unique", "single")
-KEYS = {"images": ("id", "file_name"), "annotations": ("id", "image_id", "category_id"),
-        "categories": ("id", "name", "supercategory")}  # fmt: skip
+
+# Second number of a draw's key, after the seed: draws with different numbers are independent.
+DRAW_ANIMALS = 0
+DRAW_OTHERS = 1
+DRAW_PETS = 2
+DRAW_ALL = 3
+DRAW_TRAIN_FRACTION = 4
+
+VALIDATION_SEED = 2017
+PETS_PARTS_KEY = (0, 701515)  # the one draw of the 70/15/15 parts
+MIN_PETS = 7  # fewer leave no image to validate on
 
 
-def _open_source(data_root, path: str) -> Path:
-    """Check that a file of the data sets exists, and return its path."""
-    full, flag = Path(data_root, path), f"--data_root {shlex.quote(str(data_root))}"
-    ways = f"get the data with `python prepare.py download {flag}` or draw some with `python prepare.py demo {flag}`"
-    require(full.is_file(), f"{show_path(full)} not found; {ways}")
+class DataNotFoundError(DataError):
+    """A file of the data sets is missing."""
+
+
+class TooFewImagesError(DataError):
+    """The data holds fewer images than a split asks for."""
+
+
+def _find_source(data_root: str | Path, path: str) -> Path:
+    """Return the path of a file of the data sets; raise DataNotFoundError with advice if it is missing."""
+    full = Path(data_root, path)
+    if not full.is_file():
+        flag = f"--data_root {shlex.quote(str(data_root))}"
+        get = f"get the data with `python prepare.py download {flag}`"
+        draw = f"draw some with `python prepare.py demo {flag}`"
+        raise DataNotFoundError(f"{show_path(full)} not found; {get} or {draw}")
     return full
 
 
-def _faults(dataset) -> Iterator[str]:
-    """Name what is wrong with a COCO instances file; only the first one is to be trusted."""
-    for part, keys in KEYS.items():
-        if not isinstance(dataset, dict) or not isinstance(dataset.get(part), list):
-            yield f"no list {part!r}, so not a COCO instances file"
-        for number, entry in enumerate(dataset[part]):
-            kinds = ((key, int if key.endswith("id") else str) for key in keys)
-            lost = [key for key, kind in kinds if not isinstance(entry, dict) or type(entry.get(key)) is not kind]
-            yield from (f"entry {number} of {part!r} lacks {key!r}, or it is malformed" for key in lost)
-    for part, keys in KEYS.items():
-        for key in (key for key in keys if key in ("id", "file_name") or (part == "categories" and key == "name")):
-            values = [entry[key] for entry in dataset[part]]
-            counts = Counter(values) if len(set(values)) < len(values) else {}
-            yield from (f"{key} {value!r} occurs {n} times in {part!r}" for value, n in counts.items() if n > 1)
-    for part, key in (("images", "image_id"), ("categories", "category_id")):
-        known = {entry["id"] for entry in dataset[part]}
-        unknown = (a for a in dataset["annotations"] if a[key] not in known)
-        yield from (f"annotation {a['id']} has unknown {key} {a[key]}; it is not in {part!r}" for a in unknown)
-    for path in (PurePosixPath(entry["file_name"]) for entry in dataset["images"]):
-        if path.is_absolute() or ".." in path.parts or not path.name:
-            yield f"file_name {str(path)!r} leads out of the image folder"
-        if "\0" in str(path) or any("\ud800" <= letter <= "\udfff" for letter in str(path)):
-            yield f"file_name {str(path)!r} is no name of a file"
-
-
-def _read_labels(path: Path, cache_dir) -> dict:
-    """Read a COCO instances file through pycocotools -> its categories, animals and images [id, name, categories].
-
-    This is kept in a small file: the annotations themselves (450 MB) take a quarter of a minute to read.
-    """
-    stat = path.stat()
-    key = f"1 {os.path.abspath(path)} {stat.st_size} {stat.st_mtime_ns}".encode(errors="surrogateescape")
-    kept = Path(os.path.abspath(cache_dir), f"annotations_{hashlib.sha256(key).hexdigest()[:16]}.json")
-    with locked(kept.with_suffix(".lock")):
-        with contextlib.suppress(ValueError, FileNotFoundError):  # a torn one is made again
-            return json.loads(kept.read_text())
-        from pycocotools.coco import COCO
-
-        wanted, coco = {*KEYS, *itertools.chain(*KEYS.values())}, COCO()
-        try:
-            with open(path, encoding="utf-8") as f:  # the hook drops polygons as they are read: a third of the memory
-                coco.dataset = json.load(f, object_hook=lambda entry: {k: v for k, v in entry.items() if k in wanted})
-            fault = next(_faults(coco.dataset), None)
-        except (ValueError, RecursionError) as error:
-            fault = f"not a JSON file ({error})"
-        require(not fault, f"{show_path(path)}: {fault}; fetch it again")
-        with contextlib.redirect_stdout(io.StringIO()):
-            coco.createIndex()
-        labels = {image: sorted({a["category_id"] for a in coco.imgToAnns[image]}) for image in sorted(coco.imgs)}
-        content = {"categories": [[c, coco.cats[c]["name"]] for c in sorted(coco.cats)],
-                   "animals": sorted(coco.getCatIds(supNms=["animal"])),
-                   "images": [[image, coco.imgs[image]["file_name"], found] for image, found in labels.items()]}  # fmt: skip
-        kept.write_text(json.dumps(content))
-    return content
+# ----------------------------------------------------------------------------------------------------------------------
+# What a split is
 
 
 @dataclass(frozen=True)
@@ -96,127 +69,552 @@ class Split:
     name: str
     images: tuple[str, ...]
     manifest: dict
-    sha256 = property(lambda self: self.manifest["sha256"])
-    unique = property(lambda self: self.manifest["unique"])
+
+    @property
+    def sha256(self) -> str:
+        """Hash of the definition and the list."""
+        return self.manifest["sha256"]
+
+    @property
+    def unique(self) -> int:
+        """Number of different images."""
+        return self.manifest["unique"]
 
 
-def _make_split(images: list[str], definition: dict, **facts) -> Split:
-    if not facts:  # pets; list.txt: "All images with 1st letter as capital are cat images"
-        ids = [PurePosixPath(image).stem for image in images]
-        cats = sum(i[:1].isupper() for i in ids)
-        facts = {"ids": ids, "animal_images": len(ids), "categories": {"cat": cats, "dog": len(ids) - cats}}
-    name, text = definition["split"], json.dumps([definition, images], sort_keys=True, separators=(",", ":"))
-    manifest = {"name": name, "definition": definition, "entries": len(images), "unique": len(set(images)), **facts}
-    return Split(name, tuple(images), manifest | {"sha256": hashlib.sha256(text.encode()).hexdigest()})
+class LabelledImage(NamedTuple):
+    """What the annotations say of one image."""
+
+    id: int | str
+    labels: frozenset[str]  # names of the categories that it shows
+    is_animal: bool
 
 
-class _Coco:
-    """One COCO annotation file: animal and other images as positions, and what a manifest needs to know of them."""
+def _make_split(images: Sequence[str], definition: dict, coco: "CocoPart | None") -> Split:
+    """Make a split of the images, which follow from the definition; the two are hashed together.
 
-    def __init__(self, data_root, part: str, categories: Sequence[str] | None, cache_dir):
-        path = _open_source(data_root, f"coco/annotations/instances_{part}.json")
-        found = _read_labels(path, cache_dir)
-        self.names = dict(found["categories"])
-        for name in categories or ():
-            require(name in self.names.values(), f"unknown category {name!r}; valid: {', '.join(self.names.values())}")
-        self.animals = [c for c, name in self.names.items() if name in categories] if categories else found["animals"]
-        require(self.animals, f"{show_path(path)}: no super-category 'animal'; name some with --categories")
-        self.ids = [image for image, _, _ in found["images"]]
-        self.paths = [f"coco/{part}/{name}" for _, name, _ in found["images"]]
-        self.labels = [frozenset(labels) for _, _, labels in found["images"]]
-        self.hits = [len(found.intersection(self.animals)) for found in self.labels]
-        self.others = [i for i, hits in enumerate(self.hits) if not hits]
-
-    def animal_list(self, rule: str) -> list[int]:
-        require(rule in ANIMAL_IMAGES, f"--animal_images must be one of {', '.join(ANIMAL_IMAGES)}, got {rule!r}")
-        if rule == "per_category":
-            return [i for c in self.animals for i, found in enumerate(self.labels) if c in found]
-        return [i for i, hits in enumerate(self.hits) if (hits == 1 if rule == "single" else hits)]
-
-    def split(self, name: str, entries: Sequence[int], definition: dict) -> Split:
-        unique, categories = set(entries), [self.names[c] for c in self.animals]
-        counts = Counter(self.names[c] for i in unique for c in self.labels[i])  # an image has each label once
-        definition = {"split": name, "categories": categories, **definition}
-        return _make_split([self.paths[i] for i in entries], definition, ids=[self.ids[i] for i in entries],
-            animal_images=sum(self.hits[i] > 0 for i in unique), categories={c: counts[c] for c in categories},
-            without_annotation=sum(not self.labels[i] for i in unique),
-            person_share=round(counts["person"] / max(1, len(unique)), 6))  # fmt: skip
-
-
-def _first(pool: Sequence, count: int, what: str, *key: int) -> list:
-    """Take a prefix of the pool's fixed permutation: smaller counts are contained in larger ones."""
-    require(count <= len(pool), f"{count:,} {what} asked for, {len(pool):,} exist; choose a smaller --num_images")
-    return [pool[i] for i in seeded_rng(*key).permutation(len(pool))[:count]]
-
-
-def select_split(data_root, split: str, *, animal_fraction: float | None = None, num_images: int | None = None,
-                 animal_images: str = "per_category", categories: Sequence[str] | None = None, split_seed: int = 0,
-                 cache_dir="cache") -> Split:  # fmt: skip
-    """Select pre-training images. Doses nest: they are prefixes of two permutations that depend on split_seed alone.
-
-    animal_fraction: share of animal entries, for split "mixed". num_images: default the size of the animal list, so that
-    arms are matched ("all" and "pets": everything). animal_images: per_category lists an image once for each of its
-    animal categories (the paper), unique once, single only if it has exactly one. categories: take the animals' place.
+    coco: the part that COCO images among them belong to; None if all are pets.
     """
-    implied = {"animal": 1.0, "mixed": 0.5, "non_animal": 0.0}.get(split)
-    fraction = implied if animal_fraction is None else animal_fraction
+    text = json.dumps([definition, list(images)], sort_keys=True, separators=(",", ":"))
+    manifest = {
+        "name": definition["split"],
+        "definition": definition,
+        "entries": len(images),
+        "unique": len(set(images)),
+        **_describe(images, coco),
+        "sha256": hashlib.sha256(text.encode()).hexdigest(),
+    }
+    return Split(definition["split"], tuple(images), manifest)
+
+
+def _describe(images: Sequence[str], coco: "CocoPart | None") -> dict:
+    """Count what a manifest states: ids in order; animal images, images of each category (each image once)."""
+    labelled = {image: _look_up(image, coco) for image in images}
+    animal_images = 0
+    without_annotation = 0
+    counts = Counter()
+    for image in labelled.values():
+        if image.is_animal:
+            animal_images += 1
+        if not image.labels:
+            without_annotation += 1
+        counts.update(image.labels)
+    categories = coco.animals if coco is not None else ("cat", "dog")
+    facts = {
+        "ids": [labelled[image].id for image in images],
+        "animal_images": animal_images,
+        "categories": {name: counts[name] for name in categories},
+    }
+    if coco is not None:
+        facts["without_annotation"] = without_annotation
+        facts["person_share"] = round(counts["person"] / max(1, len(labelled)), 6)
+    return facts
+
+
+def _look_up(image: str, coco: "CocoPart | None") -> LabelledImage:
+    """Find the labels of a COCO image or a pet; any other image has none."""
+    if coco is not None and image in coco.images:
+        return coco.images[image]
+    name = PurePosixPath(image).stem
+    if not image.startswith(f"{PETS_FOLDER}/"):
+        return LabelledImage(name, frozenset(), False)
+    # list.txt: "All images with 1st letter as capital are cat images"
+    species = "cat" if name[:1].isupper() else "dog"
+    return LabelledImage(name, frozenset([species]), True)
+
+
+def draw_prefix(pool: Sequence[str], count: int, what: str, *key: int) -> list[str]:
+    """Draw `count` entries of a pool: a prefix of its permutation, so that a smaller draw lies in a larger one.
+
+    The permutation depends on the key (a seed and the number of the draw) and on the size of the pool. what: names the
+    entries in the TooFewImagesError that is raised when there are not enough of them.
+    """
+    if count > len(pool):
+        advice = "choose a smaller --num_images"
+        raise TooFewImagesError(f"{count:,} {what} asked for, {len(pool):,} exist; {advice}")
+    order = seeded_rng(*key).permutation(len(pool))
+    return [pool[i] for i in order[:count]]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Reading COCO
+
+# Fields of an instances file that are read; those that end in "id" are integers, the others text.
+FIELDS = {
+    "images": ("id", "file_name"),
+    "annotations": ("id", "image_id", "category_id"),
+    "categories": ("id", "name", "supercategory"),
+}
+UNIQUE_FIELDS = (
+    ("images", "id"),
+    ("images", "file_name"),
+    ("annotations", "id"),
+    ("categories", "id"),
+    ("categories", "name"),
+)
+REFERENCES = (("images", "image_id"), ("categories", "category_id"))  # what a field of an annotation refers to
+
+
+def _find_fault(dataset: object) -> str | None:
+    """Name the first fault of a COCO instances file, or return None."""
+    # The later checks rely on the earlier ones.
+    for check in (_find_malformed, _find_duplicate, _find_unknown_reference, _find_bad_name):
+        fault = check(dataset)
+        if fault is not None:
+            return fault
+    return None
+
+
+def _find_malformed(dataset: object) -> str | None:
+    for part, fields in FIELDS.items():
+        if not isinstance(dataset, dict) or not isinstance(dataset.get(part), list):
+            return f"no list {part!r}, so not a COCO instances file"
+        for number, entry in enumerate(dataset[part]):
+            for field in fields:
+                expected = int if field.endswith("id") else str
+                if not isinstance(entry, dict) or type(entry.get(field)) is not expected:
+                    return f"entry {number} of {part!r} lacks {field!r}, or it is malformed"
+    return None
+
+
+def _find_duplicate(dataset: dict) -> str | None:
+    for part, field in UNIQUE_FIELDS:
+        values = [entry[field] for entry in dataset[part]]
+        if len(set(values)) == len(values):
+            continue
+        for value, count in Counter(values).items():
+            if count > 1:
+                return f"{field} {value!r} occurs {count} times in {part!r}"
+    return None
+
+
+def _find_unknown_reference(dataset: dict) -> str | None:
+    for part, field in REFERENCES:
+        known = {entry["id"] for entry in dataset[part]}
+        for annotation in dataset["annotations"]:
+            value = annotation[field]
+            if value not in known:
+                return f"annotation {annotation['id']} has unknown {field} {value}; it is not in {part!r}"
+    return None
+
+
+def _find_bad_name(dataset: dict) -> str | None:
+    for entry in dataset["images"]:
+        path = PurePosixPath(entry["file_name"])
+        if path.is_absolute() or ".." in path.parts or not path.name:
+            return f"file_name {str(path)!r} leads out of the image folder"
+        has_surrogate = any("\ud800" <= letter <= "\udfff" for letter in str(path))
+        if "\0" in str(path) or has_surrogate:
+            return f"file_name {str(path)!r} is no name of a file"
+    return None
+
+
+def _load_instances(path: Path) -> dict:
+    """Load the needed fields of a COCO instances file; raise DataError if it is damaged."""
+    wanted = set(FIELDS)
+    for fields in FIELDS.values():
+        wanted.update(fields)
+
+    def keep_wanted(entry: dict) -> dict:  # drops polygons as they are read, which saves two thirds of the memory
+        return {key: value for key, value in entry.items() if key in wanted}
+
+    try:
+        with open(path, encoding="utf-8") as file:
+            dataset = json.load(file, object_hook=keep_wanted)
+        fault = _find_fault(dataset)
+    except (ValueError, RecursionError) as error:
+        fault = f"not a JSON file ({error})"
+    require(fault is None, f"{show_path(path)}: {fault}; fetch it again")
+    return dataset
+
+
+def _index_labels(dataset: dict) -> dict:
+    """Index an instances file with pycocotools -> its categories, animals and images [id, name, category ids]."""
+    from pycocotools.coco import COCO
+
+    coco = COCO()
+    coco.dataset = dataset
+    with contextlib.redirect_stdout(io.StringIO()):
+        coco.createIndex()
+    images = []
+    for image_id in sorted(coco.imgs):
+        labels = {annotation["category_id"] for annotation in coco.imgToAnns[image_id]}
+        images.append([image_id, coco.imgs[image_id]["file_name"], sorted(labels)])
+    return {
+        "categories": [[category, coco.cats[category]["name"]] for category in sorted(coco.cats)],
+        "animals": sorted(coco.getCatIds(supNms=["animal"])),
+        "images": images,
+    }
+
+
+def _read_labels(path: Path, cache_dir: str | Path) -> dict:
+    """Read the labels of a COCO instances file, from a digest in cache_dir where there is one.
+
+    The annotations themselves (450 MB) take a quarter of a minute to read.
+    """
+    stat = path.stat()
+    key = f"1 {os.path.abspath(path)} {stat.st_size} {stat.st_mtime_ns}".encode(errors="surrogateescape")
+    digest = Path(os.path.abspath(cache_dir), f"annotations_{hashlib.sha256(key).hexdigest()[:16]}.json")
+    with locked(digest.with_suffix(".lock")):
+        with contextlib.suppress(ValueError, FileNotFoundError):  # a torn one is made again
+            return json.loads(digest.read_text())
+        labels = _index_labels(_load_instances(path))
+        digest.write_text(json.dumps(labels))
+    return labels
+
+
+class CocoPart:
+    """The images of one COCO annotation file with their labels, divided into animal images and others.
+
+    part: "train2017" or "val2017". categories: names of the categories that take the animals' place.
+    `.images`: path -> LabelledImage, in the order of their ids. `.animals`: names of the animal categories.
+    Raises DataError if the file is missing or damaged, or if a category is unknown.
+    """
+
+    def __init__(
+        self, data_root: str | Path, part: str, categories: Sequence[str] | None = None, cache_dir: str | Path = "cache"
+    ):
+        path = _find_source(data_root, f"{COCO_FOLDER}/annotations/instances_{part}.json")
+        content = _read_labels(path, cache_dir)
+        names = dict(content["categories"])
+        if categories:
+            for name in categories:
+                require(name in names.values(), f"unknown category {name!r}; valid: {', '.join(names.values())}")
+            self.animals = [name for name in names.values() if name in categories]
+        else:
+            self.animals = [names[category] for category in content["animals"]]
+        require(self.animals, f"{show_path(path)}: no super-category 'animal'; name some with --categories")
+        self.images = {}
+        for image_id, file_name, category_ids in content["images"]:
+            labels = frozenset(names[category] for category in category_ids)
+            is_animal = not labels.isdisjoint(self.animals)
+            self.images[f"{COCO_FOLDER}/{part}/{file_name}"] = LabelledImage(image_id, labels, is_animal)
+
+    @property
+    def paths(self) -> list[str]:
+        """All images."""
+        return list(self.images)
+
+    @property
+    def others(self) -> list[str]:
+        """Images that show no animal."""
+        return [path for path, image in self.images.items() if not image.is_animal]
+
+    def images_with(self, category: str) -> list[str]:
+        """List the images that show a category."""
+        return [path for path, image in self.images.items() if category in image.labels]
+
+    def animal_entries(self, listing: str = "per_category") -> list[str]:
+        """List the images that show animals.
+
+        listing: "per_category" names an image once for each of its animal categories (the paper), "unique" once, "single"
+        only if it has exactly one.
+        """
+        _check_listing(listing)
+        entries = []
+        if listing == "per_category":
+            for category in self.animals:
+                entries += self.images_with(category)
+            return entries
+        for path, image in self.images.items():
+            count = len(image.labels.intersection(self.animals))
+            if count == 1 or (count > 1 and listing == "unique"):
+                entries.append(path)
+        return entries
+
+    def make_split(self, name: str, images: Sequence[str], definition: dict) -> Split:
+        """Make a split of images of this part; `definition` states what it follows from besides the categories."""
+        return _make_split(images, {"split": name, "categories": list(self.animals), **definition}, self)
+
+
+def _check_listing(listing: str) -> None:
+    valid = ", ".join(ANIMAL_IMAGES)
+    require(listing in ANIMAL_IMAGES, f"--animal_images must be one of {valid}, got {listing!r}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The splits of pre-training
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The options of a split.
+
+    animal_fraction: share of animal entries, for split "mixed". num_images: default the number of animal entries, so that
+    arms are matched ("all" and "pets": everything). animal_images: see CocoPart.animal_entries. categories: names of COCO
+    categories that take the animals' place. split_seed: the only thing that the draws depend on.
+    """
+
+    split: str
+    animal_fraction: float | None = None
+    num_images: int | None = None
+    animal_images: str = "per_category"
+    categories: Sequence[str] | None = None
+    split_seed: int = 0
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a rule chooses from, and what is asked of it. Data sets are read when a rule first uses them."""
+
+    data_root: str | Path
+    selection: Selection
+    cache_dir: str | Path = "cache"
+
+    @cached_property
+    def coco(self) -> CocoPart:
+        """The training part of COCO."""
+        return CocoPart(self.data_root, "train2017", self.selection.categories, self.cache_dir)
+
+    @cached_property
+    def animals(self) -> list[str]:
+        """Entries of the animal list, as --animal_images counts them."""
+        return self.coco.animal_entries(self.selection.animal_images)
+
+    @cached_property
+    def pets(self) -> tuple[str, ...]:
+        """The training images of Oxford-IIIT Pet."""
+        return pets_split(self.data_root, "train").images
+
+    @property
+    def animal_fraction(self) -> float | None:
+        """The share of animal entries asked for, or the split's own."""
+        if self.selection.animal_fraction is None:
+            return ANIMAL_FRACTIONS.get(self.selection.split)
+        return self.selection.animal_fraction
+
+    def count(self, default: int) -> int:
+        """Return the number of entries asked for with --num_images, or the default."""
+        if self.selection.num_images is None:
+            return default
+        return self.selection.num_images
+
+    def matched_count(self) -> int:
+        """Return the number of entries asked for, by default that of the animal list, which all arms are matched to."""
+        return self.count(len(self.animals))
+
+    def draw(self, pool: Sequence[str], count: int, what: str, number: int) -> list[str]:
+        """Draw `count` entries of a pool with split_seed, as draw_prefix does.
+
+        number: makes the draw independent of others; new rules take one from 5 on.
+        """
+        return draw_prefix(pool, count, what, self.selection.split_seed, number)
+
+    def draw_animals(self, count: int) -> list[str]:
+        """Draw entries of the animal list."""
+        what = f"animal entries ({self.selection.animal_images})"
+        return self.draw(self.animals, count, what, DRAW_ANIMALS)
+
+    def draw_others(self, count: int) -> list[str]:
+        """Draw images that show no animal."""
+        return self.draw(self.coco.others, count, "non-animal images", DRAW_OTHERS)
+
+
+def choose_animal(source: Source) -> list[str]:
+    """Choose COCO images that show animals, an entry for each of their animal categories."""
+    return source.draw_animals(source.matched_count())
+
+
+def choose_non_animal(source: Source) -> list[str]:
+    """Choose COCO images that show no animal, as many as there are animal entries."""
+    return source.draw_others(source.matched_count())
+
+
+def choose_mixed(source: Source) -> list[str]:
+    """Choose animal entries and images that show no animal, by default half of each."""
+    count = source.matched_count()
+    num_animals = round(source.animal_fraction * count)
+    return source.draw_animals(num_animals) + source.draw_others(count - num_animals)
+
+
+def choose_all(source: Source) -> list[str]:
+    """Choose all images of COCO's training part, shuffled."""
+    pool = source.coco.paths
+    return source.draw(pool, source.count(len(pool)), "images", DRAW_ALL)
+
+
+def choose_pets(source: Source) -> list[str]:
+    """Choose the images of Oxford-IIIT Pet that fine-tuning trains on."""
+    return source.draw(source.pets, source.count(len(source.pets)), "Pets training images", DRAW_PETS)
+
+
+# Name -> rule, a function from a Source to paths relative to the data root. To add a split, write a rule and name it here;
+# the first line of its docstring describes it in `prepare.py splits`.
+SPLITS: dict[str, Callable[[Source], list[str]]] = {
+    "animal": choose_animal,
+    "non_animal": choose_non_animal,
+    "mixed": choose_mixed,
+    "all": choose_all,
+    "pets": choose_pets,
+}
+ANIMAL_FRACTIONS = {"animal": 1.0, "non_animal": 0.0, "mixed": 0.5}  # unless --animal_fraction says otherwise
+TAKES_FRACTION = {"mixed"}  # the rules that read animal_fraction; all others refuse another value
+
+
+def split_names() -> list[str]:
+    """List the names of all splits."""
+    return list(SPLITS)
+
+
+def describe_rule(name: str) -> str:
+    """Return the first line of a rule's docstring; empty if it has none."""
+    text = inspect.getdoc(SPLITS[name])
+    if not text:
+        return ""
+    return text.splitlines()[0]
+
+
+def select_split(data_root: str | Path, split: str, *, cache_dir: str | Path = "cache", **options) -> Split:
+    """Select pre-training images with the rule of a name in SPLITS. Larger selections contain smaller ones.
+
+    options: the other fields of Selection. Raises DataError for a wrong request, DataNotFoundError if a data set that the
+    rule reads is missing, TooFewImagesError if it holds too few images.
+    """
+    selection = Selection(split, **options)
+    _check_selection(selection)
+    source = Source(data_root, selection, cache_dir)
+    images = list(SPLITS[split](source))
+    if not images:
+        advice = "choose another split or other --categories"
+        raise TooFewImagesError(f"no image of the data belongs to --split {split}; {advice}")
+    coco = None
+    if any(image.startswith(f"{COCO_FOLDER}/") for image in images):
+        coco = source.coco
+    return _make_split(images, _define(source, images, coco), coco)
+
+
+def _check_selection(selection: Selection) -> None:
+    """Raise DataError if a selection asks for what cannot be."""
+    split = selection.split
+    fraction = selection.animal_fraction
     require(split in SPLITS, f"--split must be one of {', '.join(SPLITS)}, got {split!r}")
-    advice = f"contradicts --split {split}; use --split mixed"
-    require(split == "mixed" or fraction == implied, f"--animal_fraction {fraction} {advice}")
-    require(fraction is None or 0 <= fraction <= 1, f"--animal_fraction must lie in [0, 1], got {animal_fraction}")
-    require(num_images is None or num_images >= 1, f"--num_images must be at least 1, got {num_images}")
-    if split == "pets":
-        pool = pets_split(data_root, "train").images
-        images = _first(pool, num_images or len(pool), "Pets training images", split_seed, 2)
-        return _make_split(images, {"split": "pets", "num_images": len(images), "split_seed": split_seed})
-    coco = _Coco(data_root, "train2017", categories, cache_dir)
-    animals = coco.animal_list(animal_images)
-    count = num_images or len(coco.ids if split == "all" else animals)
-    definition = {"animal_images": animal_images, "split_seed": split_seed, "num_images": count}
-    if split == "all":
-        return coco.split(split, _first(range(len(coco.ids)), count, "images", split_seed, 3), definition)
-    dose = round(fraction * count)
-    entries = _first(animals, dose, f"animal entries ({animal_images})", split_seed, 0)
-    entries += _first(coco.others, count - dose, "non-animal images", split_seed, 1)
-    return coco.split(split, entries, definition | {"animal_fraction": fraction})
+    if fraction is not None and split not in TAKES_FRACTION:
+        own = ANIMAL_FRACTIONS.get(split)
+        advice = f"use --split {' or '.join(sorted(TAKES_FRACTION))}"
+        require(fraction == own, f"--animal_fraction {fraction} contradicts --split {split}; {advice}")
+    if fraction is not None:
+        require(0 <= fraction <= 1, f"--animal_fraction must lie in [0, 1], got {fraction}")
+    count = selection.num_images
+    if count is not None:
+        require(count >= 1, f"--num_images must be at least 1, got {count}")
+    _check_listing(selection.animal_images)
 
 
-def reference_size(data_root, **options) -> int:
-    """Count the animal list's entries: the epoch that all arms are matched to (takes select_split's keywords)."""
-    return len(select_split(data_root, "animal", **options | {"num_images": None}).images)
+def _define(source: Source, images: Sequence[str], coco: CocoPart | None) -> dict:
+    """State what a selection follows from; COCO's options only where the list holds COCO images."""
+    selection = source.selection
+    if coco is None:
+        return {"split": selection.split, "num_images": len(images), "split_seed": selection.split_seed}
+    definition = {
+        "split": selection.split,
+        "categories": list(coco.animals),
+        "animal_images": selection.animal_images,
+        "split_seed": selection.split_seed,
+        "num_images": len(images),
+    }
+    if source.animal_fraction is not None:
+        definition["animal_fraction"] = source.animal_fraction
+    return definition
 
 
-def mae_validation(data_root, *, categories: Sequence[str] | None = None, cache_dir="cache") -> dict[str, Split]:
+def reference_size(data_root: str | Path, **options) -> int:
+    """Count the entries of the animal list, the epoch that all arms are matched to (takes select_split's keywords)."""
+    options["num_images"] = None
+    return len(select_split(data_root, "animal", **options).images)
+
+
+def mae_validation(
+    data_root: str | Path, *, categories: Sequence[str] | None = None, cache_dir: str | Path = "cache"
+) -> dict[str, Split]:
     """Select unique animal and as many non-animal images of val2017, the same for every seed and arm."""
-    coco = _Coco(data_root, "val2017", categories, cache_dir)
-    pools = {"animal": coco.animal_list("unique"), "non_animal": coco.others}
-    count = min(map(len, pools.values()))
-    require(count, f"{show_path(data_root)}: val2017 needs images with and without the chosen categories")
-    return {name: coco.split(name, sorted(_first(pool, count, name, 2017, k)), {"part": "val2017", "num_images": count})
-            for k, (name, pool) in enumerate(pools.items())}  # fmt: skip
+    coco = CocoPart(data_root, "val2017", categories, cache_dir)
+    animals = coco.animal_entries("unique")
+    others = coco.others
+    count = min(len(animals), len(others))
+    require(count > 0, f"{show_path(data_root)}: val2017 needs images with and without the chosen categories")
+    definition = {"part": "val2017", "num_images": count}
+    validation = {}
+    for name, pool, number in (("animal", animals, DRAW_ANIMALS), ("non_animal", others, DRAW_OTHERS)):
+        chosen = set(draw_prefix(pool, count, name, VALIDATION_SEED, number))
+        images = [path for path in pool if path in chosen]  # in the order of their ids
+        validation[name] = coco.make_split(name, images, definition)
+    return validation
 
 
-def pets_split(data_root, part: str, *, train_fraction: float = 1.0, split_seed: int = 0) -> Split:
+# ----------------------------------------------------------------------------------------------------------------------
+# The splits of fine-tuning
+
+
+class PetEntry(NamedTuple):
+    """One image of Oxford-IIIT Pet, as list.txt describes it."""
+
+    name: str  # of the image file, without its extension
+    class_id: int  # breed, 1 to 37
+    species: int  # 1 cat, 2 dog
+    breed_id: int  # within the species
+
+
+def read_pets_list(data_root: str | Path) -> list[PetEntry]:
+    """Read list.txt of Oxford-IIIT Pet, in its order. Raises DataError if it is missing or damaged."""
+    path = _find_source(data_root, f"{PETS_FOLDER}/annotations/list.txt")
+    text = path.read_text(encoding="utf-8-sig", errors="replace")
+    entries = []
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip() or line.startswith("#"):
+            continue
+        try:
+            name, class_id, species, breed_id = line.rsplit(maxsplit=3)
+            entries.append(PetEntry(name, int(class_id), int(species), int(breed_id)))
+        except ValueError:
+            layout = "a name and three numbers"
+            raise DataError(f"{show_path(path)}: line {number} must hold {layout}; fetch it again") from None
+    names = {entry.name for entry in entries}
+    good = len(entries) >= MIN_PETS and len(names) == len(entries)
+    require(good, f"{show_path(path)} must name at least {MIN_PETS} images, each once; fetch it again")
+    return entries
+
+
+def pets_split(data_root: str | Path, part: str, *, train_fraction: float = 1.0, split_seed: int = 0) -> Split:
     """Select part "train", "val" or "test" of the one fixed random 70/15/15 draw over the images of list.txt.
 
     train_fraction: share of the training images, in (0, 1], that split_seed chooses; smaller ones lie in larger ones.
     """
-    path = _open_source(data_root, "oxford-iiit-pet/annotations/list.txt")
-    lines = path.read_text(encoding="utf-8-sig", errors="replace").split("\n")
-    names = sorted(line.rsplit(maxsplit=3)[0] for line in lines if line.strip() and not line.startswith("#"))
-    good = 7 <= len(names) == len(set(names))  # fewer leave no image to validate on
-    require(good, f"{show_path(path)} must name at least 7 images, each once; fetch it again")
+    names = sorted(entry.name for entry in read_pets_list(data_root))
     require(0 < train_fraction <= 1, f"--train_fraction must lie in (0, 1], got {train_fraction}")
-    names = _first(names, len(names), "images", 0, 701515)
-    train, val = len(names) * 70 // 100, len(names) * 15 // 100
-    parts = {"train": names[:train], "val": names[train : train + val], "test": names[train + val :]}
+    names = draw_prefix(names, len(names), "images", *PETS_PARTS_KEY)
+    val_start = len(names) * 70 // 100
+    test_start = val_start + len(names) * 15 // 100
+    parts = {"train": names[:val_start], "val": names[val_start:test_start], "test": names[test_start:]}
     require(part in parts, f"part must be train, val or test, got {part!r}")
-    chosen, definition = parts[part], {"split": f"pets {part}"}
+    chosen = parts[part]
+    definition = {"split": f"pets {part}"}
     if part == "train" and train_fraction < 1:
-        chosen = _first(chosen, max(1, round(train_fraction * len(chosen))), "training images", split_seed, 4)
-        definition |= {"train_fraction": train_fraction, "split_seed": split_seed}
-    return _make_split([f"oxford-iiit-pet/images/{name}.jpg" for name in chosen], definition)
+        count = max(1, round(train_fraction * len(chosen)))
+        chosen = draw_prefix(chosen, count, "training images", split_seed, DRAW_TRAIN_FRACTION)
+        definition["train_fraction"] = train_fraction
+        definition["split_seed"] = split_seed
+    images = [f"{PETS_FOLDER}/images/{name}.jpg" for name in chosen]
+    return _make_split(images, definition, None)
 
 
-def split_names():
-    return list(SPLITS)
+if __name__ == "__main__":
+    print("\n".join(split_names()))

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import json
 import os
 import random
 import signal
@@ -117,6 +118,25 @@ def test_any_torn_tail_is_cut_off(photos, tmp_path):
             if rng.random() < 0.7:  # what a crash of the machine may leave
                 path.write_bytes(whole[path.name][: rng.randrange(len(whole[path.name]))] + rng.choice([b"", b"\0\0"]))
         data.build_cache(root, images[:40], **options)
+        assert content(tmp_path / "c") == whole
+
+
+def test_the_index_is_a_json_list_for_each_row_and_ends_at_the_first_damaged_line(photos, tmp_path):
+    root, images = photos
+    (root / "2.jpg").write_bytes(b"")
+    options = dict(kind="image", cache_dir=tmp_path / "c", cache_size=8)
+    with pytest.raises(data.DataError, match="1 of 4 images"):
+        data.build_cache(root, images[:4], **options)
+    (index,) = (tmp_path / "c").glob("*.jsonl")
+    whole = content(tmp_path / "c")
+    lines = [json.loads(line) for line in index.read_text().splitlines()]
+    stat = (root / "1.jpg").stat()
+    assert lines[1] == ["1.jpg", 41, 30, stat.st_size, stat.st_mtime_ns, None]
+    assert lines[2][:4] == ["2.jpg", 0, 0, 0] and lines[2][5].endswith("the file is empty")
+    for damage in (b"[1, 2]\n", b"7\n", b"{}\n", b'"text"\n'):
+        index.write_bytes(b"".join(whole[index.name].splitlines(True)[:1]) + damage)
+        with pytest.raises(data.DataError, match="1 of 4 images"):
+            data.build_cache(root, images[:4], **options)
         assert content(tmp_path / "c") == whole
 
 

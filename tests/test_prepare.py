@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -76,7 +77,7 @@ def test_splits_print_every_split_beside_the_paper_and_write_manifests(drawn, tm
     assert ["pets", "train", "19", "5,144"] in [row[:4] for row in rows]
     manifest = json.loads((tmp_path / "out/mixed.json").read_text())
     assert manifest["entries"] == 21 and manifest["sha256"][:12] == rows[5][-1]
-    assert len(list((tmp_path / "out").iterdir())) == 12
+    assert len(list((tmp_path / "out").iterdir())) == 13
 
 
 def test_data_with_more_animals_than_other_images_still_shows_its_other_splits(copy, tmp_path, capsys):
@@ -93,6 +94,70 @@ def test_data_with_more_animals_than_other_images_still_shows_its_other_splits(c
         run("splits", "--data_root", copy, "--cache_dir", tmp_path / "cache", "--output", tmp_path / "out")
     assert error.value.exit_code == 1
     assert "animal unique" in capsys.readouterr().out and (tmp_path / "out/animal.json").exists()
+
+
+def first_people(source):
+    """Choose some images that show a person."""
+    return source.draw(source.coco.images_with("person"), source.count(3), "images with a person", 5)
+
+
+def test_a_split_that_is_added_appears_in_the_table_the_manifests_and_the_cache(drawn, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(splits.SPLITS, "people", first_people)
+    monkeypatch.setitem(splits.SPLITS, "crowd", lambda source: source.draw(source.coco.paths, 10**6, "images", 6))
+    place = ["--data_root", drawn, "--cache_dir", tmp_path / "cache"]
+    with pytest.raises(prepare.PrepareError, match=r"^crowd: 1,000,000 images asked for, 40 exist: give") as error:
+        run("splits", *place, "--output", tmp_path / "out")
+    assert error.value.exit_code == 1
+    lines = capsys.readouterr().out.splitlines()
+    rows = [line.split() for line in lines]
+    manifest = json.loads((tmp_path / "out/people.json").read_text())
+    assert manifest["entries"] == 3 and ["people", "3", "3"] in [row[:3] for row in rows]
+    assert any(line.startswith("people") and line.endswith("Choose some images that show a person.") for line in lines)
+    assert "crowd" in lines and not (tmp_path / "out/crowd.json").exists() and len(manifest["ids"]) == 3
+    run("cache", *place, "--cache_size", 16, "--splits", "people")
+    images = splits.select_split(drawn, "people", cache_dir=tmp_path / "cache").images
+    assert len(data.ImageStore(drawn, images, cache_dir=tmp_path / "cache", cache_size=16)) == 3
+    assert "people" in prepare.get_args_parser().parse_args(["cache"]).splits
+    assert "all" not in prepare.get_args_parser().parse_args(["cache"]).splits
+
+
+@pytest.mark.parametrize(
+    "lost, shown, missing",
+    [
+        (
+            "coco",
+            ["pets", "pets train", "pets val", "pets test"],
+            "train2017.json not found; not shown: validation, .*val2017.json not found; get",
+        ),
+        (
+            "oxford-iiit-pet",
+            ["animal", "mixed", "all", "validation"],
+            "not shown: pets, pets train, .*list.txt not found",
+        ),
+        (
+            "coco/annotations/instances_val2017.json",
+            ["animal", "mixed"],
+            "not shown: validation, .*val2017.json not found",
+        ),
+    ],
+)
+def test_splits_of_one_data_set_are_shown_when_the_other_is_missing(copy, tmp_path, capsys, lost, shown, missing):
+    place = ["--data_root", copy, "--cache_dir", tmp_path / "cache", "--output", tmp_path / "out"]
+    run("splits", *place)
+    (copy / lost).rename(tmp_path / "lost")
+    capsys.readouterr()
+    with pytest.raises(prepare.PrepareError) as error:
+        run("splits", *place)
+    message = str(error.value)
+    assert error.value.exit_code == 1 and "prepare.py download --data_root" in message and "\n" not in message
+    assert re.search(missing, message)
+    out = capsys.readouterr().out.splitlines()
+    for title in shown:
+        assert any(line.startswith(f"{title} ") for line in out)
+    assert not any(f"{line.split('  ')[0]}," in message for line in out[1 : out.index("")])
+    assert (tmp_path / f"out/{shown[-1].replace(' ', '_')}.json").exists()
+    gone = {"coco": "animal", "oxford-iiit-pet": "pets_val"}.get(lost, "validation")
+    assert not (tmp_path / f"out/{gone}.json").exists()
 
 
 def test_splits_are_a_function_of_the_seed(drawn, tmp_path, capsys):
@@ -114,19 +179,22 @@ def test_cache_decodes_once_and_says_size_and_rate(drawn, tmp_path, capsys):
     assert len(trimaps) == 19
 
 
-@pytest.mark.parametrize("args, words", [
-    (["splits", "--data_root", "nowhere"], "python prepare.py download --data_root nowhere"),
-    (["verify", "--data_root", "nowhere"], "nowhere"),
-    (["cache", "--data_root", "nowhere", "--cache_size", "2"], "--cache_size must be 16 or more"),
-    (["cache", "--splits", "cats"], "invalid choice"),
-    (["demo", "--data_root", "new", "--num_pets", "3"], "--num_pets 3 is too few"),
-    (["demo", "--data_root", "new", "--seed", "-1"], "--seed"),
-    (["demo", "--data_root", "mine"], "holds something else than a demo data set"),
-    (["demo", "--data_root", "file"], "holds something else"),
-    (["download", "--only", "imagenet"], "invalid choice"),
-    (["download", "--mirror", "example.org"], "--mirror"),
-    ([], "required"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "args, words",
+    [
+        (["splits", "--data_root", "nowhere"], "python prepare.py download --data_root nowhere"),
+        (["verify", "--data_root", "nowhere"], "nowhere"),
+        (["cache", "--data_root", "nowhere", "--cache_size", "2"], "--cache_size must be 16 or more"),
+        (["cache", "--splits", "cats"], "invalid choice"),
+        (["demo", "--data_root", "new", "--num_pets", "3"], "--num_pets 3 is too few"),
+        (["demo", "--data_root", "new", "--seed", "-1"], "--seed"),
+        (["demo", "--data_root", "mine"], "holds something else than a demo data set"),
+        (["demo", "--data_root", "file"], "holds something else"),
+        (["download", "--only", "imagenet"], "invalid choice"),
+        (["download", "--mirror", "example.org"], "--mirror"),
+        ([], "required"),
+    ],
+)
 def test_wrong_use_is_one_clear_line_with_code_2_and_nothing_written(tmp_path, capsys, monkeypatch, args, words):
     monkeypatch.chdir(tmp_path)
     Path("mine").mkdir()
@@ -150,8 +218,10 @@ def full_size(labels: Path, root: Path):
     """Build instances files of COCO's full size, boxes and short outlines included, from its image-level labels."""
     folder = root / "coco" / "annotations"
     folder.mkdir(parents=True)
-    names = [{"id": int(i), "name": name, "supercategory": "animal" if 16 <= int(i) <= 25 else "thing"}
-             for i, name in json.loads((labels / "categories.json").read_text()).items()]  # fmt: skip
+    names = [
+        {"id": int(i), "name": name, "supercategory": "animal" if 16 <= int(i) <= 25 else "thing"}
+        for i, name in json.loads((labels / "categories.json").read_text()).items()
+    ]
     for part in ("train", "val"):
         with gzip.open(labels / f"{part}2017_labels.json.gz", "rt") as file:
             found = json.load(file)
@@ -160,8 +230,10 @@ def full_size(labels: Path, root: Path):
             (int(image), c) for image, categories in found.items() for c in categories * 3
         ]  # as many as the real file
         outline = [[k + 0.25 for k in range(100, 130)]]
-        annotations = [{"id": n, "image_id": i, "category_id": c, "bbox": [0, 0, 640, 480], "segmentation": outline}
-                       for n, (i, c) in enumerate(pairs)]  # fmt: skip
+        annotations = [
+            {"id": n, "image_id": i, "category_id": c, "bbox": [0, 0, 640, 480], "segmentation": outline}
+            for n, (i, c) in enumerate(pairs)
+        ]
         content = {"images": images, "annotations": annotations, "categories": names}
         (folder / f"instances_{part}2017.json").write_text(json.dumps(content))
     pets = root / "oxford-iiit-pet" / "annotations"

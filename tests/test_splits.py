@@ -227,6 +227,96 @@ def test_a_damaged_digest_is_made_again(tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Rules that are added
+
+
+def people(source):
+    """Choose images that show a person.
+
+    Further lines are not part of the description.
+    """
+    pool = source.coco.images_with("person")
+    return source.draw(pool, source.count(len(pool)), "images with a person", 5)
+
+
+def pets_and_animals(source):
+    return [*source.pets[:3], *source.draw_animals(4), "other/photo.jpg"]
+
+
+def mixed_people(source):
+    count = source.matched_count()
+    num_people = round(source.animal_fraction * count)
+    return source.coco.images_with("person")[:num_people] + source.draw_others(count - num_people)
+
+
+def test_a_rule_that_is_named_in_splits_can_be_selected_by_every_option(toy, monkeypatch):
+    monkeypatch.setitem(splits.SPLITS, "people", people)
+    assert splits.split_names() == ["animal", "non_animal", "mixed", "all", "pets", "people"]
+    assert splits.describe_rule("people") == "Choose images that show a person."
+    everyone, few = select(toy, "people"), select(toy, "people", num_images=7)
+    assert sorted(numbers(everyone)) == [*range(11, 31), *range(41, 61)] and few.images == everyone.images[:7]
+    assert everyone.images != select(toy, "people", split_seed=1).images
+    assert everyone.manifest["person_share"] == 1 and everyone.manifest["animal_images"] == 20
+    expected = {"split": "people", "categories": ["bird", "cat"], "animal_images": "per_category", "split_seed": 0}
+    assert everyone.manifest["definition"] == {**expected, "num_images": 40}
+    with pytest.raises(splits.TooFewImagesError, match="41 images with a person asked for, 40 exist"):
+        select(toy, "people", num_images=41)
+    with pytest.raises(data.DataError, match=r"0\.5 contradicts --split people; use --split mixed"):
+        select(toy, "people", animal_fraction=0.5)
+    with pytest.raises(data.DataError, match=r"--split must be one of animal, .*, people"):
+        select(toy, "persons")
+
+
+def test_a_rule_may_read_the_fraction_and_join_data_sets(toy, monkeypatch):
+    monkeypatch.setitem(splits.SPLITS, "mixed_people", mixed_people)
+    monkeypatch.setitem(splits.ANIMAL_FRACTIONS, "mixed_people", 0.1)
+    monkeypatch.setattr(splits, "TAKES_FRACTION", {"mixed", "mixed_people"})
+    assert select(toy, "mixed_people").manifest["definition"]["animal_fraction"] == 0.1
+    quarter = select(toy, "mixed_people", animal_fraction=0.25, num_images=8)
+    assert numbers(quarter)[:2] == [11, 12] and quarter.manifest["definition"]["animal_fraction"] == 0.25
+    monkeypatch.setitem(splits.SPLITS, "joined", pets_and_animals)
+    assert splits.describe_rule("joined") == ""
+    manifest = select(toy, "joined").manifest
+    assert manifest["entries"] == 8 and manifest["animal_images"] == 7 and manifest["without_annotation"] == 1
+    pets = [Path(image).stem for image in splits.pets_split(toy[0], "train").images[:3]]
+    assert manifest["ids"][:3] == pets and manifest["ids"][7] == "photo" and manifest["ids"][3] in range(1, 41)
+
+
+def test_a_rule_that_chooses_nothing_is_refused(toy, monkeypatch):
+    monkeypatch.setitem(splits.SPLITS, "nothing", lambda source: [])
+    with pytest.raises(splits.TooFewImagesError, match="no image of the data belongs to --split nothing"):
+        select(toy, "nothing")
+
+
+def test_pets_need_no_coco_and_coco_needs_no_pets(toy, tmp_path):
+    for folder, split in (("coco", "animal"), ("oxford-iiit-pet", "pets")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "annotations").symlink_to(toy[0] / folder / "annotations")
+        assert splits.select_split(tmp_path, split, cache_dir=tmp_path / "c").images == select(toy, split).images
+        (tmp_path / folder / "annotations").unlink()
+        with pytest.raises(splits.DataNotFoundError):
+            splits.select_split(tmp_path, split, cache_dir=tmp_path / "c")
+
+
+def test_the_names_of_all_splits_are_printed_for_shell_scripts():
+    command = [sys.executable, "splits.py"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(splits.__file__).parent)
+    assert done.stdout.splitlines() == splits.split_names()
+
+
+def test_the_list_of_pets_is_read_with_its_numbers(tmp_path):
+    path = tmp_path / "oxford-iiit-pet" / "annotations" / "list.txt"
+    path.parent.mkdir(parents=True)
+    lines = ["#Image CLASS-ID SPECIES BREED ID", "b c_2 37 2 25", *(f"Abyssinian_{i} 1 1 1" for i in range(7)), ""]
+    path.write_text("\r\n".join(lines))
+    entries = splits.read_pets_list(tmp_path)
+    assert entries[0] == splits.PetEntry(name="b c_2", class_id=37, species=2, breed_id=25) and len(entries) == 8
+    path.write_text("\n".join([*lines, "Abyssinian_8 1 one 1"]))
+    with pytest.raises(data.DataError, match=r"list.txt: line 11 must hold a name and three numbers; fetch it again"):
+        splits.read_pets_list(tmp_path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # The real labels at full size
 
 FULL = """
@@ -235,14 +325,14 @@ root, cache = sys.argv[1:]
 out = {}
 for rule in splits.ANIMAL_IMAGES:
     out[rule] = len(splits.select_split(root, "animal", animal_images=rule, cache_dir=cache).images)
-for name in splits.SPLITS[:4]:
+for name in splits.split_names()[:4]:
     split = splits.select_split(root, name, cache_dir=cache)
     out[name] = [len(split.images), split.unique, split.manifest["animal_images"], split.manifest["without_annotation"]]
     out[name + "_categories"] = split.manifest["categories"]
 out["paper"] = splits.select_split(root, "mixed", num_images=25918, cache_dir=cache).manifest["animal_images"]
 out["val"] = {k: len(v.images) for k, v in splits.mae_validation(root, cache_dir=cache).items()}
-val = splits._Coco(root, "val2017", None, cache)
-out["val_lists"] = [len(val.animal_list(rule)) for rule in splits.ANIMAL_IMAGES]
+val = splits.CocoPart(root, "val2017", cache_dir=cache)
+out["val_lists"] = [len(val.animal_entries(rule)) for rule in splits.ANIMAL_IMAGES]
 print(json.dumps(out))
 """
 
