@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from augment import crop_resize, crop_resize_nearest, normalise, random_boxes
+import augment
+from augment import crop_resize, crop_resize_nearest
 from data import DataError, ImageStore, require, seeded_rng
 
 CPU = torch.device("cpu")
@@ -25,6 +26,9 @@ PREFETCH = 2  # batches that the host prepares ahead of the one in use
 ORDER_STREAM = 0
 CROP_STREAM = 1
 NAMED_STREAM = 2
+
+ELASTIC_DRAW = "elastic"  # the name of the deformation's random numbers in a batch
+OUTSIDE = 1  # background: what a deformation fills masks with
 
 
 @dataclass(frozen=True)
@@ -44,13 +48,24 @@ class Augmentation:
     """What happens to training images: a random crop, flips, and the size they end with.
 
     crop_scale: smallest and largest area of the crop as a share of the image's area; None takes the image as it is. Flips
-    have probability 1/2.
+    have probability 1/2. elastic: strength alpha of an elastic deformation in pixels (0: none), for images and masks
+    alike. mask_resize: "nearest", or "bilinear" with thresholds (see augment.threshold_trimaps). inputs: how the network
+    takes pixels (see augment.scale_pixels).
     """
 
     img_size: int
     crop_scale: tuple[float, float] | None = (0.2, 1.0)
     horizontal_flip: bool = True
     vertical_flip: bool = False
+    elastic: float = 0.0
+    mask_resize: str = "nearest"
+    inputs: str = "imagenet"
+
+    def draws(self) -> dict[str, "Draw"]:
+        """Name the random numbers that the deformation needs of each image."""
+        if not self.elastic:
+            return {}
+        return {ELASTIC_DRAW: uniform(2, self.img_size, self.img_size)}
 
 
 @dataclass(frozen=True)
@@ -96,9 +111,15 @@ class HostBatch(NamedTuple):
 class Pipeline:
     """Turns host batches into batches on the device, a few of them ahead of their use."""
 
-    def __init__(self, stores: dict[str, ImageStore], img_size: int, micro_batch_size: int, device: torch.device | str):
+    def __init__(
+        self,
+        stores: dict[str, ImageStore],
+        augmentation: Augmentation,
+        micro_batch_size: int,
+        device: torch.device | str,
+    ):
         self.stores = stores
-        self.img_size = img_size
+        self.augmentation = augmentation
         self.micro_batch_size = micro_batch_size
         self.device = torch.empty(0, device=device).device  # with its number: "cuda" is the current GPU
         self.on_gpu = self.device.type == "cuda"
@@ -117,20 +138,43 @@ class Pipeline:
         return batch
 
     def augment(self, batch: dict[str, Tensor], first: int) -> dict[str, Tensor]:
-        """Move the micro-batch that starts at image `first` to the device, crop, flip, resize and normalise it."""
+        """Move the micro-batch that starts at image `first` to the device, crop, flip, resize, deform and scale it."""
         part = {}
         for name, tensor in batch.items():
             part[name] = tensor[first : first + self.micro_batch_size].to(self.device, non_blocking=True)
         boxes = part.pop("boxes")
         flips = part.pop("flips")
+        displacement = None
+        if ELASTIC_DRAW in part:
+            displacement = augment.elastic_displacement(part.pop(ELASTIC_DRAW), self.augmentation.elastic)
         for name, store in self.stores.items():
             pixels = part[name]
             if store.tensor is not None:
                 pixels = store.tensor.index_select(0, pixels)
-            cut = crop_resize if name == "images" else crop_resize_nearest
-            part[name] = cut(pixels, boxes * store.size, flips, self.img_size)
-        part["images"] = normalise(part["images"])
+            cut = self._cut_images if name == "images" else self._cut_masks
+            part[name] = cut(pixels, boxes * store.size, flips, displacement)
         return part
+
+    def _cut_images(self, pixels: Tensor, boxes: Tensor, flips: Tensor, displacement: Tensor | None) -> Tensor:
+        images = crop_resize(pixels, boxes, flips, self.augmentation.img_size)
+        if displacement is not None:
+            images = augment.deform(images, displacement)
+        return augment.scale_pixels(images, self.augmentation.inputs)
+
+    def _cut_masks(self, pixels: Tensor, boxes: Tensor, flips: Tensor, displacement: Tensor | None) -> Tensor:
+        size = self.augmentation.img_size
+        if self.augmentation.mask_resize == "bilinear":
+            values = augment.file_values(pixels)
+            values = crop_resize(values, boxes, flips, size, clamp=False, kernel="bilinear")
+            if displacement is not None:
+                values = augment.deform(values, displacement)
+            return augment.threshold_trimaps(values)
+        masks = crop_resize_nearest(pixels, boxes, flips, size)
+        if displacement is None:
+            return masks
+        shifted = (masks - OUTSIDE)[:, None]  # so that the 0 of places outside becomes OUTSIDE
+        deformed = augment.deform(shifted, displacement, mode="nearest")
+        return deformed[:, 0].long() + OUTSIDE
 
     def run(self, prepare: Callable[..., HostBatch], items: Sequence) -> Iterator[list[dict[str, Tensor]]]:
         """Yield the micro-batches of prepare(item) for each item.
@@ -204,13 +248,13 @@ class TrainBatches:
         self.augmentation = augmentation
         self.batch_size = batch_size
         self.seed = seed
-        self.draws = draws or {}
+        self.draws = {**augmentation.draws(), **(draws or {})}
         self.mine = slice(dist.rank * share, (dist.rank + 1) * share)
         self.micro_batches = share // micro
         self.steps_per_epoch = len(images) // batch_size
         self.order = functools.lru_cache(2)(self._order)
         self.order(0)  # refuses a bad seed now, not in the thread
-        self.pipeline = Pipeline(examples.stores(), augmentation.img_size, micro, dist.device)
+        self.pipeline = Pipeline(examples.stores(), augmentation, micro, dist.device)
 
     def _order(self, epoch: int) -> np.ndarray:
         """Shuffle the entries for an epoch."""
@@ -240,19 +284,19 @@ class TrainBatches:
         if self.augmentation.crop_scale is None:
             boxes = np.hstack([0 * sizes, sizes])
         else:
-            boxes = random_boxes(rng, sizes, self.augmentation.crop_scale)
+            boxes = augment.random_boxes(rng, sizes, self.augmentation.crop_scale)
         return boxes / np.hstack([sizes, sizes])
 
     def run(self, first_step: int, last_step: int) -> Iterator[list[dict[str, Tensor]]]:
-        """Yield, for each global step, this rank's micro-batches: images [b, 3, H, W] normalised, masks [b, H, W], draws."""
+        """Yield, for each global step, this rank's micro-batches: images [b, 3, H, W], masks [b, H, W], draws."""
         return self.pipeline.run(self.prepare, range(first_step, last_step))
 
 
 class EvalBatches:
     """Every image of a rank's share once, squashed to img_size, with its targets.
 
-    Yields dictionaries: index int64 [b] (entries of the list), images [b, 3, H, W] normalised, and a row [b, ...] of each
-    target, all on the device. targets: name -> tensor [N, ...] on the device.
+    Yields dictionaries: index int64 [b] (entries of the list), images [b, 3, H, W] scaled for the network, and a row
+    [b, ...] of each target, all on the device. targets: name -> tensor [N, ...] on the device.
     """
 
     def __init__(
@@ -262,12 +306,14 @@ class EvalBatches:
         img_size: int,
         batch_size: int,
         targets: dict[str, Tensor] | None = None,
+        inputs: str = "imagenet",
         dist=ALONE,
     ):
         mine = np.arange(len(images.rows))[dist.rank :: dist.world_size]
         self.parts = [mine[first : first + batch_size] for first in range(0, len(mine), batch_size)]
         self.targets = targets or {}
-        self.pipeline = Pipeline({"images": images}, img_size, batch_size, dist.device)
+        augmentation = Augmentation(img_size, inputs=inputs)
+        self.pipeline = Pipeline({"images": images}, augmentation, batch_size, dist.device)
 
     def __len__(self) -> int:
         return len(self.parts)

@@ -193,24 +193,46 @@ def trimap_path(image: str) -> str:
     return f"oxford-iiit-pet/annotations/trimaps/{Path(image).stem}.png"
 
 
-def load_truth(data_root: str | Path, images: Sequence[str], size: int | tuple[int, int]) -> torch.Tensor:
-    """Read the trimaps of images, each resized by nearest neighbour -> uint8 [N, h, w], classes 0, 1, 2.
+TRIMAP_RESIZE = ("nearest", "bilinear")
 
-    size: side of a square, or (height, width).
+
+def load_truth(
+    data_root: str | Path, images: Sequence[str], size: int | tuple[int, int], resize: str = "nearest"
+) -> torch.Tensor:
+    """Read the trimaps of images at a size -> uint8 [N, h, w], classes 0, 1, 2.
+
+    size: side of a square, or (height, width). resize: "nearest", or "bilinear" as in the study's code: the file's values
+    are interpolated and rounded, so that background appears between pet and border.
     """
     require(images, "none of the images can be read; `python prepare.py verify` names the cause")
+    require(resize in TRIMAP_RESIZE, f"trimaps are resized by {' or '.join(TRIMAP_RESIZE)}, got {resize!r}")
     if isinstance(size, int):
         size = (size, size)
-    height, width = size
+    shrink = resize_nearest
+    if resize == "bilinear":
+        shrink = resize_bilinear
 
     def read(image: str) -> np.ndarray:
         trimap = read_trimap(Path(data_root, trimap_path(image)), Path(data_root, image))
-        resized = Image.fromarray(trimap).resize((width, height), Image.Resampling.NEAREST)
-        return np.asarray(resized)
+        return shrink(trimap, size)
 
     with ThreadPoolExecutor(num_cores()) as pool:
         trimaps = list(pool.map(read, images))
     return torch.from_numpy(np.stack(trimaps))
+
+
+def resize_nearest(trimap: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Resize classes uint8 [H, W] to (h, w) by nearest neighbour."""
+    height, width = size
+    return np.asarray(Image.fromarray(trimap).resize((width, height), Image.Resampling.NEAREST))
+
+
+def resize_bilinear(trimap: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Resize classes uint8 [H, W] to (h, w) as if they were brightness, and round to the nearest class."""
+    height, width = size
+    values = Image.fromarray(trimap.astype(np.float32))
+    resized = np.asarray(values.resize((width, height), Image.Resampling.BILINEAR))
+    return np.floor(resized + 0.5).clip(0, 2).astype(np.uint8)
 
 
 def num_cores() -> int:

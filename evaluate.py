@@ -1,7 +1,7 @@
 """Score trained networks on the test images, once, into records from which every number of the report is derived.
 
     python evaluate.py test runs/study/seed0/finetune_animal runs/study/seed0/baseline_resnet50
-    python evaluate.py reference --img_size 224 --output runs/study/reference.npz     # trivial predictors, stride-32 ceiling
+    python evaluate.py reference --img_size 224 --output runs/study/reference.npz     # trivial predictors
     python evaluate.py predict --checkpoint runs/study/seed0/finetune_animal/model.pt cat.jpg dog.png
 
 `test` writes test.npz (and panels.npz) into each run's folder; about 10 s per run and 1,103 images on a GPU. `predict`
@@ -17,9 +17,10 @@ import torch
 from PIL import Image
 
 import data
+import splits
 from engine import EngineError, Parser, Precision, at_least, launch, setup, write_atomic
 from metrics import PET
-from objective import Task, TestSetting
+from objective import Task, TestSetting, pets_source
 from segmentation import REFERENCES, Segmentation, predict, reference_records, summary_of
 from tasks import TASKS
 from weights import load_model
@@ -37,14 +38,22 @@ def load_network(path: Path, device: torch.device) -> tuple[torch.nn.Module, dic
     return model.to(device), config
 
 
-def task_of(run: Path, config: dict) -> type[Task]:
-    """Find the task of a run in its config.json; without that, the first task whose networks are of this kind."""
+def read_config(run: Path) -> dict:
+    """Read the task ("kind") and flags ("args") of a run; an empty dictionary if only its weights are there."""
     record = run / "config.json"
-    if record.exists():
-        try:
-            name = json.loads(record.read_text())["kind"]
-        except (ValueError, KeyError, TypeError):
-            raise EngineError(f"{record} cannot be read; train the run again") from None
+    if not record.exists():
+        return {}
+    try:
+        content = json.loads(record.read_text())
+        return {"kind": content["kind"], "args": dict(content["args"])}
+    except (ValueError, KeyError, TypeError):
+        raise EngineError(f"{record} cannot be read; train the run again") from None
+
+
+def task_of(run: Path, recorded: dict, config: dict) -> type[Task]:
+    """Find the task of a run by its record; without one, the first task whose networks are of this kind."""
+    if recorded:
+        name = recorded["kind"]
         if name not in TASKS:
             raise EngineError(f"{run} was trained on the task {name!r}; known: {', '.join(TASKS)}")
         return TASKS[name]
@@ -83,13 +92,15 @@ def main_test(args: argparse.Namespace) -> None:
             raise EngineError(f"{run} has no model.pt: it is not a finished run; finish its training first")
     dist = setup(args.device)
     precision = Precision(args.precision, dist.device)
-    setting = TestSetting(args.data_root, args.cache_dir, args.batch_size, dist, precision)
     for run in runs:
         if is_tested(run) and not args.again:
             print(f"{run}: tested before; nothing to do (--again repeats it)")
             continue
         model, config = load_network(run / "model.pt", dist.device)
-        task = task_of(run, config)
+        recorded = read_config(run)
+        task = task_of(run, recorded, config)
+        flags = recorded.get("args", {})
+        setting = TestSetting(args.data_root, args.cache_dir, args.batch_size, dist, precision, flags)
         records = task.test(model, config["img_size"], setting)
         write_records(run, records)
         print(f"{run}: {task.summary(records)}")
@@ -98,7 +109,8 @@ def main_test(args: argparse.Namespace) -> None:
 def main_reference(args: argparse.Namespace) -> None:
     """Score what any network should beat."""
     device = setup(args.device).device
-    records = reference_records(args.data_root, args.img_size, device)
+    source = pets_source(vars(args))
+    records = reference_records(args.data_root, args.img_size, device, source, args.trimap_resize)
     write_arrays(Path(args.output), records)
     for name in REFERENCES:
         print(f"{name}: {summary_of(records[f'counts_{name}'])}")
@@ -163,12 +175,15 @@ def get_args_parser() -> Parser:
     )
     test.add_argument("--precision", choices=["auto", "bf16", "fp16", "fp32"], default="auto", help="as in training")
     test.add_argument("--again", action="store_true", help="score again what was scored before")
-    reference = commands.add_parser("reference", help="trivial predictors and the ceiling of a stride-32 output")
+    reference = commands.add_parser("reference", help="scores of predictors that look at no image")
     reference.set_defaults(function=main_reference)
     reference.add_argument(
         "--img_size", type=at_least(1, int), default=224, help="input size of the runs they stand beside"
     )
     reference.add_argument("--output", default="reference.npz", help="file to write")
+    reference.add_argument("--pets_listing", choices=splits.PETS_LISTS, default="list.txt", help="as in training")
+    reference.add_argument("--pets_division", choices=splits.PETS_DIVISIONS, default="disjoint", help="as in training")
+    reference.add_argument("--trimap_resize", choices=data.TRIMAP_RESIZE, default="nearest", help="as in training")
     guess = commands.add_parser("predict", help="masks and overlays of any image files")
     guess.set_defaults(function=main_predict)
     guess.add_argument("images", nargs="+", help="image files")

@@ -490,19 +490,47 @@ class MaskedAutoencoder(ViT):
 # ---------------------------------------------------------------------------------------------------------------------
 # Fine-tuning
 
+# How the images that a network takes are scaled.
+INPUTS = {
+    "imagenet": "zero mean and unit variance over ImageNet",
+    "unit": "0 to 1, as the study's code fine-tunes although it pre-trains on normalised images",
+}
+
+
+def check_inputs(inputs: str) -> str:
+    """Give the name of a scaling back; ValueError if it is none of INPUTS."""
+    if inputs not in INPUTS:
+        raise ValueError(f"inputs must be one of {', '.join(INPUTS)}, got {inputs!r}")
+    return inputs
+
 
 class MAESegmenter(MaskedAutoencoder):
     """Masked Autoencoder without masking, whose decoder predicts num_classes per pixel (the study, section 2.1).
 
     With 3 classes the last layer has the key and the shape of the pixel predictor, so it is named in `fresh_keys`. Position
-    embeddings are trained. sizes: further arguments of `MaskedAutoencoder`.
+    embeddings are trained.
+    output: "unpatchify" puts each token's logits where its patch is; "reshape" reads the tokens' numbers as the flat class
+    planes [num_classes, H, W], as the study's code does, so that a token's logits fall on three and a half image rows of
+    one class. inputs: how images must be scaled, see INPUTS; kept for whoever loads the network. sizes: further arguments
+    of `MaskedAutoencoder`.
     """
 
     fresh_keys = ("decoder_pred.",)
 
-    def __init__(self, num_classes: int = 3, drop_path: float = 0.0, **sizes: Any) -> None:
+    def __init__(
+        self,
+        num_classes: int = 3,
+        drop_path: float = 0.0,
+        output: str = "unpatchify",
+        inputs: str = "imagenet",
+        **sizes: Any,
+    ) -> None:
+        if output not in ("unpatchify", "reshape"):
+            raise ValueError(f"output must be unpatchify or reshape, got {output!r}")
         super().__init__(out_chans=num_classes, drop_path=drop_path, **sizes)
         self.num_classes = num_classes
+        self.output = output
+        self.inputs = check_inputs(inputs)
         self.pos_embed.requires_grad = True
         self.decoder_pos_embed.requires_grad = True
         self.mask_token.requires_grad = False  # unused without masking; kept for its key
@@ -514,21 +542,25 @@ class MAESegmenter(MaskedAutoencoder):
     def forward(self, images: torch.Tensor, drop_path: torch.Tensor | None = None) -> torch.Tensor:
         """Predict class logits [B, num_classes, H, W] of images [B, C, H, W]; drop_path: see `forward_features`."""
         latent = self.forward_features(images, drop_path)
-        return unpatchify(self.forward_decoder(latent), self.patch_size, self.grid)
+        logits = self.forward_decoder(latent)
+        if self.output == "reshape":
+            return logits.reshape(len(images), self.num_classes, *self.img_size)
+        return unpatchify(logits, self.patch_size, self.grid)
 
 
 class LinearSegmenter(ViT):
     """ViT encoder and one linear layer that predicts num_classes for each pixel of a patch from the patch's features.
 
     Its layer has the key of the Masked Autoencoder's pixel predictor. Position embeddings are trained, unless the caller
-    freezes the encoder. sizes: further arguments of `ViT`.
+    freezes the encoder. inputs: see `MAESegmenter`. sizes: further arguments of `ViT`.
     """
 
     fresh_keys = ("decoder_pred.",)
 
-    def __init__(self, num_classes: int = 3, drop_path: float = 0.0, **sizes: Any) -> None:
+    def __init__(self, num_classes: int = 3, drop_path: float = 0.0, inputs: str = "imagenet", **sizes: Any) -> None:
         super().__init__(drop_path=drop_path, **sizes)
         self.num_classes = num_classes
+        self.inputs = check_inputs(inputs)
         self.pos_embed.requires_grad = True
         self.decoder_pred = nn.Linear(self.embed_dim, self.patch_size**2 * num_classes)
         init_weights(self.decoder_pred)
@@ -621,20 +653,43 @@ class ResNet50(nn.Module):
 
 
 class ResNet50Segmenter(ResNet50):
-    """ResNet-50 whose last features are projected to classes and upsampled (the study, section 2.2).
+    """ResNet-50 with a decoder of transposed convolutions, the study's convolutional baseline (section 2.2).
 
-    Its output has a stride of 32 pixels, which bounds how fine its masks can be.
+    The decoder is that of the study's code (adl_supervised_learning at commit aa2fea5 of its repository): a 3 x 3
+    convolution to 1,024 channels, then five transposed convolutions that double the size to that of the input. img_size
+    must be divisible by 32. inputs: see `MAESegmenter`.
     """
 
-    def __init__(self, num_classes: int = 3, img_size: int | tuple[int, int] = 224) -> None:
+    def __init__(self, num_classes: int = 3, img_size: int | tuple[int, int] = 224, inputs: str = "imagenet") -> None:
         super().__init__(img_size)
+        height, width = self.img_size
+        if height % 32 or width % 32:
+            raise ValueError(f"img_size {height} x {width} is not divisible by 32, ResNet-50's stride")
         self.num_classes = num_classes
-        self.classifier = nn.Conv2d(self.num_features, num_classes, kernel_size=1)
+        self.inputs = check_inputs(inputs)
+        self.decoder = nn.Sequential(
+            nn.Conv2d(self.num_features, 1024, kernel_size=3, padding=1),
+            nn.BatchNorm2d(1024),
+            nn.ReLU(inplace=True),
+            *self.double_size(1024, 512),
+            *self.double_size(512, 256),
+            *self.double_size(256, 128),
+            *self.double_size(128, 64),
+            nn.ConvTranspose2d(64, num_classes, kernel_size=3, stride=2, padding=1, output_padding=1),
+        )
+
+    @staticmethod
+    def double_size(in_channels: int, out_channels: int) -> list[nn.Module]:
+        """Make the layers that double height and width."""
+        return [
+            nn.ConvTranspose2d(in_channels, out_channels, kernel_size=3, stride=2, padding=1, output_padding=1),
+            nn.BatchNorm2d(out_channels),
+            nn.ReLU(inplace=True),
+        ]
 
     def forward(self, images: torch.Tensor, drop_path: None = None) -> torch.Tensor:
         """Predict class logits [B, num_classes, H, W] of images [B, 3, H, W]; drop_path is accepted and ignored."""
-        logits = self.classifier(self.forward_features(images))
-        return F.interpolate(logits.float(), size=images.shape[-2:], mode="bilinear", align_corners=False)
+        return self.decoder(self.forward_features(images))
 
 
 class ResNet50Classifier(ResNet50):
@@ -679,12 +734,13 @@ def build_segmenter(
 ) -> MAESegmenter | LinearSegmenter | ResNet50Segmenter:
     """Build a segmenter of a named size, or name = "resnet50", which has neither heads to choose from nor drop_path.
 
-    head: "decoder" is a `MAESegmenter`, "linear" a `LinearSegmenter`. Raises ValueError for another head.
+    head: "decoder" is a `MAESegmenter`, "linear" a `LinearSegmenter`. overrides: further arguments of the segmenter's
+    class. Raises ValueError for another head.
     """
     if head not in ("decoder", "linear"):
         raise ValueError(f"head must be decoder or linear, got {head!r}")
     if name == "resnet50":
-        return ResNet50Segmenter(num_classes, img_size)
+        return ResNet50Segmenter(num_classes, img_size, **overrides)
     if head == "linear":
         sizes = encoder_sizes(name) | overrides
         return LinearSegmenter(num_classes, drop_path, img_size=img_size, **sizes)

@@ -9,6 +9,7 @@ import argparse
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -40,7 +41,8 @@ class Objective:
     name = ""  # the value of --objective or --task; "kind" in config.json
     scores = {"loss": "loss"}  # what validate() returns: key -> words for the report
     select: str | None = None  # the score whose highest value picks the weights; None: the last epoch's
-    betas = (0.9, 0.95)  # of AdamW
+    keep_best = True  # False: keep the last epoch's weights, whatever their score
+    betas = (0.9, 0.95)  # of the optimizer
     memory_format = torch.contiguous_format
     model: nn.Module
     split: Split
@@ -71,6 +73,10 @@ class Objective:
         """Give what else defines the experiment besides the flags: hashes of lists and checkpoints."""
         return {"train": self.split.sha256}
 
+    def remarks(self) -> list[str]:
+        """Say in sentences what every reader of the result must know; the plan and the report repeat them."""
+        return []
+
     def draws(self) -> dict[str, Draw]:
         """Name the random numbers that the loss needs of each training image."""
         return {}
@@ -93,7 +99,14 @@ class Objective:
 
     def eval_batches(self, store: ImageStore, targets: dict[str, Tensor], batch_size: int) -> EvalBatches:
         """Make batches of all images of a store at input size; targets: name -> tensor [N, ...] on the device."""
-        return EvalBatches(store, img_size=self.args.img_size, batch_size=batch_size, targets=targets, dist=self.dist)
+        return EvalBatches(
+            store,
+            img_size=self.args.img_size,
+            batch_size=batch_size,
+            targets=targets,
+            inputs=inputs_of(self.model),
+            dist=self.dist,
+        )
 
     def loss(self, network: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         """Compute the scalar loss of a micro-batch under autocast; calls network exactly once, as DDP requires."""
@@ -283,12 +296,34 @@ class Task(Objective):
             help="as many updates as with all labels; the batch shrinks to the number of images if need be",
         )
 
+        recipe = parser.flags("labels", role="recipe")
+        recipe(
+            "--pets_listing",
+            choices=splits.PETS_LISTS,
+            default="list.txt",
+            help="every_jpg: all files of the image folder, as in the original code, also those that list.txt leaves out",
+        )
+        recipe(
+            "--pets_division",
+            choices=splits.PETS_DIVISIONS,
+            default="disjoint",
+            help="leaking: shuffle anew for each part, as in the original code: 70 %% of the test images are trained on",
+        )
+        recipe = parser.flags("optimisation", role="recipe")
+        recipe(
+            "--keep",
+            choices=["best", "last"],
+            default="best",
+            help="the weights to keep: those of the best validation score, or the last epoch's",
+        )
+
     @staticmethod
     def add_transfer_arguments(parser: Parser) -> None:
         """Add the flags that only make sense when training starts from a checkpoint (finetune.py)."""
 
     def __init__(self, args: argparse.Namespace, dist: Distributed):
         super().__init__(args, dist)
+        self.keep_best = args.keep == "best"
         self.frozen = self.encoder_is_frozen()
         # Frozen features must not change from step to step.
         self.drop_path = 0.0 if self.frozen else args.drop_path
@@ -320,12 +355,27 @@ class Task(Objective):
 
     def training_split(self, train_fraction: float) -> Split:
         """List the training images, or the part of them that --train_fraction asks for."""
-        chosen = {"train_fraction": train_fraction, "split_seed": self.args.split_seed}
-        return splits.pets_split(self.args.data_root, "train", **chosen)
+        return splits.pets_split(
+            self.args.data_root,
+            "train",
+            train_fraction=train_fraction,
+            split_seed=self.args.split_seed,
+            source=pets_source(vars(self.args)),
+        )
 
     def validation_split(self) -> Split:
         """List the validation images."""
-        return splits.pets_split(self.args.data_root, "val")
+        source = pets_source(vars(self.args))
+        return splits.pets_split(self.args.data_root, "val", split_seed=self.args.split_seed, source=source)
+
+    def remarks(self) -> list[str]:
+        """Say how many of the test images are trained on, if any are."""
+        source = pets_source(vars(self.args))
+        if source.division != "leaking":
+            return []
+        test = set(splits.pets_split(self.args.data_root, "test", source=source).images)
+        share = len(test.intersection(self.split.images)) / len(test)
+        return [f"this run leaks: {100 * share:.1f} % of the test images are trained on (--pets_division leaking)"]
 
     def draws(self) -> dict[str, Draw]:
         """Name the draws of stochastic depth; the loss passes them to the network."""
@@ -362,17 +412,30 @@ class Task(Objective):
         return ", ".join(f"{name} {numerator / denominator:.3f}" for name, numerator, denominator in sums)
 
 
+def pets_source(flags: dict) -> splits.PetsSource:
+    """Say which pets the flags of a run divide, and how; flags of earlier versions mean the default."""
+    return splits.PetsSource(flags.get("pets_listing", "list.txt"), flags.get("pets_division", "disjoint"))
+
+
+@dataclass(frozen=True)
 class TestSetting:
-    """How evaluate.py tests: where the data are, and on which device, batch size and precision."""
+    """How evaluate.py tests: where the data are, and on which device, batch size and precision.
+
+    flags: those that the run was trained with, from its config.json.
+    """
 
     __test__ = False  # no test case, whatever its name says to pytest
 
-    def __init__(self, data_root: str, cache_dir: str, batch_size: int, dist: Distributed, precision: Precision):
-        self.data_root = data_root
-        self.cache_dir = cache_dir
-        self.batch_size = batch_size
-        self.dist = dist
-        self.precision = precision
+    data_root: str
+    cache_dir: str
+    batch_size: int
+    dist: Distributed
+    precision: Precision
+    flags: dict
+
+    def test_split(self) -> Split:
+        """List the test images of Oxford-IIIT Pet that belong to the run's training images."""
+        return splits.pets_split(self.data_root, "test", source=pets_source(self.flags))
 
     def open_store(self, images: Sequence[str], size: int) -> ImageStore:
         """Decode images at a size where the cache lacks them, and open them."""
@@ -380,11 +443,17 @@ class TestSetting:
         data.build_cache(self.data_root, images, progress=Progress, **options)
         return ImageStore(self.data_root, images, device=self.dist.device, **options)
 
-    def batches(self, store: ImageStore, targets: dict[str, Tensor]) -> EvalBatches:
-        """Make batches of all images of a store; targets: name -> tensor [N, ...]."""
+    def batches(self, model: nn.Module, store: ImageStore, targets: dict[str, Tensor]) -> EvalBatches:
+        """Make batches of all images of a store, scaled as the model takes them; targets: name -> tensor [N, ...]."""
         on_device = {name: target.to(self.dist.device) for name, target in targets.items()}
-        size = store.size
-        return EvalBatches(store, img_size=size, batch_size=self.batch_size, targets=on_device, dist=self.dist)
+        return EvalBatches(
+            store,
+            img_size=store.size,
+            batch_size=self.batch_size,
+            targets=on_device,
+            inputs=inputs_of(model),
+            dist=self.dist,
+        )
 
     @torch.no_grad()
     def collect(
@@ -400,6 +469,11 @@ class TestSetting:
                     columns[name].append(values)
                 progress.update(1)
         return {name: torch.cat(parts).double().cpu().numpy() for name, parts in columns.items()}
+
+
+def inputs_of(model: nn.Module) -> str:
+    """Say how a network takes pixels, see models.INPUTS."""
+    return getattr(model, "inputs", "imagenet")
 
 
 def mean_records(ids: Sequence[str], **values: np.ndarray) -> dict[str, np.ndarray]:

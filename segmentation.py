@@ -20,16 +20,18 @@ import augment
 import data
 import splits
 from batches import Augmentation, Examples, TrainBatches
-from engine import Distributed, Parser, Progress, fraction
+from engine import Distributed, EngineError, Parser, Progress, at_least, fraction
 from metrics import BACKGROUND, BORDER, CLASSES, PET, dataset_scores
-from models import build_segmenter
+from models import INPUTS, build_segmenter
 from objective import Task, TestSetting, block_activations, open_store, sum_over
 from runs import RunFolder
 
 NUM_CLASSES = len(CLASSES)
 VALIDATION_BATCH = 64
 PANELS = 6  # test images shown in the report
-REFERENCES = ("all_animal", "all_background", "mean_mask", "stride32")
+REFERENCES = ("all_animal", "all_background", "mean_mask")
+POSITIONS = ("pos_embed", "decoder_pos_embed")
+SMALLEST_ELASTIC = 21  # pixels; smaller images cannot mirror the margin that the deformation's blur needs
 
 
 def confusion(truth: Tensor, pred: Tensor, classes: int = NUM_CLASSES) -> Tensor:
@@ -109,6 +111,38 @@ class Segmentation(Task):
         recipe(
             "--flips", action=argparse.BooleanOptionalAction, default=True, help="random horizontal and vertical flips"
         )
+        recipe(
+            "--elastic",
+            type=at_least(0),
+            default=0.0,
+            help="strength alpha of an elastic deformation of image and trimap, in pixels; the original code has 50",
+        )
+        recipe(
+            "--inputs",
+            choices=list(INPUTS),
+            default="imagenet",
+            help="unit: pixels from 0 to 1, as the original code fine-tunes; imagenet: normalised as in pre-training",
+        )
+        recipe(
+            "--trimap_resize",
+            choices=data.TRIMAP_RESIZE,
+            default="nearest",
+            help="bilinear: as in the original code, background appears between pet and border, and what --elastic "
+            "fills in counts as pet",
+        )
+        network = parser.flags("model", role="network")
+        network(
+            "--output",
+            choices=["unpatchify", "reshape"],
+            default="unpatchify",
+            help="reshape: read the tokens' numbers as flat class planes, as the original code does (MAE decoder only)",
+        )
+        network(
+            "--train_positions",
+            action=argparse.BooleanOptionalAction,
+            default=True,
+            help="train the position embeddings; the original code freezes them (MAE only)",
+        )
 
     @staticmethod
     def add_transfer_arguments(parser: Parser) -> None:
@@ -122,7 +156,12 @@ class Segmentation(Task):
         )
 
     def __init__(self, args: argparse.Namespace, dist: Distributed):
+        check_combination(args)
         super().__init__(args, dist)
+        if not args.train_positions:
+            for name, parameter in self.model.named_parameters():
+                if name in POSITIONS:
+                    parameter.requires_grad = False
         if hasattr(self.model, "backbone"):  # convolutions are faster with channels last
             self.memory_format = torch.channels_last
 
@@ -130,9 +169,14 @@ class Segmentation(Task):
         return super().encoder_is_frozen() or self.model_options().get("head") == "linear"
 
     def model_options(self) -> dict:
-        if "head" not in self.args:  # from random weights only the whole network makes sense
-            return {}
-        return {"head": self.args.head}
+        options = {}
+        if "head" in self.args:  # from random weights only the complete network makes sense
+            options["head"] = self.args.head
+        if self.args.output != "unpatchify":
+            options["output"] = self.args.output
+        if self.args.inputs != "imagenet":
+            options["inputs"] = self.args.inputs
+        return options
 
     def build_model(self, **options) -> nn.Module:
         return build_segmenter(self.args.model, img_size=self.args.img_size, **options)
@@ -147,13 +191,20 @@ class Segmentation(Task):
     def open(self, run: RunFolder) -> TrainBatches:
         args = self.args
         self.val_store = open_store(args, self.dist, self.val_split.images, size=args.img_size)
-        truth = data.load_truth(args.data_root, self.val_store.images, args.img_size)
+        truth = data.load_truth(args.data_root, self.val_store.images, args.img_size, args.trimap_resize)
         self.val_truth = truth.to(self.dist.device)
         images = open_store(args, self.dist, self.split.images)
         masks = open_store(args, self.dist, images.images, "trimap")
-        crop_scale = None if args.crop_scale == 1 else (args.crop_scale, 1.0)
-        flips = {"horizontal_flip": args.flips, "vertical_flip": args.flips}
-        return self.train_batches(Examples(images, masks), Augmentation(args.img_size, crop_scale, **flips))
+        augmentation = Augmentation(
+            args.img_size,
+            crop_scale=None if args.crop_scale == 1 else (args.crop_scale, 1.0),
+            horizontal_flip=args.flips,
+            vertical_flip=args.flips,
+            elastic=args.elastic,
+            mask_resize=args.trimap_resize,
+            inputs=args.inputs,
+        )
+        return self.train_batches(Examples(images, masks), augmentation)
 
     def loss(self, network: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         images = batch["images"].contiguous(memory_format=self.memory_format)
@@ -195,6 +246,21 @@ class Segmentation(Task):
         return f"loss {loss:.3f}, {summary_of(records['counts'])}"
 
 
+def check_combination(args: argparse.Namespace) -> None:
+    """Refuse choices of the original protocol that contradict each other."""
+    resnet = args.model == "resnet50"
+    linear = getattr(args, "head", "decoder") == "linear"
+    if args.output == "reshape" and (resnet or linear):
+        where = "resnet50" if resnet else "--head linear"
+        raise EngineError(f"--output reshape reads the MAE decoder's tokens, and {where} has no decoder")
+    if not args.train_positions and resnet:
+        raise EngineError("--no-train_positions freezes position embeddings, and resnet50 has none")
+    if resnet and args.optimizer == "adam" and args.elastic:
+        raise EngineError("--elastic with --optimizer adam: the original code trains ResNet-50 without augmentation")
+    if args.elastic and args.img_size < SMALLEST_ELASTIC:
+        raise EngineError(f"--elastic blurs its noise over 41 pixels; --img_size must be at least {SMALLEST_ELASTIC}")
+
+
 def summary_of(counts: np.ndarray) -> str:
     """Say in a line how good counts [n, 3, 3] are."""
     scores = dataset_scores(counts)
@@ -204,12 +270,16 @@ def summary_of(counts: np.ndarray) -> str:
 # -- Test records -------------------------------------------------------------------------------------------------------
 
 
-@functools.lru_cache(maxsize=2)  # runs of one size share their images
 def open_test_set(setting: TestSetting, size: int) -> tuple[data.ImageStore, Tensor]:
-    """Open the test images at a size, with their trimaps uint8 [N, size, size]."""
-    images = splits.pets_split(setting.data_root, "test").images
-    store = setting.open_store(images, size)
-    return store, data.load_truth(setting.data_root, store.images, size)
+    """Open the test images of a run at a size, with their trimaps uint8 [N, size, size]."""
+    store = setting.open_store(setting.test_split().images, size)
+    resize = setting.flags.get("trimap_resize", "nearest")
+    return store, read_truth(setting.data_root, store.images, size, resize)
+
+
+@functools.lru_cache(maxsize=2)  # runs of one size share their trimaps
+def read_truth(data_root: str, images: tuple[str, ...], size: int, resize: str) -> Tensor:
+    return data.load_truth(data_root, images, size, resize)
 
 
 def choose_panels(ids: np.ndarray) -> np.ndarray:
@@ -231,7 +301,7 @@ def test_records(model: nn.Module, img_size: int, setting: TestSetting) -> dict[
     columns = defaultdict(list)
     panels = {}
     with Progress("testing", len(ids)) as progress:
-        for batch in setting.batches(store, {"truth": truth}):
+        for batch in setting.batches(model, store, {"truth": truth}):
             target = batch["truth"].long()
             with setting.precision.autocast():
                 logits = model(batch["images"]).float()
@@ -245,7 +315,11 @@ def test_records(model: nn.Module, img_size: int, setting: TestSetting) -> dict[
                 columns["counts_native"].append(confusion(native, large))
                 columns["boundary_native"].append(boundaries(native, large))
                 if entry in shown:
-                    panels[entry] = (to_photo(batch["images"][place]), to_array(target[place]), to_array(pred[place]))
+                    panels[entry] = (
+                        to_photo(batch["images"][place], model.inputs),
+                        to_array(target[place]),
+                        to_array(pred[place]),
+                    )
             progress.update(len(target))
     records = {name: torch.cat(parts).cpu().numpy() for name, parts in columns.items()}
     records["ids"] = ids
@@ -266,9 +340,9 @@ def at_native_size(logits: Tensor, image: str, setting: TestSetting) -> tuple[Te
     return native, large
 
 
-def to_photo(image: Tensor) -> np.ndarray:
-    """Turn a normalised image [3, H, W] back into uint8 [H, W, 3]."""
-    return to_array(augment.denormalise(image).round().clamp(0, 255).permute(1, 2, 0))
+def to_photo(image: Tensor, inputs: str) -> np.ndarray:
+    """Turn an image [3, H, W] as a network takes it back into uint8 [H, W, 3]."""
+    return to_array(augment.unscale_pixels(image, inputs).round().clamp(0, 255).permute(1, 2, 0))
 
 
 def to_array(tensor: Tensor) -> np.ndarray:
@@ -286,36 +360,20 @@ def stack_panels(ids: np.ndarray, shown: np.ndarray, panels: dict[int, tuple]) -
 # -- What any network should beat ---------------------------------------------------------------------------------------
 
 
-def stride32_predictions(truth: Tensor, stride: int = 32, steps: int = 80) -> Tensor:
-    """Find the best masks that a coarse output can draw: truth [B, H, W] -> classes [B, H, W].
-
-    Logits at 1/stride of the size are fitted to each truth directly (Adam on the cross-entropy, started from the classes'
-    shares in each cell) and upsampled bilinearly. No network with that output does clearly better.
-    """
-    size = tuple(truth.shape[1:])
-    hot = F.one_hot(truth, NUM_CLASSES).permute(0, 3, 1, 2).float()
-    cells = [-(-side // stride) for side in size]
-    coarse = F.adaptive_avg_pool2d(hot, cells).clamp_min(0.01).log().requires_grad_()
-    optimizer = torch.optim.Adam([coarse], lr=0.3)
-    for _ in range(steps):
-        F.cross_entropy(upsample(coarse, size), truth, reduction="sum").backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    return upsample(coarse.detach(), size).argmax(1)
-
-
 def mean_mask(masks: Tensor) -> Tensor:
     """Find the most frequent class of each pixel: trimaps [N, H, W] -> classes [H, W]."""
     shares = [(masks == number).float().mean(0) for number in range(NUM_CLASSES)]
     return torch.stack(shares).argmax(0)
 
 
-def reference_records(data_root: str, img_size: int, device: torch.device) -> dict[str, np.ndarray]:
-    """Score predictors that look at no image, and the limit of a stride-32 output -> arrays of reference.npz."""
-    test = splits.pets_split(data_root, "test").images
-    train = splits.pets_split(data_root, "train").images
-    truth = data.load_truth(data_root, test, img_size)
-    usual = mean_mask(data.load_truth(data_root, train, img_size)).to(device)
+def reference_records(
+    data_root: str, img_size: int, device: torch.device, source: splits.PetsSource, trimap_resize: str
+) -> dict[str, np.ndarray]:
+    """Score predictors that look at no image -> arrays of reference.npz."""
+    test = splits.pets_split(data_root, "test", source=source).images
+    train = splits.pets_split(data_root, "train", source=source).images
+    truth = data.load_truth(data_root, test, img_size, trimap_resize)
+    usual = mean_mask(data.load_truth(data_root, train, img_size, trimap_resize)).to(device)
     counts = defaultdict(list)
     for part in truth.split(VALIDATION_BATCH):
         target = part.to(device).long()
@@ -323,7 +381,6 @@ def reference_records(data_root: str, img_size: int, device: torch.device) -> di
             "all_animal": torch.full_like(target, PET),
             "all_background": torch.full_like(target, BACKGROUND),
             "mean_mask": usual.expand_as(target),
-            "stride32": stride32_predictions(target),
         }
         for name, guess in guesses.items():
             counts[f"counts_{name}"].append(confusion(target, guess).cpu())
@@ -341,6 +398,6 @@ def predict(model: nn.Module, image: Image.Image, img_size: int, device: torch.d
     """Segment one image -> uint8 [H, W] at its own size: 0 pet, 1 background, 2 border."""
     small = np.array(image.convert("RGB").resize((img_size, img_size), Image.Resampling.BICUBIC))
     pixels = torch.from_numpy(small).to(device).permute(2, 0, 1)[None].float()
-    logits = model(augment.normalise(pixels)).float()
+    logits = model(augment.scale_pixels(pixels, model.inputs)).float()
     classes = upsample(logits, image.size[::-1]).argmax(1)
     return to_array(classes[0])

@@ -36,7 +36,11 @@ DRAW_TRAIN_FRACTION = 4
 
 VALIDATION_SEED = 2017
 PETS_PARTS_KEY = (0, 701515)  # the one draw of the 70/15/15 parts
+LEAKING_PARTS_NUMBER = 701516  # of the draws of parts that overlap
 MIN_PETS = 7  # fewer leave no image to validate on
+PETS_PARTS = ("train", "val", "test")
+PETS_LISTS = ("list.txt", "every_jpg")
+PETS_DIVISIONS = ("disjoint", "leaking")
 
 
 class DataNotFoundError(DataError):
@@ -593,20 +597,70 @@ def read_pets_list(data_root: str | Path) -> list[PetEntry]:
     return entries
 
 
-def pets_split(data_root: str | Path, part: str, *, train_fraction: float = 1.0, split_seed: int = 0) -> Split:
-    """Select part "train", "val" or "test" of the one fixed random 70/15/15 draw over the images of list.txt.
+@dataclass(frozen=True)
+class PetsSource:
+    """Which photos of Oxford-IIIT Pet are divided, and how.
+
+    listing: "list.txt", the publisher's list, or "every_jpg", each .jpg file in the folder of images, as the study's code.
+    division: "disjoint", one draw for every seed, or "leaking": the list is shuffled anew for each part, as the study's
+    code does for its Masked Autoencoders, so that 70 % of the test images are trained on.
+    """
+
+    listing: str = "list.txt"
+    division: str = "disjoint"
+
+    def definition(self) -> dict:
+        """State what differs from the default, for the manifest."""
+        stated = {}
+        if self.listing != "list.txt":
+            stated["listing"] = self.listing
+        if self.division != "disjoint":
+            stated["division"] = self.division
+        return stated
+
+    def names(self, data_root: str | Path) -> list[str]:
+        """List the names of the photos without their extension, sorted."""
+        if self.listing == "list.txt":
+            return sorted(entry.name for entry in read_pets_list(data_root))
+        folder = Path(data_root, PETS_FOLDER, "images")
+        if not folder.is_dir():
+            raise DataNotFoundError(f"{show_path(folder)} not found; get it with `python prepare.py download`")
+        names = sorted(path.stem for path in folder.glob("[!.]*.jpg"))
+        require(len(names) >= MIN_PETS, f"{show_path(folder)} must hold at least {MIN_PETS} .jpg files")
+        return names
+
+    def shuffled(self, names: list[str], part: str, split_seed: int) -> list[str]:
+        """Shuffle the names as a part is cut from them."""
+        if self.division == "disjoint":
+            return draw_prefix(names, len(names), "images", *PETS_PARTS_KEY)
+        if part == "test":  # the study's code seeds this one alone
+            split_seed = 0
+        return draw_prefix(names, len(names), "images", split_seed, LEAKING_PARTS_NUMBER, PETS_PARTS.index(part))
+
+
+def pets_split(
+    data_root: str | Path,
+    part: str,
+    *,
+    train_fraction: float = 1.0,
+    split_seed: int = 0,
+    source: PetsSource = PetsSource(),
+) -> Split:
+    """Select part "train", "val" or "test" of the random 70/15/15 division of Oxford-IIIT Pet.
 
     train_fraction: share of the training images, in (0, 1], that split_seed chooses; smaller ones lie in larger ones.
+    source: which photos are divided, and how; by default the one fixed draw over the images of list.txt.
     """
-    names = sorted(entry.name for entry in read_pets_list(data_root))
+    require(part in PETS_PARTS, f"part must be train, val or test, got {part!r}")
     require(0 < train_fraction <= 1, f"--train_fraction must lie in (0, 1], got {train_fraction}")
-    names = draw_prefix(names, len(names), "images", *PETS_PARTS_KEY)
+    names = source.shuffled(source.names(data_root), part, split_seed)
     val_start = len(names) * 70 // 100
     test_start = val_start + len(names) * 15 // 100
     parts = {"train": names[:val_start], "val": names[val_start:test_start], "test": names[test_start:]}
-    require(part in parts, f"part must be train, val or test, got {part!r}")
     chosen = parts[part]
-    definition = {"split": f"pets {part}"}
+    definition = {"split": f"pets {part}", **source.definition()}
+    if source.division == "leaking" and part != "test":
+        definition["split_seed"] = split_seed
     if part == "train" and train_fraction < 1:
         count = max(1, round(train_fraction * len(chosen)))
         chosen = draw_prefix(chosen, count, "training images", split_seed, DRAW_TRAIN_FRACTION)

@@ -25,6 +25,7 @@ from engine import Distributed, EngineError, Parser, Precision, Progress, at_lea
 from objective import Objective
 from runs import RunFolder
 
+OPTIMIZERS = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}
 LOOK_UP_SECONDS = 2.0  # how often, at least, the processes look up from their work
 KEPT_RATES = 1000  # rates that a checkpoint remembers for their median
 
@@ -58,7 +59,19 @@ def add_training_arguments(
         default=batch_size,
         help="images per update, all GPUs and micro-batches together",
     )
+    recipe(
+        "--optimizer",
+        choices=list(OPTIMIZERS),
+        default="adamw",
+        help="adam: as the original code trains ResNet-50; weight decay is then added to the gradient",
+    )
     recipe("--weight_decay", type=at_least(0), default=0.05, help="AdamW's decay; norms and biases are exempt")
+    recipe(
+        "--lr_schedule",
+        choices=["cosine", "constant"],
+        default="cosine",
+        help="after the warm-up: half a cosine down to --min_lr, or no change",
+    )
     recipe(
         "--warmup_epochs", type=at_least(0), default=warmup_epochs, help="epochs of linear warm-up before the cosine"
     )
@@ -93,10 +106,13 @@ class Plan:
     batch_size: int
     lr: float
     min_lr: float
+    lr_schedule: str
     groups: list[dict]  # see engine.param_groups
 
     def lr_at(self, step: int) -> float:
         """Learning rate of a step (0-based)."""
+        if self.lr_schedule == "constant" and step >= self.warmup_steps:
+            return self.lr
         return engine.lr_at(step, self.total_steps, self.warmup_steps, self.lr, self.min_lr)
 
 
@@ -118,6 +134,7 @@ def plan_run(objective: Objective, args: argparse.Namespace, dist: Distributed) 
         batch_size=objective.batch_size,
         lr=lr,
         min_lr=args.min_lr,
+        lr_schedule=args.lr_schedule,
         groups=objective.parameter_groups(),
     )
 
@@ -251,7 +268,8 @@ class Trainer:
         groups = []
         for group in self.plan.groups:
             groups.append({key: value for key, value in group.items() if key != "names"})
-        return torch.optim.AdamW(groups, lr=self.plan.lr, betas=self.objective.betas, fused=True)
+        make = OPTIMIZERS[self.args.optimizer]
+        return make(groups, lr=self.plan.lr, betas=self.objective.betas, fused=True)
 
     def _wrap(self, network: nn.Module) -> nn.Module:
         """Compile the network and let DistributedDataParallel average its gradients, where that applies."""
@@ -376,7 +394,7 @@ class Trainer:
     @property
     def weights(self) -> dict[str, Tensor]:
         """The weights to keep: those of the best validation score, or the last."""
-        if self.state.best:
+        if self.state.best and self.objective.keep_best:
             return self.state.best["model"]
         return self.model.state_dict()
 
@@ -507,13 +525,15 @@ class Trainer:
             print(f"epoch {self.state.last_val['epoch']:g}  {shown}", flush=True)
 
     def _keep_best(self, scores: dict[str, float]) -> None:
-        """Keep a copy of the weights if their score is the highest so far."""
+        """Remember the highest score so far and, if they are to be kept, its weights."""
         select = self.objective.select
         if select is None:
             return
         best = self.state.best
         if best is None or scores[select] > best["scores"][select]:
-            kept = {name: value.detach().clone() for name, value in self.model.state_dict().items()}
+            kept = {}
+            if self.objective.keep_best:
+                kept = {name: value.detach().clone() for name, value in self.model.state_dict().items()}
             self.state.best = {"scores": self.state.last_val, "model": kept}
 
     # -- checkpoints --------------------------------------------------------------------------------------------------
@@ -557,7 +577,7 @@ def train(objective: Objective, args: argparse.Namespace, dist: Distributed) -> 
             print_groups(plan)
         return
     bytes_per_parameter = 12  # the weight and AdamW's two moments
-    if objective.select:
+    if objective.select and objective.keep_best:
         bytes_per_parameter += 4  # and the best weight so far
     run = RunFolder(args.output_dir, dist, config, args.resume, state_bytes=config["params"] * bytes_per_parameter)
     if run.finished:
@@ -593,6 +613,7 @@ def describe_run(
         "kind": objective.name,
         "scores": objective.scores,
         "select": objective.select,
+        "remarks": objective.remarks(),
         "args": flags,
         "experiment": {**experiment, **identity},
         "roles": roles,
@@ -626,6 +647,8 @@ def print_plan(objective: Objective, plan: Plan, config: dict) -> None:
     print(f"{where}, torch {torch.__version__}, git {config['git']}")
     images = f"{config['n_train']:,} list entries, {config['n_unique']:,} unique images"
     print(f"data: {images} of {config['data']['title']}")
+    for remark in config["remarks"]:
+        print(f"note: {remark}")
     updates = f"{plan.total_steps:,} updates of {plan.batch_size} images, {config['args']['epochs']} epochs"
     memory = expected_memory(objective, config)
     if memory is None:

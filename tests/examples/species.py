@@ -12,7 +12,6 @@ from batches import Augmentation, Examples, TrainBatches
 from models import build_classifier
 from objective import Task, TestSetting, mean_records, mean_scores, open_store
 from runs import RunFolder
-from splits import pets_split
 
 
 def is_cat(images: Sequence[str]) -> np.ndarray:
@@ -53,7 +52,7 @@ class Species(Task):
 
     @classmethod
     def test(cls, model: nn.Module, img_size: int, setting: TestSetting) -> dict[str, np.ndarray]:
-        store = setting.open_store(pets_split(setting.data_root, "test").images, img_size)
-        batches = setting.batches(store, {"label": torch.from_numpy(is_cat(store.images))})
+        store = setting.open_store(setting.test_split().images, img_size)
+        batches = setting.batches(model, store, {"label": torch.from_numpy(is_cat(store.images))})
         values = setting.collect(batches, lambda batch: score(model, batch))
         return mean_records([Path(image).stem for image in store.images], **values)
