@@ -28,8 +28,18 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-# Named sizes. mae_base, mae_large and mae_huge are those of He et al.; mae_tiny is for demonstrations and tests on CPUs.
+# Named sizes. mae_base, mae_large and mae_huge are those of He et al.; mae_demo is for images of 64 pixels on CPUs, where
+# small patches matter more than width; mae_tiny is for tests.
 MODELS = {
+    "mae_demo": {
+        "patch_size": 4,
+        "embed_dim": 64,
+        "depth": 4,
+        "num_heads": 2,
+        "decoder_embed_dim": 64,
+        "decoder_depth": 1,
+        "decoder_num_heads": 2,
+    },
     "mae_tiny": {
         "embed_dim": 192,
         "depth": 4,

@@ -61,7 +61,8 @@ class MaskedPixels(Pretraining):
         return loss
 
     def validate(self, step: int, stopping: Callable[[], bool]) -> dict[str, float] | None:
-        steps_between = self.args.figure_every * (self.epoch_images // self.batch_size)
+        epoch_updates = self.args.epoch_updates or self.epoch_images // self.batch_size
+        steps_between = self.args.figure_every * epoch_updates
         if steps_between and step % steps_between == 0:
             self.figure(f"reconstruction_{step:06d}")
         return super().validate(step, stopping)

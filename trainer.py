@@ -54,6 +54,12 @@ def add_training_arguments(
     recipe = parser.flags("optimisation", role="recipe")
     recipe("--epochs", type=at_least(1, int), default=epochs, help="passes over the data")
     recipe(
+        "--epoch_updates",
+        type=at_least(1, int),
+        help="updates that count as an epoch, for the schedule and between validations (default: one pass over the "
+        "data); few images need it to train long enough",
+    )
+    recipe(
         "--batch_size",
         type=at_least(1, int),
         default=batch_size,
@@ -118,7 +124,7 @@ class Plan:
 
 def plan_run(objective: Objective, args: argparse.Namespace, dist: Distributed) -> Plan:
     """Plan the updates of an objective; EngineError or DataError if batch, images and rates do not fit together."""
-    epoch_steps = objective.epoch_images // args.batch_size
+    epoch_steps = args.epoch_updates or objective.epoch_images // args.batch_size
     if epoch_steps == 0:
         problem = f"--batch_size {args.batch_size} is larger than the split's {objective.epoch_images} images"
         raise EngineError(f"{problem}; use at most {objective.epoch_images}")
