@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Runs the whole study: pre-training, fine-tuning, baselines, test evaluation, report. `run_all.sh --help` lists the options.
-# Which runs there are is decided by `study.py plan`; this script carries the plan out. Finished stages are skipped, a killed
-# run continues where it was; the first failure stops the study and says how to repeat it.
+# Runs the complete study: pre-training, fine-tuning, baselines, test evaluation, report. `run_all.sh --help` lists the options.
+# Which runs there are is decided by `study.py plan`; this script carries the plan out, one run after another or --jobs at a
+# time. Finished stages are skipped, a killed run continues where it was. Repeat the command after whatever stopped it.
 set -u -o pipefail
 HERE=$(CDPATH='' cd "$(dirname "$0")" && pwd)
 refuse() { echo "run_all.sh: error: $1" >&2; exit 2; }
@@ -11,7 +11,7 @@ NNODES=${NNODES:-1} NODE_RANK=${NODE_RANK:-0}
 case $NNODES$NODE_RANK in *[!0-9]*) refuse "NNODES and NODE_RANK must be numbers, got '$NNODES' and '$NODE_RANK'" ;; esac
 [ "$NNODES" -le 1 ] || [ -n "${MASTER_ADDR:-}" ] || refuse "with NNODES=$NNODES set MASTER_ADDR to the address of node 0"
 settings=$("$SYSTEM" "$HERE/study.py" settings "$@") || exit
-eval "$settings" # DATA_ROOT, OUTPUT, CACHE, GPUS, DRAWN, DRY, TASK, IMG_SIZE, TITLE
+eval "$settings" # DATA_ROOT, OUTPUT, CACHE, GPUS, JOBS, CPU_JOBS, CPU_THREADS, DRAWN, DRY, TASK, REFERENCE, TITLE
 
 if [ "$DRY" = 1 ]; then # nothing is installed to show commands
   PYTHON=$HERE/.venv/bin/python; [ -x "$PYTHON" ] || PYTHON=$SYSTEM
@@ -20,25 +20,49 @@ else
   . "$HERE/setup.sh" || exit 1
   [ -n "$GPUS" ] || GPUS=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())') || exit 1
 fi
-LAUNCH=("$PYTHON")
+
+# ----------------------------------------------------------------------------------------------------------------------
+# How a training is started
+
+DEVICE=()
+if [ "$GPUS" = 0 ]; then
+  DEVICE=(--device cpu)
+  JOBS=$CPU_JOBS
+  # With all threads each, two trainings slow one another many times.
+  if [ "$JOBS" -gt 1 ]; then export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$CPU_THREADS}; fi
+fi
+JOBS=${JOBS:-1}
+[ "$GPUS" = 0 ] || [ "$JOBS" -le "$GPUS" ] || refuse "--jobs $JOBS needs a GPU for each run, and there are $GPUS"
+[ "$JOBS" = 1 ] || [ "$NNODES" -le 1 ] || refuse "--jobs goes with one node; several nodes share each run"
+LAUNCH=("$PYTHON") # runs side by side have a GPU each; a run alone is divided over all of them
 if [ "$NNODES" -gt 1 ]; then
   LAUNCH+=(-m torch.distributed.run --nnodes "$NNODES" --node_rank "$NODE_RANK" --nproc_per_node "$((GPUS > 0 ? GPUS : 1))"
            --master_addr "$MASTER_ADDR" --master_port "${MASTER_PORT:-29500}")
-elif [ "$GPUS" -gt 1 ]; then
+elif [ "$GPUS" -gt 1 ] && [ "$JOBS" = 1 ]; then
   LAUNCH+=(-m torch.distributed.run --standalone --nproc_per_node "$GPUS")
 fi
-DEVICE=(); [ "$GPUS" -gt 0 ] || DEVICE=(--device cpu)
+QUIET="" # runs side by side write to their logs, and one line tells of all
+[ "$JOBS" = 1 ] || QUIET=1
 
 # ----------------------------------------------------------------------------------------------------------------------
-# How a command is started
+# How a command is run
 
-STOP="" CHILD=""
-stop() { # a stop request: the running command writes a checkpoint before it leaves
+STOP="" CHILD="" FAILED=0 # CHILD: what runs now, a process or (negative) a group of processes
+stop() { # a stop request: running trainings write a checkpoint before they leave
   STOP=$1
-  [ -z "$CHILD" ] || kill -TERM "$CHILD" 2> /dev/null
+  [ -z "$CHILD" ] || kill -TERM -- "$CHILD" 2> /dev/null
 }
 trap 'stop 130' INT
 trap 'stop 143' TERM
+
+await() { # await PID: wait for the end of CHILD, also when a stop request interrupts the waiting
+  local status
+  [ -z "$STOP" ] || kill -TERM -- "$CHILD" 2> /dev/null
+  while wait "$1"; status=$?; kill -0 "$1" 2> /dev/null; do :; done
+  while kill -0 -- "$CHILD" 2> /dev/null; do sleep 0.2; done # a group may outlive its first process
+  CHILD=""
+  return "$status"
+}
 
 leave_if_asked() { # a request may come between two commands, or so late that the running one still ends well
   [ -n "$STOP" ] || return 0
@@ -46,24 +70,30 @@ leave_if_asked() { # a request may come between two commands, or so late that th
   exit "$STOP"
 }
 
-run() { # run NAME COMMAND...: show the command, run it with its output on the screen and in a log, stop the study if it fails
-  local name=$1 log="$OUTPUT/logs/$1.log" status start=$SECONDS; shift
+run() { # run NAME PURPOSE COMMAND...: run it with its output in a log, and on the screen unless QUIET; stop the study if it fails
+  local name=$1 purpose=$2 log="$OUTPUT/logs/$1.log" status start=$SECONDS; shift 2
   leave_if_asked before "$name"
-  printf '\n== %s\n$' "$name"; printf ' %q' "$@"; printf '\n'
+  printf '\n== %s: %s\n' "$name" "$purpose"
+  [ -n "$QUIET" ] && [ "$DRY" = 0 ] || { printf '$'; printf ' %q' "$@"; printf '\n'; }
   if [ "$DRY" = 1 ]; then return 0; fi
   mkdir -p "$OUTPUT/logs"
   printf '%q ' "$@" >> "$log"; echo >> "$log"
-  PYTHONUNBUFFERED=1 "$@" > >(exec tee -ia "$log") 2>&1 &
+  if [ -n "$QUIET" ]; then
+    PYTHONUNBUFFERED=1 "$@" >> "$log" 2>&1 &
+  else
+    PYTHONUNBUFFERED=1 "$@" > >(exec tee -ia "$log") 2>&1 &
+  fi
   CHILD=$!
-  [ -z "$STOP" ] || kill -TERM "$CHILD" 2> /dev/null
-  while wait "$CHILD"; status=$?; kill -0 "$CHILD" 2> /dev/null; do :; done
-  CHILD=""
+  await "$CHILD"
+  status=$?
   if [ "$status" != 0 ]; then
+    [ -z "$QUIET" ] || tail -n 5 "$log" >&2
     printf '\nrun_all.sh: stage %s failed with exit code %s after %s s.\n  log:     %s\n  repeat:  ' "$name" "$status" $((SECONDS - start)) "$log" >&2
     printf '%q ' "$@" >&2; printf '\n  then the same run_all.sh command goes on from there.\n' >&2
     exit "$status"
   fi
   echo "   $name: $((SECONDS - start)) s"
+  leave_if_asked after "$name"
 }
 
 newer() { # is file $1 there, and no older than the files after it?
@@ -73,63 +103,80 @@ newer() { # is file $1 there, and no older than the files after it?
   return 0
 }
 
-once() { # once NAME MARKER [LAUNCHER...] -- COMMAND...: run it, unless this very command has made the marker before
-  local name=$1 marker=$2 launcher=() record="$OUTPUT/logs/$1.command"; shift 2
-  while [ "$1" != -- ]; do launcher+=("$1"); shift; done
-  shift
+once() { # once NAME PURPOSE MARKER COMMAND...: run it, unless this very command has made the marker before
+  local name=$1 purpose=$2 marker=$3 record="$OUTPUT/logs/$1.command"; shift 3
   if [ "$DRY" = 0 ] && [ -e "$marker" ] && [ "$(cat "$record" 2> /dev/null)" = "$(printf '%q ' "$@")" ]; then
     echo "== $name: finished before, skipped"
     return
   fi
-  run "$name" "${launcher[@]}" "$@"
-  # Without the launcher, which differs between nodes; after success, so that a refused command is refused again.
+  run "$name" "$purpose" "$@"
   if [ "$DRY" = 0 ]; then printf '%q ' "$@" > "$record"; fi
-  leave_if_asked after "$name"
 }
 
-train() { # train NAME FOLDER PARENT SCRIPT FLAGS...: one line of the plan, unless it is finished
-  local name=$1 dir="$OUTPUT/$2" needs="$OUTPUT/$3/metrics.json" parent=$3 script=$4; shift 4
-  if [ "$DRY" = 0 ] && [ -n "$parent" ] && [ -e "$dir/config.json" ] && ! newer "$dir/config.json" "$needs"; then
-    echo "== $name: what it starts from has been trained again, so it is repeated"
-    rm -rf -- "${dir:?}"
+train() { # train FOLDER...: trainings of the plan that do not depend on each other, JOBS at a time
+  local folder status watcher how=("$PYTHON" "$HERE/carry_out.py" "$OUTPUT" --plan "$TABLE" --launch "$(printf '%q ' "${LAUNCH[@]}")")
+  how+=(--flags "${DEVICE[*]-}")
+  [ "$DRY" = 0 ] || how+=(--dry_run)
+  if [ "$JOBS" = 1 ] || [ "$DRY" = 1 ]; then
+    for folder in "$@"; do
+      leave_if_asked before "$folder"
+      "${how[@]}" --run "$folder" &
+      CHILD=$!
+      await "$CHILD"
+      status=$?
+      [ "$status" = 0 ] || exit "$status" # it has said what failed
+      leave_if_asked after "$folder"
+    done
+    return
   fi
-  once "$name" "$dir/metrics.json" "${LAUNCH[@]}" -- "$HERE/$script" "$@" ${DEVICE[@]+"${DEVICE[@]}"}
+  leave_if_asked before "the next runs"
+  "$PYTHON" "$HERE/status.py" "$OUTPUT" --watch --jobs "$JOBS" < /dev/null &
+  watcher=$!
+  printf '%s\0' "$@" | JOB_GPUS=$GPUS exec setsid xargs -0 -n 1 -P "$JOBS" --process-slot-var=JOB_SLOT "${how[@]}" --quiet --run &
+  CHILD=-$!
+  await "$!" || FAILED=1 # a failed run stops no other
+  kill "$watcher" 2> /dev/null
+  wait "$watcher" 2> /dev/null
+  leave_if_asked after "the runs above"
 }
 
-evaluate() { # evaluate NAME FOLDER...: score runs on the test images, unless all are scored
-  local name=$1 tested=1 dir; shift
+evaluate() { # evaluate FOLDER...: score finished runs on the test images, unless all are scored
+  local tested=1 dir; shift 0
   for dir in "$@"; do newer "$dir/test.npz" "$dir/model.pt" || tested=0; done
-  if [ "$tested" = 1 ] && [ "$DRY" = 0 ]; then echo "== $name: finished before, skipped"; return; fi
-  run "$name" "$PYTHON" "$HERE/evaluate.py" test "${DATA[@]}" "$@"
-  leave_if_asked after "$name"
+  if [ "$tested" = 1 ] && [ "$DRY" = 0 ]; then echo "== evaluate: finished before, skipped"; return; fi
+  run evaluate "scoring each network once on the test images" "$PYTHON" "$HERE/evaluate.py" test "${DATA[@]}" "$@"
 }
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The study
 
-echo "study: $TITLE, $([ "$GPUS" -gt 0 ] && echo "$GPUS GPU(s)" || echo CPU), output $OUTPUT"
+echo "study: $TITLE, $([ "$GPUS" -gt 0 ] && echo "$GPUS GPU(s)" || echo CPU), $JOBS run(s) at a time, output $OUTPUT"
 DATA=(--data_root "$DATA_ROOT" --cache_dir "$CACHE" ${DEVICE[@]+"${DEVICE[@]}"})
-if [ "$DRAWN" = 1 ]; then run data "$PYTHON" "$HERE/prepare.py" demo --data_root "$DATA_ROOT"; fi
-run splits "$PYTHON" "$HERE/prepare.py" splits --data_root "$DATA_ROOT" --cache_dir "$CACHE" --output "$OUTPUT/splits"
-leave_if_asked after splits
-PLAN=$("$PYTHON" "$HERE/study.py" plan "$@") || exit
-if [ "$DRY" = 0 ]; then printf '%s\n' "$PLAN" > "$OUTPUT/study.tsv"; fi
-PLAN=$(tail -n +2 <<< "$PLAN" | tr '\t' '\037') # bash joins empty columns between tabs
-
-for SEED in $(cut -d $'\037' -f 1 <<< "$PLAN" | uniq); do
-  RUNS=()
-  while IFS=$'\037' read -r -u 3 seed stage arm folder parent sweep value command; do
-    [ "$seed" = "$SEED" ] || continue
-    [ "$stage" = pretrain ] || RUNS+=("$OUTPUT/$folder")
-    eval "words=($command)"
-    train "seed${seed}_${stage}_$arm" "$folder" "$parent" "${words[@]}"
-  done 3<<< "$PLAN"
-  if [ "$NODE_RANK" = 0 ]; then evaluate "seed${SEED}_evaluate" "${RUNS[@]}"; fi
-done
-[ "$NODE_RANK" = 0 ] || exit 0
-if [ "$TASK" = segment ]; then # trivial predictors
-  once reference "$OUTPUT/reference.npz" "$PYTHON" -- "$HERE/evaluate.py" reference "${DATA[@]}" --img_size "$IMG_SIZE" --output "$OUTPUT/reference.npz"
+if [ "$DRAWN" = 1 ]; then
+  run data "drawing photos of animals and things, so that nothing need be downloaded" "$PYTHON" "$HERE/prepare.py" demo --data_root "$DATA_ROOT"
 fi
-run report "$PYTHON" "$HERE/report.py" "$OUTPUT"
-leave_if_asked after report
-[ "$DRY" = 1 ] || printf '\nThe study is finished after %d min %d s. Read %s/report/report.md\n' $((SECONDS / 60)) $((SECONDS % 60)) "$OUTPUT"
+run splits "listing which images each arm sees" "$PYTHON" "$HERE/prepare.py" splits --data_root "$DATA_ROOT" --cache_dir "$CACHE" --output "$OUTPUT/splits"
+TABLE=$OUTPUT/study.tsv
+[ "$DRY" = 0 ] || TABLE=$(mktemp)
+"$PYTHON" "$HERE/study.py" plan "$@" > "$TABLE.new" || exit
+mv "$TABLE.new" "$TABLE"
+
+mapfile -d '' -t FIRST < <("$PYTHON" "$HERE/carry_out.py" "$OUTPUT" --plan "$TABLE" --list first)
+mapfile -d '' -t SECOND < <("$PYTHON" "$HERE/carry_out.py" "$OUTPUT" --plan "$TABLE" --list second)
+train "${FIRST[@]}"
+train "${SECOND[@]}"
+[ "$NODE_RANK" = 0 ] || exit 0
+mapfile -d '' -t TESTED < <("$PYTHON" "$HERE/carry_out.py" "$OUTPUT" --plan "$TABLE" --list "$([ "$DRY" = 1 ] && echo tests || echo finished_tests)")
+[ "${#TESTED[@]}" = 0 ] || evaluate "${TESTED[@]}"
+if [ "$TASK" = segment ]; then
+  once reference "scoring predictors that look at no image" "$OUTPUT/reference.npz" "$PYTHON" "$HERE/evaluate.py" reference "${DATA[@]}" $REFERENCE --output "$OUTPUT/reference.npz"
+fi
+run report "tables, statistics and figures" "$PYTHON" "$HERE/report.py" "$OUTPUT"
+[ "$DRY" = 0 ] || { rm -f "$TABLE"; exit 0; }
+[ -z "$QUIET" ] || tail -n 12 "$OUTPUT/logs/report.log" | sed '1,/^\S*python/d' # in QUIET mode only the log has it
+if [ "$FAILED" != 0 ]; then
+  printf '\nrun_all.sh: some runs failed; the report names what is missing. The same command repeats them:\n' >&2
+  cat "$OUTPUT"/logs/*.failed >&2
+  exit 1
+fi
+printf '\nThe study is finished after %d min %d s.\n' $((SECONDS / 60)) $((SECONDS % 60))

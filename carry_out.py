@@ -1,0 +1,234 @@
+"""Carry out one line of a study's plan: skip it, repeat it, or run it with a log. run_all.sh calls this for each line.
+
+    python carry_out.py runs/study --run seed0/finetune_animal --flags "--device cpu"
+    python carry_out.py runs/study --list first                   # runs that depend on no other, separated by NUL
+
+A run that has finished under the same command is skipped; one whose parent was trained again is removed and repeated. A
+stop request (SIGTERM, Ctrl-C) is passed on, so that the training writes a checkpoint. Standard library only.
+"""
+
+import argparse
+import contextlib
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import BinaryIO
+
+from study import PlanLine, read_lines
+
+HERE = Path(__file__).resolve().parent
+STOPPED_BY = {signal.SIGINT: 130, signal.SIGTERM: 143}
+
+
+class Files:
+    """What a run leaves in the study's folder."""
+
+    def __init__(self, study: Path, line: PlanLine):
+        name = run_name(line)
+        self.folder = study / line.folder
+        self.config = self.folder / "config.json"
+        self.metrics = self.folder / "metrics.json"  # marks a finished run
+        self.log = study / "logs" / f"{name}.log"
+        self.command = study / "logs" / f"{name}.command"  # of the run that finished
+        self.failure = study / "logs" / f"{name}.failed"
+        self.parent = study / line.parent / "metrics.json" if line.parent else None
+
+
+def run_name(line: PlanLine) -> str:
+    """Name a run in logs and messages."""
+    return f"seed{line.seed}_{line.stage}_{line.arm}"
+
+
+def read_plan(path: Path) -> list[PlanLine]:
+    """Read study.tsv."""
+    return read_lines(path.read_text(encoding="utf-8", errors="surrogateescape"))
+
+
+def find_line(plan: list[PlanLine], folder: str) -> PlanLine:
+    """Find the line of a run. Raises ValueError if there is none."""
+    for line in plan:
+        if line.folder == folder:
+            return line
+    raise ValueError(f"the plan has no run {folder!r}")
+
+
+def list_folders(study: Path, plan: list[PlanLine], which: str) -> list[str]:
+    """List folders of runs, relative to the study's for --run; those of tests as paths.
+
+    which: first (runs that depend on no other), second (those that start from one of these), tests (whatever is tested), or
+    finished_tests (those of them that are finished).
+    """
+    if which == "first":
+        return [line.folder for line in plan if not line.parent]
+    if which == "second":
+        return [line.folder for line in plan if line.parent]
+    tested = [study / line.folder for line in plan if line.stage != "pretrain"]
+    if which == "finished_tests":
+        tested = [folder for folder in tested if (folder / "metrics.json").exists()]
+    return [str(folder) for folder in tested]
+
+
+def is_finished(files: Files, command: str) -> bool:
+    """Tell whether this very command has finished before."""
+    if not files.metrics.exists() or not files.command.exists():
+        return False
+    return files.command.read_text(errors="surrogateescape") == command
+
+
+def is_stale(files: Files) -> bool:
+    """Tell whether the weights that a run starts from are newer than the run."""
+    if files.parent is None or not files.config.exists() or not files.parent.exists():
+        return False
+    return files.parent.stat().st_mtime_ns > files.config.stat().st_mtime_ns
+
+
+class Child:
+    """A training in a session of its own, so that only this process decides what reaches it."""
+
+    def __init__(self, words: list[str], output: BinaryIO | int):
+        self.stop_signal = 0
+        for number in STOPPED_BY:
+            signal.signal(number, self._pass_on)
+        self.process = None
+        environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+        self.process = subprocess.Popen(
+            words, stdout=output, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+        )
+        if self.stop_signal:  # it came while the process was made
+            self.process.terminate()
+
+    def _pass_on(self, number: int, frame: object) -> None:
+        self.stop_signal = self.stop_signal or number
+        if self.process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                self.process.terminate()
+
+    def wait(self) -> int:
+        """Wait for the end -> exit code; a stop request is one even if the training ended well all the same."""
+        code = self.process.wait()
+        if code < 0:
+            code = 128 - code
+        if code == 0 and self.stop_signal:
+            return STOPPED_BY[self.stop_signal]
+        return code
+
+
+def copy_output(source: BinaryIO, log: BinaryIO) -> None:
+    """Copy what a training prints to its log and to the screen, as it comes."""
+    while block := source.read1(1 << 16):
+        log.write(block)
+        log.flush()
+        sys.stdout.buffer.write(block)
+        sys.stdout.buffer.flush()
+
+
+def run_logged(words: list[str], log: Path, on_screen: bool) -> int:
+    """Run a command with its output in a log, and on the screen if wanted -> exit code."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with open(log, "ab") as file:
+        file.write(f"{shlex.join(words)}\n".encode(errors="surrogateescape"))
+        file.flush()
+        if not on_screen:
+            return Child(words, file).wait()
+        child = Child(words, subprocess.PIPE)
+        copy_output(child.process.stdout, file)
+        return child.wait()
+
+
+def bash_words(command: str) -> list[str]:
+    """Split a command of the plan, which is quoted for bash (study.quote), also where it holds $'...'."""
+    script = 'eval "words=($1)"; printf "%s\\0" "${words[@]}"'
+    output = subprocess.run(["bash", "-c", script, "bash", command], capture_output=True, check=True).stdout
+    return [os.fsdecode(word) for word in output.split(b"\0")[:-1]]
+
+
+def carry_out(study: Path, line: PlanLine, args: argparse.Namespace) -> int:
+    """Run a line of the plan, unless it is finished -> exit code."""
+    name = run_name(line)
+    files = Files(study, line)
+    script, *flags = bash_words(line.command)
+    command = [str(HERE / script), *flags, *args.flags]
+    words = [*args.launch, *command]
+    if args.dry_run:
+        print(f"\n== {name}\n$ {shlex.join(words)}", flush=True)
+        return 0
+    if files.parent is not None and not files.parent.exists():
+        print(f"== {name}: not run, for {line.parent} is not finished", file=sys.stderr, flush=True)
+        return 1
+    record = shlex.join(command)
+    if is_finished(files, record) and not is_stale(files):
+        print(f"== {name}: finished before, skipped", flush=True)
+        return 0
+    if is_stale(files):
+        print(f"== {name}: what it starts from has been trained again, so it is repeated", flush=True)
+        shutil.rmtree(files.folder)
+    if not args.quiet:
+        print(f"\n== {name}\n$ {shlex.join(words)}", flush=True)
+    files.failure.unlink(missing_ok=True)
+    start = time.monotonic()
+    code = run_logged(words, files.log, on_screen=not args.quiet)
+    seconds = time.monotonic() - start
+    if code == 0:
+        # Without the launcher, which differs between nodes; after success, so that a refused command is refused again.
+        files.command.write_text(record, errors="surrogateescape")
+        print(f"   {name}: {seconds:.0f} s", flush=True)
+        return 0
+    explain_failure(name, files, words, code, seconds)
+    return code
+
+
+def explain_failure(name: str, files: Files, words: list[str], code: int, seconds: float) -> None:
+    """Say what failed and how to repeat it, here and in a file that run_all.sh lists at its end."""
+    text = (
+        f"run_all.sh: stage {name} failed with exit code {code} after {seconds:.0f} s.\n"
+        f"  log:     {files.log}\n"
+        f"  repeat:  {shlex.join(words)}\n"
+        "  then the same run_all.sh command goes on from there.\n"
+    )
+    if code in STOPPED_BY.values():
+        text = text.replace("failed with exit code", "was stopped, exit code")
+    else:
+        files.failure.write_text(text, errors="surrogateescape")
+    print(f"\n{text}", end="", file=sys.stderr, flush=True)
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    """Make the parser."""
+    parser = argparse.ArgumentParser("carry_out.py", description="Carry out one line of a study's plan")
+    parser.add_argument("study", type=Path, help="the study's folder")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--run", metavar="FOLDER", help="the run to carry out, as the plan names its folder")
+    what.add_argument("--list", choices=["first", "second", "tests", "finished_tests"], help="list folders instead")
+    parser.add_argument("--plan", type=Path, help="table of runs (default: study.tsv in the study's folder)")
+    parser.add_argument("--launch", type=shlex.split, default=[sys.executable], help="what starts a script")
+    parser.add_argument("--flags", type=shlex.split, default=[], help="further flags of the script")
+    parser.add_argument("--quiet", action="store_true", help="output to the log alone")
+    parser.add_argument("--dry_run", action="store_true", help="show the command and leave")
+    return parser
+
+
+def main(args: argparse.Namespace) -> int:
+    """Carry out a line, or list lines."""
+    plan = read_plan(args.plan or args.study / "study.tsv")
+    if args.list:
+        folders = list_folders(args.study, plan, args.list)
+        sys.stdout.write("".join(f"{folder}\0" for folder in folders))
+        return 0
+    if int(os.environ.get("JOB_GPUS", "0")) > 0:  # runs side by side: each slot of xargs is a GPU
+        os.environ["CUDA_VISIBLE_DEVICES"] = os.environ["JOB_SLOT"]
+    return carry_out(args.study, find_line(plan, args.run), args)
+
+
+if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="surrogateescape")
+    sys.stderr.reconfigure(errors="surrogateescape")
+    try:
+        sys.exit(main(get_args_parser().parse_args()))
+    except (ValueError, OSError) as error:
+        print(f"carry_out.py: error: {error}", file=sys.stderr)
+        sys.exit(2)

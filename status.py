@@ -1,0 +1,216 @@
+"""Tell how far a study is, from its plan and logs alone, also while it runs.
+
+    python status.py runs/study                    # a table of all runs: state, step, rate, time left
+    python status.py runs/study --watch            # one line every few seconds, as run_all.sh --jobs shows it
+
+Standard library only.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from arms import Arm, find_arm
+from carry_out import Files, read_plan
+from study import PlanLine
+
+PURPOSES = {
+    "pretrain": "learning to fill in hidden patches of {images}",
+    "finetune": "learning to outline pets after pre-training on {images}",
+    "baseline": "learning to outline pets from random weights ({label})",
+}
+QUIET_SECONDS = 15  # between lines where there is no terminal
+STALE_SECONDS = 300  # without a new line in its log a run is taken for stopped
+
+
+@dataclass
+class Progress:
+    """How far one run is."""
+
+    line: PlanLine
+    arm: Arm
+    state: str  # waiting, running, finished, failed
+    step: int = 0
+    updates: int | None = None  # all that it will make
+    seconds: float = 0.0  # of training so far
+
+    @property
+    def kind(self) -> tuple[str, str]:
+        """Runs of one kind take about as long for an update."""
+        stage = "pretrain" if self.line.stage == "pretrain" else "train"
+        return stage, self.arm.network
+
+    @property
+    def purpose(self) -> str:
+        """Say what the run does and why."""
+        return PURPOSES[self.line.stage].format(images=self.arm.images, label=self.arm.label)
+
+
+def last_step(log: Path) -> tuple[int, float]:
+    """Read the last complete line of log.jsonl that has a step -> (step, seconds)."""
+    if not log.exists():
+        return 0, 0.0
+    with open(log, "rb") as file:
+        file.seek(0, os.SEEK_END)
+        file.seek(max(0, file.tell() - 20_000))
+        lines = file.read().split(b"\n")[:-1]
+    for text in reversed(lines):
+        try:
+            entry = json.loads(text)
+            return int(entry["step"]), float(entry["seconds"])
+        except (ValueError, KeyError, TypeError):
+            continue
+    return 0, 0.0
+
+
+def read_progress(study: Path, line: PlanLine) -> Progress:
+    """Read how far a run is."""
+    arm = find_arm(line.stage, line.arm, line.sweep, line.value)
+    files = Files(study, line)
+    progress = Progress(line, arm, "waiting")
+    if not files.config.exists():
+        if files.failure.exists():
+            progress.state = "failed"
+        return progress
+    try:
+        progress.updates = int(json.loads(files.config.read_text())["updates"])
+    except (ValueError, KeyError, TypeError, OSError):
+        return progress
+    progress.step, progress.seconds = last_step(files.folder / "log.jsonl")
+    if files.metrics.exists():
+        progress.state = "finished"
+        progress.step = progress.updates
+    elif files.failure.exists():
+        progress.state = "failed"
+    else:
+        progress.state = "running" if is_fresh(files) else "stopped"
+    return progress
+
+
+def is_fresh(files: Files) -> bool:
+    """Tell whether a run has written to its log lately."""
+    newest = 0.0
+    for path in (files.config, files.folder / "log.jsonl", files.log):
+        if path.exists():
+            newest = max(newest, path.stat().st_mtime)
+    return time.time() - newest < STALE_SECONDS
+
+
+def seconds_left(runs: list[Progress], jobs: int) -> float | None:
+    """Estimate the time that all trainings still take; None while no run of some kind has begun."""
+    paces: dict[tuple, list[float]] = {}
+    updates: dict[tuple, list[int]] = {}
+    for run in runs:
+        if run.updates:
+            updates.setdefault(run.kind, []).append(run.updates)
+        if run.step > 0:
+            paces.setdefault(run.kind, []).append(run.seconds / run.step)
+    total = 0.0
+    for run in runs:
+        if run.state in ("finished", "failed"):
+            continue
+        if run.kind not in paces:
+            return None
+        planned = run.updates or statistics.median(updates[run.kind])
+        total += (planned - run.step) * statistics.median(paces[run.kind])
+    return total / min(jobs, max(1, count_open(runs)))
+
+
+def count_open(runs: list[Progress]) -> int:
+    return sum(run.state not in ("finished", "failed") for run in runs)
+
+
+def show_seconds(seconds: float | None) -> str:
+    """Format a duration; what is not known yet is said."""
+    if seconds is None:
+        return "not known yet"
+    minutes = int(seconds + 0.5) // 60
+    if minutes >= 60:
+        return f"{minutes // 60} h {minutes % 60:02d} min"
+    if minutes:
+        return f"{minutes} min {int(seconds + 0.5) % 60:02d} s"
+    return f"{seconds:.0f} s"
+
+
+def summary(runs: list[Progress], jobs: int) -> str:
+    """Say in a line what runs, why, and how long it still takes."""
+    finished = sum(run.state == "finished" for run in runs)
+    parts = [f"{finished} of {len(runs)} trainings finished"]
+    failed = sum(run.state == "failed" for run in runs)
+    if failed:
+        parts.append(f"{failed} failed")
+    for run in runs:
+        if run.state == "running":
+            share = 100 * run.step / run.updates
+            parts.append(f"{run.purpose} ({share:.0f} %)")
+    return f"{'; '.join(parts)}; time left: {show_seconds(seconds_left(runs, jobs))}"
+
+
+def watch(study: Path, plan: list[PlanLine], jobs: int) -> None:
+    """Repeat the summary until this process is ended: in place on a terminal, as plain lines otherwise."""
+    on_terminal = sys.stderr.isatty()
+    shown = ""
+    while True:
+        text = summary([read_progress(study, line) for line in plan], jobs)
+        if on_terminal:
+            width = shutil.get_terminal_size().columns - 1
+            sys.stderr.write(f"\r\x1b[K{text[:width]}")
+            sys.stderr.flush()
+            time.sleep(1)
+        else:
+            if text != shown:
+                print(text, file=sys.stderr, flush=True)
+            shown = text
+            time.sleep(QUIET_SECONDS)
+
+
+def print_table(runs: list[Progress]) -> None:
+    """Print the state of all runs in columns."""
+    rows = [("run", "state", "update", "of", "updates/s", "time left")]
+    for run in runs:
+        pace = run.step / run.seconds if run.seconds else 0.0
+        left = "–"
+        if run.state == "running" and pace:
+            left = show_seconds((run.updates - run.step) / pace)
+        of = f"{run.updates:,}" if run.updates else "–"
+        rows.append((run.line.folder, run.state, f"{run.step:,}", of, f"{pace:.2f}" if pace else "–", left))
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    for row in rows:
+        cells = [row[0].ljust(widths[0]), row[1].ljust(widths[1])]
+        cells += [cell.rjust(width) for cell, width in zip(row[2:], widths[2:], strict=True)]
+        print("  ".join(cells))
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    """Make the parser."""
+    parser = argparse.ArgumentParser("status.py", description="How far a study is")
+    parser.add_argument("study", type=Path, help="folder that run_all.sh writes, with study.tsv")
+    parser.add_argument("--watch", action="store_true", help="repeat one line until interrupted")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at the same time, for the time left")
+    return parser
+
+
+def main(args: argparse.Namespace) -> None:
+    """Print the state of a study once, or again and again."""
+    plan = read_plan(args.study / "study.tsv")
+    if args.watch:
+        watch(args.study, plan, args.jobs)
+    runs = [read_progress(args.study, line) for line in plan]
+    print_table(runs)
+    print(summary(runs, args.jobs))
+
+
+if __name__ == "__main__":
+    try:
+        main(get_args_parser().parse_args())
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (ValueError, OSError) as error:
+        print(f"status.py: error: {error}", file=sys.stderr)
+        sys.exit(2)
