@@ -9,8 +9,12 @@ defined in draw_figures.py; copy it along. Needs numpy and Pillow only.
 
 import argparse
 import json
-from collections.abc import Callable, Sequence
+import os
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -48,6 +52,7 @@ Rng = np.random.Generator
 
 SIZES = ((160, 214), (180, 220), (214, 160), (200, 200), (220, 172), (168, 168), (165, 220))  # height, width in pixels
 CLUTTER = (STONE, BAG, CUSHION)
+WORTH_SHARING = 64  # pictures from which drawing on several cores pays
 ALL_COATS = (*THING_COATS, *(breed.coat for breed in BREEDS))
 
 PET_STREAM = 3  # the random stream of the pets; COCO's parts have their own
@@ -534,14 +539,32 @@ def coco_categories() -> list[dict]:
     return [{"id": c.id, "name": c.name, "supercategory": c.supercategory} for c in CATEGORIES]
 
 
+def draw_many(draw: Callable, arguments: Sequence[tuple]) -> Iterator:
+    """Yield draw(*argument) for each argument in order, drawn by all cores where that pays."""
+    workers = len(os.sched_getaffinity(0))
+    if workers == 1 or len(arguments) < WORTH_SHARING:
+        for argument in arguments:
+            yield draw(*argument)
+        return
+    # Forked, so that nothing is imported again.
+    with ProcessPoolExecutor(workers, mp_context=get_context("fork"), initializer=ignore_interrupts) as pool:
+        yield from pool.map(draw, *zip(*arguments, strict=True), chunksize=8)
+
+
+def ignore_interrupts() -> None:
+    """Leave stop requests to the process that collects the pictures."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
 def write_coco(folder: Path, part: str, count: int, seed: int, stream: int, update: Callable[[], None]) -> None:
     """Draw `count` photos into folder/part and their instances file; `update()` is called after each."""
     images = []
     annotations = []
     (folder / part).mkdir(parents=True)
     (folder / "annotations").mkdir(exist_ok=True)
-    for index in range(count):
-        photo = draw_coco(seed, stream, index)
+    arguments = [(seed, stream, index) for index in range(count)]
+    for index, photo in enumerate(draw_many(draw_coco, arguments)):
         number = 1 + stream + index * 37
         name = f"{number:012d}.jpg"
         photo.image.save(folder / part / name, quality=90)
@@ -636,8 +659,7 @@ def write_pets(folder: Path, count: int, seed: int, update: Callable[[], None]) 
     trimaps.mkdir(parents=True)
     images.mkdir()
     rows = []
-    for index in range(count):
-        photo = draw_pet(seed, index)
+    for index, photo in enumerate(draw_many(draw_pet, [(seed, index) for index in range(count)])):
         breed = photo.breed
         name = f"{breed.name}_{index // len(BREEDS) + 1}"
         photo.image.save(images / f"{name}.jpg", quality=90)

@@ -30,6 +30,8 @@ if [ "$GPUS" = 0 ]; then
   JOBS=$CPU_JOBS
   # With all threads each, two trainings slow one another many times.
   if [ "$JOBS" -gt 1 ]; then export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$CPU_THREADS}; fi
+  # Keep freed memory for the next step instead of returning it to the system and clearing it anew.
+  export MALLOC_TRIM_THRESHOLD_=${MALLOC_TRIM_THRESHOLD_:-2000000000} MALLOC_MMAP_THRESHOLD_=${MALLOC_MMAP_THRESHOLD_:-30000000}
 fi
 JOBS=${JOBS:-1}
 [ "$GPUS" = 0 ] || [ "$JOBS" -le "$GPUS" ] || refuse "--jobs $JOBS needs a GPU for each run, and there are $GPUS"
