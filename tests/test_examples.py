@@ -146,7 +146,7 @@ def test_the_same_task_trains_from_random_weights_too(project, tmp_path):
     assert "baseline (species): mae_tiny" in text
 
 
-class Tested(NamedTuple):
+class Scored(NamedTuple):
     """A run that was tested, what the test printed and what a second one did."""
 
     folder: Path
@@ -155,13 +155,13 @@ class Tested(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def tested(project: Project, study: Path) -> Tested:
+def tested(project: Project, study: Path) -> Scored:
     folder = study / "seed0/finetune_animal"
     place = ["--device", "cpu"]
     for flag in ("--data_root", "--cache_dir"):
         place += [flag, project.flags[project.flags.index(flag) + 1]]
     test = ["test", folder, *place, "--batch_size", 3]
-    return Tested(folder, run(project, "evaluate", *test), run(project, "evaluate", *test))
+    return Scored(folder, run(project, "evaluate", *test), run(project, "evaluate", *test))
 
 
 def test_the_task_is_tested_once_on_every_test_image(tested):
@@ -176,12 +176,15 @@ def test_the_task_is_tested_once_on_every_test_image(tested):
 
 def write_plan(study: Path) -> None:
     """Write the plan of the two runs as study.py would."""
-    lines = [
-        ["seed", "stage", "arm", "folder", "parent", "sweep", "value", "command"],
-        ["0", "pretrain", "animal", "seed0/pretrain_animal", "", "", "", "pretrain.py --objective denoise"],
-        ["0", "finetune", "animal", "seed0/finetune_animal", "seed0/pretrain_animal", "", "", "finetune.py --task species"],
-    ]  # fmt: skip
-    text = "".join("\t".join(line) + "\n" for line in lines)
+    header = ["seed", "stage", "arm", "folder", "parent", "sweep", "value", "command"]
+    pretrain = {"stage": "pretrain", "folder": "seed0/pretrain_animal", "command": "pretrain.py --objective denoise"}
+    finetune = {"stage": "finetune", "folder": "seed0/finetune_animal", "command": "finetune.py --task species"}
+    finetune["parent"] = pretrain["folder"]
+    rows = [header]
+    for line in (pretrain, finetune):
+        cells = {"seed": "0", "arm": "animal", **line}
+        rows.append([cells.get(name, "") for name in header])
+    text = "".join("\t".join(line) + "\n" for line in rows)
     (study / "study.tsv").write_text(text)
 
 
