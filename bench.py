@@ -131,9 +131,11 @@ def resolve(args: argparse.Namespace, on_gpu: bool) -> argparse.Namespace:
     return resolved
 
 
-def default_batch_size(task: str, quick: bool, on_gpu: bool) -> int:
+def images_per_step(task: str, args: argparse.Namespace, on_gpu: bool) -> int:
     """Give the images per step and process of a task."""
-    if quick:
+    if args.batch_size is not None:
+        return args.batch_size
+    if args.quick:
         return 4
     if not on_gpu:
         return 16
@@ -355,7 +357,9 @@ class Workshop:
         self.args = args
         self.dist = dist
         self.folder = folder
-        self.cache_dir = args.cache_dir or f"{folder}/cache"
+        self.cache_dir = args.cache_dir
+        if args.cache_dir is None:
+            self.cache_dir = f"{folder}/cache"
 
     @functools.cached_property
     def data_root(self) -> str:
@@ -453,7 +457,7 @@ class Bench:
 
     def count(self, task: str) -> int:
         """Give the images per step and process of a task."""
-        return self.args.batch_size or default_batch_size(task, self.args.quick, self.on_gpu)
+        return images_per_step(task, self.args, self.on_gpu)
 
     def compare(
         self,
@@ -489,10 +493,13 @@ class Bench:
         """Work out the columns of a timing."""
         world = self.dist.world_size
         rate = count * world / timing.seconds
-        done = None
+        done = None  # operations per second
+        used = None  # their share of the device's peak
+        limit = peak_flops(self.device, self.ledger.precision)
         if timing.contestant.flops:
             done = timing.contestant.flops * rate
-        limit = peak_flops(self.device, self.ledger.precision)
+        if done is not None and limit is not None:
+            used = done / (limit * world)
         memory = timing.memory
         return {
             "batch_size": count,
@@ -505,7 +512,7 @@ class Bench:
             "spread_ms": [1e3 * min(timing.turns), 1e3 * max(timing.turns)],
             "compiled": self.args.compile,
             "tflops": None if done is None else done / 1e12,
-            "mfu": done / (limit * world) if done and limit else None,
+            "mfu": used,
             "ratio": timing.ratio(first),
         }
 
@@ -589,7 +596,7 @@ def measure_choices(bench: Bench) -> None:
 
 
 def with_other_compilation(workshop: Workshop, training: Training) -> Training:
-    """Set the same training up with --compile turned round, on the same weights and the same optimizer."""
+    """Set the same training up with the opposite of --compile, on the same weights and the same optimizer."""
     objective = copy.copy(training.objective)
     objective.args = copy.copy(objective.args)
     objective.args.compile = not objective.args.compile
@@ -826,7 +833,7 @@ def missing_measurements(rows: list[dict]) -> list[tuple[str, str]]:
 def is_of_study_size(row: dict) -> bool:
     """Tell whether an NVIDIA GPU measured a row with the study's networks and input size, and not for a quick look."""
     on_gpu = "NVIDIA" in row["machine"]["device"]
-    has_result = bool(row.get("img_s") or row.get("hours"))
+    has_result = row.get("img_s") is not None or row.get("hours") is not None
     full_model = row.get("model") in ("mae_base", "resnet50", None)
     full_images = row.get("img_size") in (224, None)
     return on_gpu and has_result and full_model and full_images

@@ -209,14 +209,14 @@ def what_arms_saw(study: Study, page: Page) -> None:
 
 
 TASK_TEXT = (
-    "Test images, weights of the best validation score. Intervals: 95 %, Student's t over seeds; with one seed the "
-    "bootstrap over test images, which knows nothing of how another seed would come out."
+    "Intervals: 95 %, Student's t over seeds; with one seed the bootstrap over test images, which knows nothing of how "
+    "another seed would come out."
 )
 
 
 def task_section(study: Study, page: Page, task: str) -> None:
     """Show the test scores of a task other than segmentation, and its planned differences."""
-    page.add(f"## Task: {task}", TASK_TEXT)
+    page.add(f"## Task: {task}")
     rows = []
     columns = [Column("arm"), Column("seeds")]
     for key, arm in study.arms.items():
@@ -230,11 +230,21 @@ def task_section(study: Study, page: Page, task: str) -> None:
     if not rows:
         page.add("No arm has been trained and tested yet.")
         return
+    page.add(f"Test images, {kept_weights(study, task)}. {TASK_TEXT}")
     page.table(f"task_{task}", rows, [*columns, Column("note")])
     task_curves(study, page, task)
     comparisons = [comparison for comparison in planned(study, task) if comparison.values]
     if comparisons:
         task_differences(page, task, comparisons)
+
+
+def kept_weights(study: Study, task: str) -> str:
+    """Describe which weights a task was tested with."""
+    config = next(run.config for run in study.runs if run.kind == task)
+    select = config.get("select")
+    if select is None:
+        return "weights of the last epoch"
+    return f"weights of the best validation {config['scores'].get(select, select)}"
 
 
 def task_differences(page: Page, task: str, comparisons: list[Comparison]) -> None:

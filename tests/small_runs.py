@@ -57,13 +57,24 @@ def mae_checkpoint(tmp_path_factory, name: str = "mae_tiny", img_size: int = IMG
     return path
 
 
+def words_of(flags) -> list[str]:
+    """Split flags into the words of a command line: "--epochs 4 --batch_size 8" stands for four of them."""
+    words = []
+    for flag in flags:
+        if isinstance(flag, str) and flag.startswith("--"):
+            words.extend(flag.split())
+        else:
+            words.append(str(flag))
+    return words
+
+
 def run(script: str, *flags) -> str:
     """Run a script's main in this process -> what it printed; its errors come up as exceptions."""
     module = importlib.import_module(script)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     with contextlib.redirect_stdout(io.StringIO()) as out:
         try:
-            module.main(module.get_args_parser().parse_args([str(f) for f in flags]))
+            module.main(module.get_args_parser().parse_args(words_of(flags)))
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
@@ -124,10 +135,12 @@ def on_two_processes(code: str, *arguments) -> list[str]:
         subprocess.Popen(
             [sys.executable, "-c", code, *map(str, arguments)],
             env=os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank), "PYTHONPATH": path},
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
         )
         for rank in range(2)
-    ]  # fmt: skip
+    ]
     outputs = [p.communicate(timeout=120) for p in processes]
     for p, (_, errors) in zip(processes, outputs, strict=True):
         assert p.returncode == 0, errors

@@ -21,8 +21,19 @@ def root(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def flags(root, tmp_path_factory):
-    return [*SMALL, "--data_root", root, "--cache_dir", tmp_path_factory.mktemp("cache"), "--batch_size", 8, "--epochs", 1,
-            "--log_every", 1]  # fmt: skip
+    return [
+        *SMALL,
+        "--data_root",
+        root,
+        "--cache_dir",
+        tmp_path_factory.mktemp("cache"),
+        "--batch_size",
+        8,
+        "--epochs",
+        1,
+        "--log_every",
+        1,
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -113,8 +124,15 @@ def test_the_supervised_mae_starts_from_the_seeds_random_weights(flags, tmp_path
 
 
 def test_the_supervised_mae_learns(flags, tmp_path):
-    run("baseline", "--model", "mae_tiny", *flags, "--epochs", 8, "--blr", 2e-2, "--output_dir", tmp_path / "run",
-        "--warmup_epochs", 1)  # fmt: skip
+    run(
+        "baseline",
+        "--model mae_tiny",
+        *flags,
+        "--epochs 8 --blr 2e-2",
+        "--output_dir",
+        tmp_path / "run",
+        "--warmup_epochs 1",
+    )
     losses = [line["loss"] for line in log(tmp_path / "run", "train")]
     assert sum(losses[-4:]) < 0.9 * sum(losses[:4])
 
@@ -162,8 +180,9 @@ def test_wrong_use_is_refused_in_one_line(flags, tmp_path, wrong, reason):
 
 def test_weights_of_another_network_are_refused(flags, tmp_path):
     torch.save({"conv1.weight": torch.zeros(64, 3, 7, 7)}, tmp_path / "other.pth")
-    message = refusal("baseline", "--model", "resnet50", *flags, "--weights", tmp_path / "other.pth", "--output_dir",
-                      tmp_path / "no")  # fmt: skip
+    message = refusal(
+        "baseline", "--model resnet50", *flags, "--weights", tmp_path / "other.pth", "--output_dir", tmp_path / "no"
+    )
     assert "other.pth does not fit ResNet-50: Missing key(s)" in message
     assert len(message) < 500
 
@@ -171,7 +190,12 @@ def test_weights_of_another_network_are_refused(flags, tmp_path):
 @needs_photos
 @pytest.mark.slow
 def test_at_full_size_resnet50_learns_sixteen_real_photos_as_far_as_its_stride_lets_it(monkeypatch, tmp_path):
-    best = overfit(monkeypatch, os.environ["SAMPLE_ROOT"], tmp_path, "baseline", "--model", "resnet50", "--cache_size", 224,
-                   "--epochs", 15, "--blr", 1e-2, "--warmup_epochs", 1)  # fmt: skip
+    best = overfit(
+        monkeypatch,
+        os.environ["SAMPLE_ROOT"],
+        tmp_path,
+        "baseline",
+        "--model resnet50 --cache_size 224 --epochs 15 --blr 1e-2 --warmup_epochs 1",
+    )
     print("accuracy", best["accuracy"])
     assert best["accuracy"] > 0.90

@@ -35,8 +35,17 @@ def flags(root, tmp_path_factory):
 def folder(root, flags, tmp_path_factory):
     """A finished fine-tuned run, tested with 3 images at a time (8 = 3 + 3 + 2)."""
     folder = tmp_path_factory.mktemp("run") / "tuned"
-    run("finetune", "--model", "mae_tiny", *SMALL, *flags, "--init", mae_checkpoint(tmp_path_factory), "--output_dir",
-        folder, "--epochs", 6, "--batch_size", 8, "--warmup_epochs", 1, "--blr", 3e-2)  # fmt: skip
+    run(
+        "finetune",
+        "--model mae_tiny",
+        *SMALL,
+        *flags,
+        "--init",
+        mae_checkpoint(tmp_path_factory),
+        "--output_dir",
+        folder,
+        "--epochs 6 --batch_size 8 --warmup_epochs 1 --blr 3e-2",
+    )
     run("evaluate", "test", folder, *flags, "--batch_size", 3)
     return folder
 
@@ -107,8 +116,16 @@ def test_records_hold_each_test_image_once_with_all_of_its_pixels(root, folder):
     r, images = np.load(folder / "test.npz"), splits.pets_split(root, "test").images
     n = len(images)
     assert sorted(r["ids"]) == sorted(Path(x).stem for x in images)
-    shapes = {"counts": (n, 3, 3), "counts_native": (n, 3, 3), "boundary": (n, 2, 2), "boundary_native": (n, 2, 2),
-              "pixels": (n,), "loss_sum": (n,), "img_size": (), "ids": (n,)}  # fmt: skip
+    shapes = {
+        "counts": (n, 3, 3),
+        "counts_native": (n, 3, 3),
+        "boundary": (n, 2, 2),
+        "boundary_native": (n, 2, 2),
+        "pixels": (n,),
+        "loss_sum": (n,),
+        "img_size": (),
+        "ids": (n,),
+    }
     assert {k: r[k].shape for k in r} == shapes
     for name in ("counts", "counts_native", "boundary", "boundary_native", "pixels"):
         assert r[name].dtype == np.int64
@@ -245,9 +262,16 @@ def photos(root, tmp_path):
     original = Image.open(next((root / "oxford-iiit-pet/images").iterdir()))
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
-    made = {"a/cat.jpg": original, "b/cat.png": original.resize((50, 40)), "ünï 'code' %d\n.jpg": original,
-            "grey.png": original.convert("L"), "alpha.png": original.convert("RGBA"), "gif.gif": original.convert("P"),
-            "no_suffix": original, "-dash.jpg": original}  # fmt: skip
+    made = {
+        "a/cat.jpg": original,
+        "b/cat.png": original.resize((50, 40)),
+        "ünï 'code' %d\n.jpg": original,
+        "grey.png": original.convert("L"),
+        "alpha.png": original.convert("RGBA"),
+        "gif.gif": original.convert("P"),
+        "no_suffix": original,
+        "-dash.jpg": original,
+    }
     for name, image in made.items():
         image.save(tmp_path / name, format={".png": "PNG", ".gif": "GIF"}.get(Path(name).suffix, "JPEG"))
     exif = Image.Exif()
@@ -316,8 +340,17 @@ def test_a_checkpoint_that_is_no_model_of_ours_is_refused(tmp_path):
 def test_precision_and_head_do_not_change_what_a_record_is(folder, flags, tmp_path, tmp_path_factory, head):
     if head == "linear":
         other = tmp_path / "linear"
-        run("finetune", "--model", "mae_tiny", *SMALL, *flags, "--init", mae_checkpoint(tmp_path_factory), "--output_dir",
-            other, "--epochs", 1, "--batch_size", 8, "--head", "linear")  # fmt: skip
+        run(
+            "finetune",
+            "--model mae_tiny",
+            *SMALL,
+            *flags,
+            "--init",
+            mae_checkpoint(tmp_path_factory),
+            "--output_dir",
+            other,
+            "--epochs 1 --batch_size 8 --head linear",
+        )
     else:
         other = tmp_path / "copy"
         other.mkdir()

@@ -57,15 +57,26 @@ def flags(root, init, tmp_path_factory):
 def tuned(flags, tmp_path_factory):
     """Four epochs of fine-tuning -> (folder, what was printed)."""
     folder = tmp_path_factory.mktemp("run") / "tuned"
-    text = run("finetune", *flags, "--output_dir", folder, "--epochs", 4, "--batch_size", 8, "--warmup_epochs", 1.5,
-               "--blr", 3e-2, "--log_every", 1)  # fmt: skip
+    text = run(
+        "finetune",
+        *flags,
+        "--output_dir",
+        folder,
+        "--epochs 4 --batch_size 8 --warmup_epochs 1.5 --blr 3e-2 --log_every 1",
+    )
     return folder, text
 
 
 def short(flags, folder, *more):
     """One epoch of four updates."""
-    return run("finetune", *flags, "--output_dir", folder, "--epochs", 1, "--batch_size", 8, "--warmup_epochs", 0,
-               "--log_every", 1, "--blr", 1e-2, *more)  # fmt: skip
+    return run(
+        "finetune",
+        *flags,
+        "--output_dir",
+        folder,
+        "--epochs 1 --batch_size 8 --warmup_epochs 0 --log_every 1 --blr 1e-2",
+        *more,
+    )
 
 
 # -- which parameter trains at which rate -------------------------------------------------------------------------------
@@ -94,8 +105,19 @@ def test_encoder_layers_decay_downwards_and_decoder_and_head_train_at_the_full_r
 
 def test_a_dry_run_prints_the_rate_of_every_group_and_writes_nothing(root, tmp_path_factory, tmp_path):
     init = mae_checkpoint(tmp_path_factory, "mae_small", 32)
-    text = run("finetune", "--model", "mae_small", "--img_size", 32, "--device", "cpu", "--data_root", root, "--init", init,
-               "--batch_size", 32, "--dry_run", "--output_dir", tmp_path / "dry", "--cache_dir", tmp_path)  # fmt: skip
+    text = run(
+        "finetune",
+        "--model mae_small --img_size 32 --device cpu",
+        "--data_root",
+        root,
+        "--init",
+        init,
+        "--batch_size 32 --dry_run",
+        "--output_dir",
+        tmp_path / "dry",
+        "--cache_dir",
+        tmp_path,
+    )
     lr = 5e-4 * 32 / 256
     printed = {
         (first, float(decay)): float(rate)
@@ -309,8 +331,18 @@ def overfit(monkeypatch, root, folder, script, *flags):
     split = splits.pets_split(root, "train")
     lists = {k: dataclasses.replace(split, images=n * split.images[:16]) for k, n in (("train", 10), ("val", 1))}
     monkeypatch.setattr(splits, "pets_split", lambda root, part, **_: lists[part])
-    run(script, "--device", "cpu", "--data_root", root, "--cache_dir", folder / "cache", "--output_dir", folder / "run",
-        "--batch_size", 16, "--crop_scale", 1, "--no-flips", "--weight_decay", 0, *flags)  # fmt: skip
+    run(
+        script,
+        "--device cpu",
+        "--data_root",
+        root,
+        "--cache_dir",
+        folder / "cache",
+        "--output_dir",
+        folder / "run",
+        "--batch_size 16 --crop_scale 1 --no-flips --weight_decay 0",
+        *flags,
+    )
     return metrics(folder / "run")["best"]
 
 
@@ -318,9 +350,16 @@ def overfit(monkeypatch, root, folder, script, *flags):
 def test_sixteen_photos_are_learnt_by_heart(monkeypatch, root, tmp_path_factory, tmp_path, photos):
     where = os.environ["SAMPLE_ROOT"] if photos == "real" else root
     init = mae_checkpoint(tmp_path_factory, "mae_tiny", 48)
-    best = overfit(monkeypatch, where, tmp_path, "finetune", "--model", "mae_tiny", "--img_size", 48, "--cache_size", 48,
-                   "--init", init, "--epochs", 26, "--blr", 5e-2, "--layer_decay", 1, "--drop_path", 0, "--warmup_epochs", 2,
-                   "--clip_grad", 1)  # fmt: skip
+    best = overfit(
+        monkeypatch,
+        where,
+        tmp_path,
+        "finetune",
+        "--model mae_tiny --img_size 48 --cache_size 48",
+        "--init",
+        init,
+        "--epochs 26 --blr 5e-2 --layer_decay 1 --drop_path 0 --warmup_epochs 2 --clip_grad 1",
+    )
     assert best["accuracy"] > 0.98
 
 
@@ -328,9 +367,16 @@ def test_sixteen_photos_are_learnt_by_heart(monkeypatch, root, tmp_path_factory,
 @pytest.mark.slow
 def test_at_full_size_sixteen_real_photos_are_learnt_by_heart(monkeypatch, tmp_path_factory, tmp_path):
     init = mae_checkpoint(tmp_path_factory, "mae_tiny", 224)
-    best = overfit(monkeypatch, os.environ["SAMPLE_ROOT"], tmp_path, "finetune", "--model", "mae_tiny", "--cache_size", 224,
-                   "--init", init, "--epochs", 60, "--blr", 5e-2, "--layer_decay", 1, "--drop_path", 0, "--warmup_epochs", 2,
-                   "--clip_grad", 1)  # fmt: skip
+    best = overfit(
+        monkeypatch,
+        os.environ["SAMPLE_ROOT"],
+        tmp_path,
+        "finetune",
+        "--model mae_tiny --cache_size 224",
+        "--init",
+        init,
+        "--epochs 60 --blr 5e-2 --layer_decay 1 --drop_path 0 --warmup_epochs 2 --clip_grad 1",
+    )
     print("accuracy", best["accuracy"])
     assert best["accuracy"] > 0.98
 
@@ -339,9 +385,19 @@ def test_at_full_size_sixteen_real_photos_are_learnt_by_heart(monkeypatch, tmp_p
 @pytest.mark.slow
 def test_at_full_size_a_few_epochs_clear_the_trivial_predictors(tmp_path_factory, tmp_path):
     root, init = os.environ["SAMPLE_ROOT"], mae_checkpoint(tmp_path_factory, "mae_small", 224)
-    run("finetune", "--model", "mae_small", "--device", "cpu", "--cache_size", 224, "--data_root", root, "--cache_dir",
-        tmp_path, "--init", init, "--output_dir", tmp_path / "run", "--epochs", 6, "--batch_size", 16, "--warmup_epochs", 1,
-        "--blr", 4e-3, "--layer_decay", 1)  # fmt: skip
+    run(
+        "finetune",
+        "--model mae_small --device cpu --cache_size 224",
+        "--data_root",
+        root,
+        "--cache_dir",
+        tmp_path,
+        "--init",
+        init,
+        "--output_dir",
+        tmp_path / "run",
+        "--epochs 6 --batch_size 16 --warmup_epochs 1 --blr 4e-3 --layer_decay 1",
+    )
     train, val = (data.load_truth(root, splits.pets_split(root, part).images, 224) for part in ("train", "val"))
     mean_mask = torch.stack([(train == k).float().mean(0) for k in range(3)]).argmax(0)
     guesses = [torch.full_like(val, 0), torch.full_like(val, 1), mean_mask.expand_as(val)]
@@ -383,8 +439,17 @@ def test_a_trimap_that_cannot_be_right_is_named(flags, root, tmp_path, part, dam
         trimap[3, 4] = 7
     (other / name).unlink()
     Image.fromarray(trimap).save(other / name)
-    message = refusal("finetune", *flags, "--data_root", other, "--cache_dir", tmp_path / "cache", "--batch_size", 8,
-                      "--epochs", 1, "--output_dir", tmp_path / "no")  # fmt: skip
+    message = refusal(
+        "finetune",
+        *flags,
+        "--data_root",
+        other,
+        "--cache_dir",
+        tmp_path / "cache",
+        "--batch_size 8 --epochs 1",
+        "--output_dir",
+        tmp_path / "no",
+    )
     assert name in message
     found = f"{trimap.shape[1]} x {trimap.shape[0]}, but its image is" if damage == "size" else "found values 1 to 7"
     assert found in message

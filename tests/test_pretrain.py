@@ -30,8 +30,14 @@ def flags(tmp_path_factory):
 def trained(flags, tmp_path_factory):
     """A run long enough to over-fit, of 16 unique photos -> (folder, what it printed)."""
     folder = tmp_path_factory.mktemp("run") / "animal"
-    text = run("pretrain", *flags, "--output_dir", folder, "--animal_images", "unique", "--num_images", 16, "--epochs", 200,
-               "--batch_size", 16, "--blr", 2.4e-2, "--warmup_epochs", 10, "--log_every", 25, "--clip_grad", 1)  # fmt: skip
+    text = run(
+        "pretrain",
+        *flags,
+        "--output_dir",
+        folder,
+        "--animal_images unique --num_images 16 --epochs 200 --batch_size 16",
+        "--blr 2.4e-2 --warmup_epochs 10 --log_every 25 --clip_grad 1",
+    )
     return folder, text
 
 
@@ -52,8 +58,13 @@ def test_validation_ends_below_the_loss_of_predicting_zero(trained):
 
 
 def test_the_learning_rate_warms_up_and_follows_half_a_cosine(flags, tmp_path):
-    run("pretrain", *flags, "--output_dir", tmp_path / "run", "--num_images", 16, "--epochs", 6, "--batch_size", 8,
-        "--warmup_epochs", 1.5, "--log_every", 1, "--min_lr", 1e-6, "--blr", 1e-3)  # fmt: skip
+    run(
+        "pretrain",
+        *flags,
+        "--output_dir",
+        tmp_path / "run",
+        "--num_images 16 --epochs 6 --batch_size 8 --warmup_epochs 1.5 --log_every 1 --min_lr 1e-6 --blr 1e-3",
+    )
     rates, lr = [line["lr"] for line in log(tmp_path / "run", "train")], 1e-3 * 8 / 256
     expected = [
         lr * (s + 1) / 3 if s < 3 else 1e-6 + (lr - 1e-6) * (1 + np.cos(np.pi * (s - 3) / 9)) / 2 for s in range(12)
@@ -135,16 +146,30 @@ def test_a_run_records_what_it_did(trained):
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_half_precisions_train_like_float32_on_a_cpu(flags, tmp_path, precision):
     def losses(name):
-        run("pretrain", *flags, "--output_dir", tmp_path / name, "--num_images", 16, "--epochs", 3, "--batch_size", 8,
-            "--warmup_epochs", 0, "--log_every", 1, "--blr", 1e-2, "--precision", name)  # fmt: skip
+        run(
+            "pretrain",
+            *flags,
+            "--output_dir",
+            tmp_path / name,
+            "--num_images 16 --epochs 3 --batch_size 8 --warmup_epochs 0 --log_every 1 --blr 1e-2",
+            "--precision",
+            name,
+        )
         return [line["loss"] for line in log(tmp_path / name, "train")]
 
     assert losses(precision) == pytest.approx(losses("fp32"), rel=0.03)
 
 
 def test_training_continues_from_a_checkpoint_and_says_what_it_took(flags, trained, tmp_path):
-    text = run("pretrain", *flags, "--output_dir", tmp_path / "on", "--init", trained[0] / "model.pt", "--num_images", 16,
-               "--animal_images", "unique", "--epochs", 1, "--batch_size", 16, "--blr", 0)  # fmt: skip
+    text = run(
+        "pretrain",
+        *flags,
+        "--output_dir",
+        tmp_path / "on",
+        "--init",
+        trained[0] / "model.pt",
+        "--num_images 16 --animal_images unique --epochs 1 --batch_size 16 --blr 0",
+    )
     assert "missing none; unexpected none" in text
     assert metrics(tmp_path / "on")["last"]["loss_animal"] == metrics(trained[0])["last"]["loss_animal"]
 
@@ -172,10 +197,17 @@ def test_wrong_use_is_refused_in_one_line(flags, tmp_path, wrong, reason):
 
 @needs_photos
 def test_on_64_real_photos_the_loss_falls_steadily(tmp_path):
-    run("pretrain", *TINY, "--data_root", os.environ["SAMPLE_ROOT"], "--cache_dir", tmp_path, "--output_dir",
-        tmp_path / "run", "--split", "pets", "--num_images", 64,
-        "--epochs", 60, "--batch_size", 16, "--blr", 6e-3, "--warmup_epochs", 5,
-        "--log_every", 40, "--clip_grad", 1)  # fmt: skip
+    run(
+        "pretrain",
+        *TINY,
+        "--data_root",
+        os.environ["SAMPLE_ROOT"],
+        "--cache_dir",
+        tmp_path,
+        "--output_dir",
+        tmp_path / "run",
+        "--split pets --num_images 64 --epochs 60 --batch_size 16 --blr 6e-3 --warmup_epochs 5 --log_every 40 --clip_grad 1",
+    )
     losses = [line["loss"] for line in log(tmp_path / "run", "train")]
     assert falls_steadily(losses)
     assert losses[-1] < 0.94 * metrics(tmp_path / "run")["predict_zero"]["animal"]
@@ -184,10 +216,18 @@ def test_on_64_real_photos_the_loss_falls_steadily(tmp_path):
 @needs_photos
 @pytest.mark.slow
 def test_at_full_size_the_loss_of_64_real_photos_ends_clearly_below_that_of_predicting_zero(tmp_path):
-    run("pretrain", "--model", "mae_small", "--device", "cpu", "--cache_size", 224, "--data_root", os.environ["SAMPLE_ROOT"],
-        "--cache_dir", tmp_path, "--output_dir", tmp_path / "run", "--split", "animal", "--animal_images", "unique",
-        "--num_images", 64, "--epochs", 60, "--batch_size", 16, "--blr", 4e-3, "--warmup_epochs", 5, "--log_every", 40,
-        "--clip_grad", 1)  # fmt: skip
+    run(
+        "pretrain",
+        "--model mae_small --device cpu --cache_size 224",
+        "--data_root",
+        os.environ["SAMPLE_ROOT"],
+        "--cache_dir",
+        tmp_path,
+        "--output_dir",
+        tmp_path / "run",
+        "--split animal --animal_images unique --num_images 64 --epochs 60 --batch_size 16",
+        "--blr 4e-3 --warmup_epochs 5 --log_every 40 --clip_grad 1",
+    )
     losses = [line["loss"] for line in log(tmp_path / "run", "train")]
     assert falls_steadily(losses)
     assert losses[-1] < 0.9 * metrics(tmp_path / "run")["predict_zero"]["animal"]

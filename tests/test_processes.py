@@ -22,8 +22,23 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 @pytest.fixture(scope="module")
 def flags(tmp_path_factory):
     cache = tmp_path_factory.mktemp("cache")
-    return ["--model", "mae_tiny", *SMALL, "--data_root", drawn_root(tmp_path_factory), "--cache_dir", cache,
-            "--batch_size", 8, "--warmup_epochs", 1, "--log_every", 1, "--epochs", 10]  # fmt: skip
+    return [
+        "--model",
+        "mae_tiny",
+        *SMALL,
+        "--data_root",
+        drawn_root(tmp_path_factory),
+        "--cache_dir",
+        cache,
+        "--batch_size",
+        8,
+        "--warmup_epochs",
+        1,
+        "--log_every",
+        1,
+        "--epochs",
+        10,
+    ]
 
 
 def torchrun(launcher: list, script: str, *flags, **options) -> subprocess.Popen:

@@ -32,8 +32,21 @@ CONFIG = {"experiment": {"blr": 0.1, "seed": 0}}
 @pytest.fixture(scope="module")
 def flags(tmp_path_factory):
     cache = tmp_path_factory.mktemp("cache")
-    return ["--model", "mae_tiny", *SMALL, "--data_root", drawn_root(tmp_path_factory), "--cache_dir", cache,
-            "--batch_size", 8, "--warmup_epochs", 1, "--log_every", 2]  # fmt: skip
+    return [
+        "--model",
+        "mae_tiny",
+        *SMALL,
+        "--data_root",
+        drawn_root(tmp_path_factory),
+        "--cache_dir",
+        cache,
+        "--batch_size",
+        8,
+        "--warmup_epochs",
+        1,
+        "--log_every",
+        2,
+    ]
 
 
 @pytest.mark.parametrize("script", ["pretrain", "finetune"])
@@ -148,7 +161,7 @@ def test_no_rate_counts_the_time_of_a_validation(flags, tmp_path, monkeypatch):
 
 
 def test_a_stop_signal_outside_of_training_ends_in_one_line_too():
-    code = "import argparse, engine, os, signal\nengine.launch(lambda args: os.kill(os.getpid(), signal.SIGTERM), argparse.ArgumentParser('x.py'))"  # fmt: skip  # noqa: E501
+    code = "import argparse, engine, os, signal\nengine.launch(lambda args: os.kill(os.getpid(), signal.SIGTERM), argparse.ArgumentParser('x.py'))"  # noqa: E501
     result = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True)
     assert result.returncode == 143
     assert result.stderr.splitlines() == ["x.py: stopped: SIGTERM; repeat the command to go on"]

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+import splits
+import study as study_script
 from study import PlanLine, read_lines, write_lines
 
 ROOT = Path(__file__).parents[1]
@@ -193,6 +195,20 @@ def test_any_split_can_be_an_arm():
     assert {"pets", "all"} < {line.arm for line in lines} and len(lines) == 13
     lines = plan("--extra_arms", "pets")
     assert [line.stage for line in lines if line.arm == "pets"] == ["pretrain", "finetune"] and len(lines) == 11
+
+
+def test_a_split_that_was_added_to_splits_is_an_arm(monkeypatch, capsys):
+    monkeypatch.setattr(splits, "SPLITS", {**dict.fromkeys(splits.SPLITS), "cars": None})
+    study_script.main(["plan", "--dry_run", "--extra_arms", "cars", "pets"])
+    lines = read_lines(capsys.readouterr().out)
+    found = [(line.stage, line.parent) for line in lines if line.arm == "cars"]
+    assert found == [("pretrain", ""), ("finetune", "seed0/pretrain_cars")]
+
+
+def test_trivial_predictors_belong_to_segmentation_alone(tmp_path):
+    for task, expected in (("segment", True), ("breeds", False)):
+        result = run_all("--dry_run", "--gpus", 0, "--task", task, cwd=tmp_path)
+        assert result.returncode == 0 and ("reference.npz" in result.stdout) == expected
 
 
 @pytest.mark.parametrize("option", [["--extra_arms", "cars"], ["--model", "huge"], ["--extra_arms", "animal"]])
