@@ -1,4 +1,4 @@
-"""The choices of the original protocol, each against a slow reference: trimaps, elastic, inputs, output, parts, optimiser."""
+"""The choices of the original protocol: trimaps, elastic deformation, inputs, output, parts and optimiser."""
 
 import json
 import os
@@ -18,7 +18,9 @@ from small_runs import MemoryStore, drawn_root, log, mae_checkpoint, metrics, on
 from stress import assert_same
 from torch import nn
 
+import baseline
 import data
+import finetune
 import splits
 from batches import Augmentation, Examples, TrainBatches
 from engine import Distributed, EngineError
@@ -181,21 +183,22 @@ def test_training_masks_become_background_between_pet_and_border_too():
 # -- Elastic deformation of batches -------------------------------------------------------------------------------------
 
 
-def blobs(count: int, size: int) -> torch.Tensor:
-    """Draw soft grey blobs uint8 [count, 3, size, size]."""
+def patterns(count: int, size: int) -> torch.Tensor:
+    """Draw patches of 0 and 255 in the first channel, and white in the others: uint8 [count, 3, size, size]."""
     generator = torch.Generator().manual_seed(1)
-    coarse = torch.rand(count, 1, 5, 5, generator=generator)
-    grey = 255 * F.interpolate(coarse, size, mode="bicubic").clamp(0, 1)
-    return grey.expand(-1, 3, -1, -1).round().to(torch.uint8)
+    coarse = torch.rand(count, 1, 4, 4, generator=generator)
+    pictures = torch.full((count, 3, size, size), 255, dtype=torch.uint8)
+    pictures[:, :1] = 255 * (F.interpolate(coarse, size, mode="bicubic") > 0.5)
+    return pictures
 
 
-def elastic_batches(size=48, inputs="unit", rank=0, world_size=1, micro=None, batch_size=8, **options) -> TrainBatches:
-    pictures = blobs(8, size)
+def elastic_batches(rank=0, world_size=1, micro=None, elastic=50.0, **options) -> TrainBatches:
+    pictures = patterns(8, 48)
     masks = (pictures[:, :1] >= 128).to(torch.uint8)
-    augmentation = Augmentation(size, elastic=50.0, inputs=inputs, **options)
+    augmentation = Augmentation(48, elastic=elastic, inputs="unit", **options)
     dist = Distributed(rank, rank, world_size, torch.device("cpu"))
     examples = Examples(MemoryStore(pictures), MemoryStore(masks))
-    return TrainBatches(examples, augmentation, batch_size=batch_size, seed=2, micro_batch_size=micro, dist=dist)
+    return TrainBatches(examples, augmentation, batch_size=8, seed=2, micro_batch_size=micro, dist=dist)
 
 
 def joined(micro_batches: list[dict]) -> dict[str, torch.Tensor]:
@@ -206,19 +209,24 @@ def joined(micro_batches: list[dict]) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("crop_scale", [None, (0.08, 1.0)])
 def test_an_image_and_its_mask_are_deformed_together(resize, crop_scale):
     train = elastic_batches(mask_resize=resize, crop_scale=crop_scale, vertical_flip=True)
-    still = TrainBatches(train.examples, Augmentation(48, crop_scale, True, True, inputs="unit"), batch_size=8, seed=2)
+    still = elastic_batches(mask_resize=resize, crop_scale=crop_scale, vertical_flip=True, elastic=0.0)
     for moved, plain in zip(train.run(0, 3), still.run(0, 3), strict=True):
         (batch,) = moved
-        picture = 255 * batch["images"][:, 0]
-        inside = picture > 0
-        near_threshold = (picture - 127.5).abs() < (2 if crop_scale is None and resize == "bilinear" else 40)
-        wrong = (picture >= 127.5) != (batch["masks"] == 1)
-        assert (wrong & inside & ~near_threshold).float().mean() < 0.005
-        assert (batch["images"] - plain[0]["images"]).abs().mean() > 0.01, "nothing was deformed"
-        filled = picture == 0
-        if resize == "nearest":
-            assert (batch["masks"][filled] == 1).float().mean() > 0.9  # background
-        assert "elastic" not in batch
+        (undeformed,) = plain
+        assert (batch["masks"] != undeformed["masks"]).float().mean() > 0.02, "nothing was deformed"
+        assert set(batch) == {"images", "masks"}
+        pattern, white, _ = batch["images"].unbind(1)
+        inside = white > 0.9999
+        assert 0.8 < inside.float().mean() < 1
+        wrong = (pattern >= 0.5) != (batch["masks"] == 1)
+        if resize == "bilinear" and crop_scale is None:  # the two are interpolated alike
+            clear = (pattern - 0.5).abs() > 1e-3
+        else:
+            clear = (pattern - 0.5).abs() > 0.45
+        assert clear.float().mean() > 0.7
+        assert (wrong & inside & clear).float().mean() < (1e-3 if crop_scale else 1e-6)
+        filled = white == 0
+        assert (batch["masks"][filled] == (1 if resize == "nearest" else 0)).all()
 
 
 def test_places_from_outside_are_background_or_with_bilinear_masks_pet():
@@ -254,8 +262,7 @@ def test_processes_and_micro_batches_deform_as_one_process_does():
 def test_without_elastic_the_draws_of_a_batch_are_what_they_were():
     assert Augmentation(32).draws() == {}
     plain = elastic_batches().prepare(0)
-    train = elastic_batches()
-    still = TrainBatches(train.examples, Augmentation(48), batch_size=8, seed=2).prepare(0)
+    still = elastic_batches(elastic=0.0).prepare(0)
     assert (plain.index == still.index).all()
     assert (plain.boxes == still.boxes).all()
     assert (plain.flips == still.flips).all()
@@ -543,8 +550,8 @@ def adam_by_hand(parameter: torch.Tensor, state: dict, lr: float, weight_decay: 
     parameter -= lr * mean / (square.sqrt() + 1e-8)
 
 
-@pytest.mark.parametrize(("optimizer", "schedule"), [("adam", "constant"), ("adamw", "constant"), ("adam", "cosine")])
-def test_steps_equal_torchs_optimiser_run_by_hand(optimizer, schedule, flags, tmp_path, monkeypatch):
+@pytest.mark.parametrize("optimizer", ["adam", "adamw"])
+def test_steps_at_a_constant_rate_equal_the_optimiser_run_by_hand(optimizer, flags, tmp_path, monkeypatch):
     batches = []
     train_step = Trainer.train_step
 
@@ -553,27 +560,12 @@ def test_steps_equal_torchs_optimiser_run_by_hand(optimizer, schedule, flags, tm
         return train_step(self, micro_batches, want_norm)
 
     monkeypatch.setattr(Trainer, "train_step", recording)
-    chosen = [
-        "--optimizer",
-        optimizer,
-        "--lr_schedule",
-        schedule,
-        "--warmup_epochs",
-        0.5,
-        "--blr",
-        0.032,
-        "--epochs",
-        2,
-    ]
+    chosen = ["--optimizer", optimizer, "--lr_schedule", "constant", "--warmup_epochs", 0.5, "--blr", 0.032]
     run("baseline", *flags, *chosen, "--drop_path", 0, "--keep", "last", "--seed", 3, "--output_dir", tmp_path / "run")
-    assert len(batches) == 8
-
+    assert len(batches) == 4
     lr = 0.032 * 8 / 256
-    rates = [lr / 2, lr, *[lr] * 6]
-    if schedule == "cosine":
-        rates = [lr / 2, lr] + [1e-6 + (lr - 1e-6) * 0.5 * (1 + np.cos(np.pi * k / 6)) for k in range(6)]
-    logged = [line["lr"] for line in log(tmp_path / "run", "train")]
-    assert logged == pytest.approx(rates)
+    rates = [lr / 2, lr, lr, lr]
+    assert [line["lr"] for line in log(tmp_path / "run", "train")] == pytest.approx(rates)
 
     torch.manual_seed(3)
     model = build_segmenter("mae_tiny", img_size=IMG)
@@ -601,34 +593,34 @@ def test_steps_equal_torchs_optimiser_run_by_hand(optimizer, schedule, flags, tm
     start = build_segmenter("mae_tiny", img_size=IMG).state_dict()
     for name, parameter in parameters.items():
         moved = (parameter - start[name]).norm()
-        assert (found[name] - parameter).norm() < 0.02 * moved + 1e-7, name
+        assert (found[name] - parameter).norm() < 1e-3 * moved + 1e-7, name
 
 
 # -- Interruption and processes -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("stop_at", [3, 8])
-def test_a_run_with_all_choices_resumes_to_the_bit(stop_at, flags, init, tmp_path, monkeypatch):
+def test_a_run_with_all_choices_resumes_to_the_bit(flags, init, tmp_path, monkeypatch):
     args = [*flags, "--init", init, *ORIGINAL, "--epochs", 3, "--blr", 1e-2, "--drop_path", 0.2, "--lr_schedule", "constant",
             "--optimizer", "adam"]  # fmt: skip
     run("finetune", *args, "--output_dir", tmp_path / "undisturbed")
     train_step = Trainer.train_step
+    for stop_at in (3, 8):  # within an epoch, and at the end of one
 
-    def interrupted(self, micro_batches, want_norm):
-        norm = train_step(self, micro_batches, want_norm)
-        if self.state.step == stop_at:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return norm
+        def interrupted(self, micro_batches, want_norm, stop_at=stop_at):
+            norm = train_step(self, micro_batches, want_norm)
+            if self.state.step == stop_at:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return norm
 
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "train_step", interrupted)
-        message = refusal_of_a_stop("finetune", *args, "--output_dir", tmp_path / "stopped")
-    assert f"checkpoint written at step {stop_at} of 12" in message
-    assert f"at step {stop_at} of 12" in run("finetune", *args, "--output_dir", tmp_path / "stopped")
+        with monkeypatch.context() as patch:
+            patch.setattr(Trainer, "train_step", interrupted)
+            message = message_of_a_stop("finetune", *args, "--output_dir", tmp_path / "stopped")
+        assert f"checkpoint written at step {stop_at} of 12" in message
+    assert "at step 8 of 12" in run("finetune", *args, "--output_dir", tmp_path / "stopped")
     assert_same(tmp_path / "undisturbed", tmp_path / "stopped")
 
 
-def refusal_of_a_stop(script: str, *args) -> str:
+def message_of_a_stop(script: str, *args) -> str:
     """Run what a signal stops -> its message; the traceback, which holds the run's lock, is gone on return."""
     try:
         run(script, *args)
@@ -646,16 +638,14 @@ finetune.main(finetune.get_args_parser().parse_args(sys.argv[1:]))
 
 
 def test_two_processes_train_as_one_with_elastic_deformation(flags, init, tmp_path):
-    args = [*flags, "--init", init, *ORIGINAL, "--epochs", 2, "--blr", 1e-2]
+    args = [*flags, "--init", init, *ORIGINAL, "--blr", 1e-2]
     run("finetune", *args, "--output_dir", tmp_path / "one")
-    run("finetune", *args, "--micro_batch_size", 2, "--output_dir", tmp_path / "accumulated")
     on_two_processes(TRAINS, *args, "--output_dir", tmp_path / "two")
     losses = {}
-    for name in ("one", "accumulated", "two"):
+    for name in ("one", "two"):
         losses[name] = [line["loss"] for line in log(tmp_path / name, "train")]
-    assert len(losses["one"]) == 8
+    assert len(losses["one"]) == 4
     assert losses["two"] == pytest.approx(losses["one"], rel=1e-4)
-    assert losses["accumulated"] == pytest.approx(losses["one"], rel=1e-4)
 
 
 # -- Wrong combinations -------------------------------------------------------------------------------------------------
@@ -687,11 +677,34 @@ def test_wrong_combinations_are_refused_in_one_line(script, wrong, reason, flags
     assert not (tmp_path / "no").exists()
 
 
-def test_each_choice_is_another_experiment(flags, init, tmp_path):
-    folder = tmp_path / "run"
-    run("finetune", *flags, "--init", init, "--output_dir", folder)
-    for choice in (["--elastic", 50], ["--inputs", "unit"], ["--trimap_resize", "bilinear"], ["--output", "reshape"],
-                   ["--no-train_positions"], ["--keep", "last"], ["--pets_listing", "every_jpg"], ["--lr_schedule", "constant"],
-                   ["--pets_division", "leaking"], ["--optimizer", "adam"]):  # fmt: skip
-        message = refusal("finetune", *flags, "--init", init, "--output_dir", folder, *choice)
-        assert "holds another experiment" in message
+CHOICES = ("elastic", "inputs", "trimap_resize", "output", "train_positions", "keep", "pets_listing", "pets_division",
+           "optimizer", "lr_schedule", "layer_decay")  # fmt: skip
+
+
+@pytest.mark.parametrize("script", [finetune, baseline])
+def test_each_choice_defines_the_experiment_and_its_default_is_not_the_originals(script):
+    args = script.get_args_parser().parse_args(
+        ["--model", "mae_tiny", *(["--init", "x"] if script is finetune else [])]
+    )
+    assert {args.roles[name] for name in CHOICES} <= {"recipe", "network"}
+    defaults = {name: getattr(args, name) for name in CHOICES}
+    assert defaults == {
+        "elastic": 0,
+        "inputs": "imagenet",
+        "trimap_resize": "nearest",
+        "output": "unpatchify",
+        "train_positions": True,
+        "keep": "best",
+        "pets_listing": "list.txt",
+        "pets_division": "disjoint",
+        "optimizer": "adamw",
+        "lr_schedule": "cosine",
+        "layer_decay": 0.65 if script is finetune else 1.0,
+    }
+
+
+def test_a_run_with_another_choice_does_not_continue_in_its_folder(original, flags, init):
+    args = ["finetune", *flags, "--init", init, *ORIGINAL, "--blr", 1e-2, "--output_dir", original[0]]
+    assert "is finished; nothing to do" in run(*args)
+    for choice in (["--elastic", 40], ["--trimap_resize", "nearest"]):
+        assert "holds another experiment" in refusal(*args, *choice)
