@@ -596,6 +596,27 @@ def test_steps_at_a_constant_rate_equal_the_optimiser_run_by_hand(optimizer, fla
         assert (found[name] - parameter).norm() < 1e-3 * moved + 1e-7, name
 
 
+def test_the_flags_reach_training_and_validation(flags, root, tmp_path, monkeypatch):
+    opened = []
+    open_task = Segmentation.open
+
+    def open_and_leave(self, run):
+        opened.append((open_task(self, run), self.val_truth, self.val_store.images))
+        raise EngineError("seen enough")
+
+    monkeypatch.setattr(Segmentation, "open", open_and_leave)
+    for chosen in ([], [word for word in ORIGINAL if word not in ("--output", "reshape")]):
+        folder = tmp_path / str(len(chosen))
+        assert refusal("baseline", *flags, *chosen, "--output_dir", folder) == "seen enough"
+    options = {"horizontal_flip": True, "vertical_flip": True}
+    default, original = (batches.augmentation for batches, _, _ in opened)
+    assert default == Augmentation(IMG, crop_scale=(0.5, 1.0), **options)
+    chosen = {"elastic": 50, "mask_resize": "bilinear", "inputs": "unit"}
+    assert original == Augmentation(IMG, crop_scale=(0.08, 1.0), **options, **chosen)
+    for resize, (_, truth, images) in zip(data.TRIMAP_RESIZE, opened, strict=True):
+        assert torch.equal(truth, data.load_truth(root, images, IMG, resize))
+
+
 # -- Interruption and processes -----------------------------------------------------------------------------------------
 
 
