@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2 import ElasticTransform
 from torchvision.transforms.v2 import functional as tv
 
 import augment
@@ -174,3 +175,132 @@ def test_cuda_agrees_within_half_a_step_with_tf32_allowed():
     ours = augment.crop_resize(images.cuda(), boxes.cuda(), flips.cuda(), 64).cpu()
     torch.set_float32_matmul_precision(before)
     assert (ours - augment.crop_resize(images, boxes, flips, 64)).abs().max() < 0.5
+
+
+# -- Elastic deformation, against torchvision's -------------------------------------------------------------------------
+
+
+def displaced_by_torchvision(monkeypatch, draws: torch.Tensor, alpha: float, sigma: float) -> torch.Tensor:
+    """Let ElasticTransform make its displacement [1, H, W, 2] from draws [2, H, W], one for x and one for y."""
+    left = list(draws)
+    monkeypatch.setattr(torch, "rand", lambda *shape: left.pop(0).reshape(shape))
+    transform = ElasticTransform(alpha=alpha, sigma=sigma)
+    displacement = transform.make_params([torch.zeros(1, 3, *draws.shape[1:])])["displacement"]
+    monkeypatch.undo()
+    return displacement
+
+
+@pytest.mark.parametrize(("alpha", "sigma"), [(50.0, 5.0), (7.0, 2.0), (20.0, 0.9)])
+@pytest.mark.parametrize("size", [(48, 48), (30, 52), (61, 41)])
+def test_displacements_are_those_of_torchvisions_elastic_transform(monkeypatch, size, alpha, sigma):
+    height, width = size
+    draws = torch.rand(3, 2, height, width)
+    ours = augment.elastic_displacement(draws, alpha, sigma)
+    for number in range(3):
+        theirs = displaced_by_torchvision(monkeypatch, draws[number], alpha, sigma)[0].permute(2, 0, 1)
+        assert (ours[number] - theirs).abs().max() < 1e-6
+    assert ours.abs().max() > 0.01
+
+
+@pytest.mark.parametrize("size", [(48, 48), (30, 52), (61, 41)])
+@pytest.mark.parametrize("strength", [0.02, 0.3])
+def test_deformed_images_and_masks_are_those_of_torchvisions_elastic(size, strength):
+    height, width = size
+    displacement = strength * torch.randn(3, 2, height, width)
+    images = 255 * torch.rand(3, 4, height, width)
+    masks = torch.randint(1, 4, (3, 1, height, width)).float()
+    ours = augment.deform(images, displacement)
+    ours_nearest = augment.deform(masks, displacement, mode="nearest")
+    for number in range(3):
+        grid = displacement[number].permute(1, 2, 0)[None]
+        smooth = tv.elastic(images[number], grid, InterpolationMode.BILINEAR, fill=0)
+        assert (ours[number] - smooth).abs().max() < 1e-3
+        nearest = tv.elastic(masks[number], grid, InterpolationMode.NEAREST, fill=0)
+        assert torch.equal(ours_nearest[number], nearest)
+    if strength > 0.1:
+        assert (ours_nearest == 0).any(), "some places lie outside"
+
+
+def test_the_complete_transform_equals_torchvisions_on_a_square(monkeypatch):
+    images = 255 * torch.rand(1, 3, 64, 64)
+    draws = torch.rand(1, 2, 64, 64)
+    ours = augment.deform(images, augment.elastic_displacement(draws, 50))
+    left = list(draws[0])
+    monkeypatch.setattr(torch, "rand", lambda *shape: left.pop(0).reshape(shape))
+    theirs = ElasticTransform(alpha=50.0)(images)
+    monkeypatch.undo()
+    assert (ours - theirs).abs().max() < 0.01
+    assert (ours - images).abs().mean() > 10
+
+
+def test_no_displacement_leaves_every_pixel_in_place():
+    images = 255 * torch.rand(2, 3, 33, 40)
+    still = torch.zeros(2, 2, 33, 40)
+    assert (augment.deform(images, still) - images).abs().max() < 0.01
+    assert torch.equal(augment.deform(images, still, mode="nearest"), images)
+
+
+def test_an_image_is_deformed_alike_in_any_batch_and_under_autocast():
+    images = 255 * torch.rand(6, 3, 40, 40)
+    draws = torch.rand(6, 2, 40, 40)
+    displacement = augment.elastic_displacement(draws, 50)
+    deformed = augment.deform(images, displacement)
+    for first in (0, 2, 4):
+        part = augment.elastic_displacement(draws[first : first + 2], 50)
+        assert torch.allclose(part, displacement[first : first + 2], atol=1e-6)
+        assert torch.equal(
+            augment.deform(images[first : first + 2], displacement[first : first + 2]), deformed[first : first + 2]
+        )
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(augment.elastic_displacement(draws, 50), displacement)
+        assert torch.equal(augment.deform(images, displacement), deformed)
+
+
+def test_an_image_too_small_for_the_blur_is_refused():
+    augment.elastic_displacement(torch.rand(1, 2, 21, 21), 50)
+    with pytest.raises(ValueError, match="needs images above 20 px, got 20 x 60"):
+        augment.elastic_displacement(torch.rand(1, 2, 20, 60), 50)
+
+
+# -- Bilinear trimaps ---------------------------------------------------------------------------------------------------
+
+
+@QUIET
+@given(crops())
+def test_bilinear_crops_of_trimaps_equal_torchvisions(case):
+    size, boxes, flips, out, seed = case
+    masks = torch.randint(0, 3, (len(boxes), size, size), generator=torch.Generator().manual_seed(seed))
+    values = augment.file_values(masks.to(torch.uint8))
+    assert set(values.unique().tolist()) <= {1, 2, 3}
+    resized = augment.crop_resize(values, boxes.float(), flips, out, clamp=False, kernel="bilinear")
+    classes = augment.threshold_trimaps(resized)
+    assert classes.dtype == torch.int64
+    assert classes.shape == (len(boxes), *out)
+    for number, box in enumerate(boxes.tolist()):
+        if out[1] == 1:  # torch repeats the first row in results one pixel wide
+            continue
+        theirs = tv.resized_crop(values[number], *box, list(out), InterpolationMode.BILINEAR, antialias=True)
+        theirs = flipped(theirs, flips[number])[0]
+        assert (resized[number, 0] - theirs).abs().max() < 1e-4
+        expected = torch.zeros_like(classes[number])
+        expected[theirs >= 1.5] = 1
+        expected[theirs >= 2.5] = 2
+        clear = ((theirs - 1.5).abs() > 1e-4) & ((theirs - 2.5).abs() > 1e-4)
+        assert torch.equal(classes[number][clear], expected[clear])
+
+
+def test_what_a_deformation_fills_in_is_read_as_pet():
+    border = augment.file_values(torch.full((1, 8, 8), 2))
+    outside = torch.full((1, 2, 8, 8), 3.0)
+    assert (augment.threshold_trimaps(augment.deform(border, outside)) == 0).all()
+    read = augment.threshold_trimaps(torch.tensor([0.0, 0.7, 1, 1.49, 1.5, 2, 2.49, 2.5, 3]).view(1, 1, 3, 3))
+    assert read.flatten().tolist() == [0, 0, 0, 0, 1, 1, 1, 2, 2]
+
+
+@pytest.mark.parametrize("inputs", ["imagenet", "unit"])
+def test_pixels_are_scaled_as_a_network_takes_them_and_back(inputs):
+    x = torch.rand(2, 3, 5, 5) * 255
+    scaled = augment.scale_pixels(x, inputs)
+    expected = augment.normalise(x) if inputs == "imagenet" else x / 255
+    assert torch.equal(scaled, expected)
+    assert torch.allclose(augment.unscale_pixels(scaled, inputs), x, atol=1e-3)

@@ -91,6 +91,16 @@ def test_the_supervised_mae_trains_every_layer_at_the_full_rate(flags, tmp_path)
     assert not list(tmp_path.iterdir())
 
 
+def test_layer_decay_from_scratch_slows_the_first_layers_down(flags, tmp_path):
+    text = run("baseline", "--model", "mae_tiny", *flags, "--layer_decay", 0.75, "--output_dir", tmp_path, "--dry_run")
+    factors = {first: float(factor) for factor, first in re.findall(r"\(x (\S+)\) .*tensors: (\S+) \.\.\.", text)}
+    depth = len(build_segmenter("mae_tiny", img_size=IMG).blocks)
+    assert factors["cls_token"] == pytest.approx(0.75 ** (depth + 1), abs=5e-5)
+    for block in range(depth):
+        assert factors[f"blocks.{block}.attn.qkv.weight"] == pytest.approx(0.75 ** (depth - block), abs=5e-5)
+    assert factors["decoder_embed.weight"] == 1
+
+
 def test_each_model_has_its_own_default_rate(flags, tmp_path):
     def rate(*more):
         text = run("baseline", *flags, "--output_dir", tmp_path / "dry", "--dry_run", *more)
@@ -171,6 +181,8 @@ def test_resnet50_on_two_processes_keeps_equal_weights_and_statistics_and_says_w
         (["--model", "resnet50", "--micro_batch_size", 4], "resnet50 takes no --micro_batch_size"),
         (["--model", "resnet50", "--weights", "missing.pth"], "checkpoint missing.pth does not exist"),
         (["--model", "mae_tiny", "--img_size", 60], "60"),
+        (["--model", "resnet50", "--img_size", 48], "48 x 48 is not divisible by 32"),
+        (["--model", "resnet50", "--layer_decay", 0.75], "--layer_decay needs a model with encoder blocks"),
         (["--model", "mae_tiny", "--batch_size", 33], "--batch_size 33 is larger than the split's 32 images"),
     ],
 )

@@ -354,7 +354,49 @@ def test_resnet50_gives_logits_of_the_input_size_and_counts_its_cost():
     assert isinstance(model, ResNet50Segmenter)
     assert model(torch.randn(1, 3, 64, 96)).shape == (1, 3, 64, 96)
     assert not any("fc." in key for key in model.state_dict())
-    assert model.flops(training=False) / 1e9 == pytest.approx(2 * 4.09, rel=0.01)  # 4.09 GMAC, torchvision's table
+    backbone = 2 * 4.09e9  # 4.09 GMAC, torchvision's table
+    assert model.flops(training=False) == pytest.approx(backbone + decoder_flops_by_hand(7), rel=0.003)
+
+
+def decoder_flops_by_hand(side: int) -> int:
+    """Count the convolutions of ResNet-50's decoder: 9 products and sums for each pair of channels and input pixel."""
+    total = 2 * 9 * 2048 * 1024 * side**2
+    for channels_in, channels_out in [(1024, 512), (512, 256), (256, 128), (128, 64), (64, 3)]:
+        total += 2 * 9 * channels_in * channels_out * side**2
+        side *= 2
+    return total
+
+
+def test_resnet50_has_the_parameters_of_the_studys_network():
+    with torch.device("meta"):
+        model = build_segmenter("resnet50")
+    count = sum(parameter.numel() for parameter in model.parameters())
+    unused = 2048 * 1000 + 1000  # the study's count includes the classifier that its network does not use
+    assert count == 48_656_963
+    assert count + unused == 50_705_963
+
+
+def test_the_decoder_of_resnet50_doubles_the_size_five_times():
+    model = build_segmenter("resnet50", img_size=64)
+    kinds = [type(layer).__name__ for layer in model.decoder]
+    doubling = ["ConvTranspose2d", "BatchNorm2d", "ReLU"]
+    assert kinds == ["Conv2d", "BatchNorm2d", "ReLU", *doubling * 4, "ConvTranspose2d"]
+    convolutions = [layer for layer in model.decoder if hasattr(layer, "kernel_size")]
+    assert [layer.out_channels for layer in convolutions] == [1024, 512, 256, 128, 64, 3]
+    assert all(layer.kernel_size == (3, 3) for layer in convolutions)
+    x = torch.randn(1, 2048, 2, 3)
+    sides = []
+    for layer in model.decoder:
+        x = layer(x)
+        if hasattr(layer, "kernel_size"):
+            sides.append(tuple(x.shape[2:]))
+    assert sides == [(2, 3), (4, 6), (8, 12), (16, 24), (32, 48), (64, 96)]
+
+
+@pytest.mark.parametrize("size", [48, (64, 80), 225])
+def test_resnet50_refuses_a_size_that_its_stride_does_not_divide(size):
+    with pytest.raises(ValueError, match="not divisible by 32"):
+        build_segmenter("resnet50", img_size=size)
 
 
 def test_resnet50_counts_the_products_that_torch_counts_at_its_own_size():
@@ -392,5 +434,6 @@ def test_a_resnet50_classifier_takes_the_backbone_of_a_segmenter():
     config = {"kind": "segmenter", "name": "resnet50", "img_size": 64}
     report = load_pretrained(model, {"model": source.state_dict(), "model_config": config})
     assert (report.missing, report.new_head) == ([], ["head.weight", "head.bias"])
-    assert report.unexpected == ["classifier.weight", "classifier.bias"]
+    assert report.unexpected
+    assert all(key.startswith("decoder.") for key in report.unexpected)
     assert torch.equal(model.backbone.conv1.weight, source.backbone.conv1.weight)

@@ -1,6 +1,7 @@
 """Splits: exact counts, matched sizes, nested doses, manifests, and what a wrong request is told."""
 
 import gzip
+import hashlib
 import json
 import os
 import resource
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small_runs import drawn_root, needs_photos
 
 import data
 import splits
@@ -377,3 +379,99 @@ def test_full_size_annotations_give_the_counts_of_coco_2017_in_time_and_memory(t
     assert out["mixed"][0] == 25_739 and out["all"] == [118_287, 118_287, 23_989, 1_021]
     assert out["val"] == {"animal": 1_016, "non_animal": 1_016} and out["val_lists"] == [1_090, 1_016, 946]
     assert seconds < 60 and peak < 3
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The original code's lists and parts
+
+FULL_LIST = [f"breed_{number:04d}" for number in range(7390)]  # as many as there are .jpg files
+LEAKING = splits.PetsSource("every_jpg", "leaking")
+
+
+def test_at_full_size_the_leaking_parts_train_on_70_percent_of_the_test_images(monkeypatch):
+    monkeypatch.setattr(splits.PetsSource, "names", lambda self, data_root: FULL_LIST)
+    tests = {splits.pets_split("nowhere", "test", split_seed=seed, source=LEAKING).images for seed in range(20)}
+    assert len(tests) == 1
+    (test,) = tests
+    in_train = []
+    in_val = []
+    for seed in range(20):
+        train = splits.pets_split("nowhere", "train", split_seed=seed, source=LEAKING).images
+        val = splits.pets_split("nowhere", "val", split_seed=seed, source=LEAKING).images
+        assert [len(train), len(val), len(test)] == [5173, 1108, 1109]
+        assert len(set(train)) == 5173
+        in_train.append(len(set(test).intersection(train)) / len(test))
+        in_val.append(len(set(test).intersection(val)) / len(test))
+    assert np.mean(in_train) == pytest.approx(0.698, abs=0.01)
+    assert np.mean(in_val) == pytest.approx(0.15, abs=0.01)
+    assert len(set(in_train)) > 1, "each seed shuffles anew"
+
+
+def test_at_full_size_the_disjoint_parts_share_no_image(monkeypatch):
+    monkeypatch.setattr(splits.PetsSource, "names", lambda self, data_root: FULL_LIST)
+    parts = [splits.pets_split("nowhere", part, split_seed=3).images for part in splits.PETS_PARTS]
+    assert [len(part) for part in parts] == [5173, 1108, 1109]
+    assert len(set().union(*parts)) == 7390
+
+
+def test_leaking_parts_follow_from_the_seed_and_say_so(toy):
+    source = splits.PetsSource(division="leaking")
+    first, again, other = (splits.pets_split(toy[0], "train", split_seed=seed, source=source) for seed in (1, 1, 2))
+    assert first == again
+    assert first.sha256 != other.sha256
+    assert first.manifest["definition"] == {"split": "pets train", "division": "leaking", "split_seed": 1}
+    default = splits.pets_split(toy[0], "train")
+    assert default.manifest["definition"] == {"split": "pets train"}
+    half = splits.pets_split(toy[0], "train", train_fraction=0.5, split_seed=1, source=source)
+    assert set(half.images) < set(first.images)
+
+
+def test_every_jpg_lists_the_files_of_the_folder(toy, tmp_path):
+    images = tmp_path / "oxford-iiit-pet" / "images"
+    with pytest.raises(splits.DataNotFoundError, match="images not found; get it with"):
+        splits.PetsSource("every_jpg").names(tmp_path)
+    images.mkdir(parents=True)
+    for name in ("b_2.jpg", "a_1.jpg", "A_9.jpg", "._a_1.jpg", "a_1.mat", "c_3.jpeg"):
+        (images / name).touch()
+    with pytest.raises(data.DataError, match=r"must hold at least 7 \.jpg files"):
+        splits.PetsSource("every_jpg").names(tmp_path)
+    for number in range(4):
+        (images / f"d_{number}.jpg").touch()
+    names = ["A_9", "a_1", "b_2", "d_0", "d_1", "d_2", "d_3"]
+    assert splits.PetsSource("every_jpg").names(tmp_path) == names
+    with pytest.raises(data.DataError, match=r"list\.txt"):  # which only the default needs
+        splits.PetsSource().names(tmp_path)
+    parts = [splits.pets_split(tmp_path, part, source=splits.PetsSource("every_jpg")) for part in splits.PETS_PARTS]
+    assert sorted(Path(image).stem for part in parts for image in part.images) == names
+    assert parts[0].manifest["definition"]["listing"] == "every_jpg"
+
+
+def content_of_parts(root: str | Path, source: splits.PetsSource) -> list[set[str]]:
+    """Hash the files of the three parts, whatever their names."""
+    parts = []
+    for part in splits.PETS_PARTS:
+        images = splits.pets_split(root, part, source=source).images
+        parts.append({hashlib.sha256(Path(root, image).read_bytes()).hexdigest() for image in images})
+    return parts
+
+
+def assert_disjoint(parts: list[set[str]]) -> None:
+    train, val, test = parts
+    assert train and val and test
+    assert not train & val
+    assert not train & test
+    assert not val & test
+
+
+@pytest.mark.parametrize("listing", splits.PETS_LISTS)
+def test_by_default_no_file_of_one_part_has_the_content_of_another(listing, tmp_path_factory):
+    root = drawn_root(tmp_path_factory)
+    assert_disjoint(content_of_parts(root, splits.PetsSource(listing)))
+    train, _, test = content_of_parts(root, splits.PetsSource(listing, "leaking"))
+    assert train & test
+
+
+@needs_photos
+@pytest.mark.parametrize("listing", splits.PETS_LISTS)
+def test_no_real_photo_of_one_part_has_the_content_of_another(listing):
+    assert_disjoint(content_of_parts(os.environ["SAMPLE_ROOT"], splits.PetsSource(listing)))
