@@ -11,6 +11,7 @@ from pathlib import Path
 
 from blocks import Block, Heading, Listing, Note, Paragraph, Picture, Table, plain_text, spans
 
+LONG_TEXT = 30  # characters, from which on a column may not become narrow
 STYLE = """
 :root {
   color-scheme: light dark;
@@ -32,6 +33,7 @@ h3 { font-size: 1.1rem; }
 a { color: var(--link); }
 code { font: 0.9em ui-monospace, monospace; background: var(--raised); padding: 0.1em 0.3em; border-radius: 0.25em; }
 blockquote { margin: 1rem 0; padding: 0.6rem 1rem; border-left: 4px solid var(--mark); background: var(--raised); }
+blockquote p { margin: 0; }
 nav { margin: 1.5rem 0; padding: 0.8rem 1rem; background: var(--raised); border-radius: 0.4rem; font-size: 0.95rem; }
 nav p { margin: 0 0 0.4rem; font-weight: 600; }
 nav ul { margin: 0; padding-left: 1.2rem; columns: 18rem; }
@@ -41,14 +43,16 @@ th, td { padding: 0.4rem 0.7rem; text-align: left; vertical-align: top; border-b
 thead th { vertical-align: bottom; border-bottom: 2px solid var(--faint); }
 tbody th { font-weight: 500; background: var(--page); position: sticky; left: 0; min-width: 8rem; }
 td { min-width: 3.5rem; max-width: 24rem; }
-.number { text-align: right; }
+.number { text-align: right; white-space: nowrap; }
+thead .number { white-space: normal; }
+.words { min-width: 14rem; }
 figure { margin: 1.5rem 0; }
 figure img { display: block; max-width: 100%; height: auto; background: #ffffff; padding: 0.5rem; border-radius: 0.4rem; }
 figcaption { margin-top: 0.5rem; max-width: 50rem; color: var(--faint); font-size: 0.9rem; }
 @media (max-width: 40rem) {
   main { padding: 1rem 0.9rem 3rem; }
   h1 { font-size: 1.4rem; }
-  figure img { max-width: none; width: auto; max-height: 34rem; min-width: 100%; }
+  figure img { max-width: none; width: 42rem; }
   tbody th { max-width: 9rem; }
 }
 @media print {
@@ -57,8 +61,8 @@ figcaption { margin-top: 0.5rem; max-width: 50rem; color: var(--faint); font-siz
   nav { display: none; }
   .scroll { overflow: visible; }
   table { font-size: 7.5pt; }
-  th, td { padding: 0.2rem 0.3rem; min-width: 0 !important; overflow-wrap: anywhere; }
-  tbody th { position: static; }
+  th, td, .words { padding: 0.2rem 0.3rem; min-width: 0; overflow-wrap: anywhere; white-space: normal; }
+  tbody th { position: static; min-width: 5rem; }
   h2 { break-after: avoid; }
   figure, tr { break-inside: avoid; }
   figure img { max-height: 22cm; padding: 0; }
@@ -132,25 +136,41 @@ def html_block(block: Block, section: str, folder: Path) -> str:
 
 def html_table(table: Table, section: str) -> str:
     """Write a table in an element that scrolls sideways, by touch or by keyboard."""
-    heads = [
-        html_cell("th", head, numeric, ' scope="col"') for head, numeric in zip(table.heads, table.numeric, strict=True)
-    ]
-    lines = [f'<div class="scroll" role="region" tabindex="0" aria-labelledby="{section}">', "<table>"]
-    lines += ["<thead>", f"<tr>{''.join(heads)}</tr>", "</thead>", "<tbody>"]
-    for first, *others in table.rows:
-        cells = [html_cell("th", first, table.numeric[0], ' scope="row"')]
-        for cell, numeric in zip(others, table.numeric[1:], strict=True):
-            cells.append(html_cell("td", cell, numeric))
-        lines.append(f"<tr>{''.join(cells)}</tr>")
+    kinds = column_kinds(table)
+    lines = [f'<div class="scroll" role="region" tabindex="0" aria-labelledby="{section}">', "<table>", "<thead>"]
+    heads = [html_cell('th scope="col"', head, kind) for head, kind in zip(table.heads, kinds, strict=True)]
+    lines += [html_row(heads), "</thead>", "<tbody>"]
+    for row in table.rows:
+        cells = [html_cell("td", cell, kind) for cell, kind in zip(row, kinds, strict=True)]
+        cells[0] = html_cell('th scope="row"', row[0], kinds[0])
+        lines.append(html_row(cells))
     lines += ["</tbody>", "</table>", "</div>"]
     return "\n".join(lines)
 
 
-def html_cell(tag: str, text: str, numeric: bool, attributes: str = "") -> str:
-    """Write a cell; numbers are aligned to the right."""
-    if numeric:
-        attributes += ' class="number"'
-    return f"<{tag}{attributes}>{escape(text)}</{tag}>"
+def column_kinds(table: Table) -> list[str]:
+    """Classify columns for the style sheet: "number", "words" for long texts, or "" for short ones."""
+    kinds = []
+    for place, numeric in enumerate(table.numeric):
+        longest = max((len(row[place]) for row in table.rows), default=0)
+        if numeric:
+            kinds.append("number")
+        elif place > 0 and longest > LONG_TEXT:
+            kinds.append("words")
+        else:
+            kinds.append("")
+    return kinds
+
+
+def html_row(cells: Sequence[str]) -> str:
+    return f"<tr>{''.join(cells)}</tr>"
+
+
+def html_cell(start: str, text: str, kind: str) -> str:
+    """Write a cell; start: its tag, with attributes."""
+    tag = start.split()[0]
+    style = f' class="{kind}"' if kind else ""
+    return f"<{start}{style}>{escape(text)}</{tag}>"
 
 
 def html_picture(picture: Picture, folder: Path) -> str:

@@ -118,7 +118,7 @@ def opening(study: Study, page: Page, title: str, found: results.SegmentationRes
     if demo:
         page.note(DEMO_TEXT)
     if found:
-        page.add(results.headline(data, found))
+        page.add(f"**{results.headline(data, found)}**")
         page.items(results.verdicts(found.comparisons))
         if study.panels:
             results.masks(study, page)

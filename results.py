@@ -225,7 +225,7 @@ def who_beats_it(rows: list[dict]) -> str:
     if not behind:
         return "every arm beats it."
     if len(behind) == len(rows):
-        return "**no arm beats it.**"
+        return "no arm beats it."
     if len(behind) == 1:
         return f"{behind[0]} does not beat it."
     return f"{', '.join(behind[:-1])} and {behind[-1]} do not beat it."
@@ -614,6 +614,8 @@ def half_remark(study: Study) -> str:
         return ""
     a = half[0].config
     b = full[0].config
+    if a["updates"] == b["updates"]:
+        return ""
     return (
         f"Finetuned-Half sees {a['n_train']:,} of {b['n_train']:,} images for as many epochs, so it also makes "
         f"{a['updates']:,} instead of {b['updates']:,} updates: its difference mixes fewer labels with less training."
