@@ -44,7 +44,7 @@ def report(study, draw=False):
         done = run_report(study)
         assert done.returncode == 0 and not done.stderr, done.stderr
     else:
-        with mock.patch.multiple(figures, **{name: draw_nothing for name in DRAWING}):
+        with mock.patch.multiple(figures, **dict.fromkeys(DRAWING, draw_nothing)):
             main(get_args_parser().parse_args([str(study)]))
     return (study / "report/report.md").read_text()
 
@@ -439,7 +439,7 @@ def test_the_curves_of_pre_training_stand_beside_predicting_zero_where_it_was_re
         draw_nothing(path)
 
     def draw():
-        with mock.patch.multiple(figures, **{name: draw_nothing for name in DRAWING} | {"curve_panels": keep}):
+        with mock.patch.multiple(figures, **dict.fromkeys(DRAWING, draw_nothing) | {"curve_panels": keep}):
             main(get_args_parser().parse_args([str(two_seeds)]))
         return [(panel.title, panel.zero) for panel in drawn["pretraining"]]
 
