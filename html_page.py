@@ -25,7 +25,7 @@ STYLE = """
 * { box-sizing: border-box; }
 html { -webkit-text-size-adjust: 100%; scroll-behavior: smooth; }
 body { margin: 0; background: var(--page); color: var(--text); font: 1rem/1.55 system-ui, sans-serif; }
-main { max-width: 76rem; margin: 0 auto; padding: 1.5rem 1.25rem 4rem; overflow-wrap: break-word; }
+main { max-width: 80rem; margin: 0 auto; padding: 1.5rem 1.25rem 4rem; overflow-wrap: break-word; }
 main > p, main > ul, main > blockquote { max-width: 50rem; }
 h1 { font-size: 1.7rem; line-height: 1.25; margin: 0.5rem 0 1rem; max-width: 50rem; }
 h2 { font-size: 1.3rem; line-height: 1.3; margin: 2.8rem 0 0.8rem; padding-top: 0.8rem; border-top: 1px solid var(--line); }
@@ -38,8 +38,8 @@ nav { margin: 1.5rem 0; padding: 0.8rem 1rem; background: var(--raised); border-
 nav p { margin: 0 0 0.4rem; font-weight: 600; }
 nav ul { margin: 0; padding-left: 1.2rem; columns: 18rem; }
 .scroll { overflow-x: auto; margin: 1rem 0; }
-table { border-collapse: collapse; font-size: 0.9rem; line-height: 1.4; font-variant-numeric: tabular-nums; }
-th, td { padding: 0.4rem 0.7rem; text-align: left; vertical-align: top; border-bottom: 1px solid var(--line); }
+table { border-collapse: collapse; font-size: 0.87rem; line-height: 1.4; font-variant-numeric: tabular-nums; }
+th, td { padding: 0.4rem 0.55rem; text-align: left; vertical-align: top; border-bottom: 1px solid var(--line); }
 thead th { vertical-align: bottom; border-bottom: 2px solid var(--faint); }
 tbody th { font-weight: 500; background: var(--page); position: sticky; left: 0; min-width: 8rem; }
 td { min-width: 3.5rem; max-width: 24rem; }
@@ -63,9 +63,9 @@ figcaption { margin-top: 0.5rem; max-width: 50rem; color: var(--faint); font-siz
   table { font-size: 7.5pt; }
   th, td, .words { padding: 0.2rem 0.3rem; min-width: 0; overflow-wrap: anywhere; white-space: normal; }
   tbody th { position: static; min-width: 5rem; }
-  h2 { break-after: avoid; }
+  h2, h3 { break-after: avoid; }
   figure, tr { break-inside: avoid; }
-  figure img { max-height: 22cm; padding: 0; }
+  figure img { max-height: 20cm; padding: 0; }
 }
 """
 
