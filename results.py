@@ -5,6 +5,8 @@ Every section is a function of the study and the page; it adds nothing where its
 
 from dataclasses import dataclass
 
+import numpy as np
+
 import figures
 from arms import (
     ANIMAL,
@@ -24,19 +26,15 @@ from arms import (
     in_table_order,
     sweep_lines,
 )
+from blocks import literal
 from comparisons import MARGIN, Comparison, Estimate, estimates
-from groups import Study
-from metrics import CLASSES, scores, t_interval
+from groups import Pictures, Study
+from metrics import CLASSES, paired_bootstrap, scores, t_interval
 from records import SEGMENT, RunRecord
-from tables import Column, Page, markdown, write_table
+from tables import Column, Page, write_table
 
 STRIDE_32 = "stride32"
-REFERENCES = {
-    STRIDE_32: "best score a stride-32 output could reach",
-    "all_animal": "trivial: all animal",
-    "all_background": "trivial: all background",
-    "mean_mask": "trivial: mean training mask",
-}
+TRIVIAL = {"all_animal": "all animal", "all_background": "all background", "mean_mask": "mean training mask"}
 
 
 def seeds_in_curves(study: Study) -> str:
@@ -72,40 +70,76 @@ TABLE_2_COLUMNS = [
     Column("paper_accuracy", "paper", 1),
     Column("note"),
 ]
+DAGGER = "†"
 
 
-def table_2_rows(study: Study) -> list[dict]:
+@dataclass(frozen=True)
+class Trivial:
+    """A predictor that looks at no image: its name, test IoU and pixel counts [n, 3, 3]."""
+
+    name: str
+    iou: float
+    counts: np.ndarray
+
+
+def test_iou(counts: np.ndarray) -> np.ndarray:
+    """Score counts [..., 3, 3] by the study's IoU."""
+    return scores(counts)["iou"]
+
+
+def best_trivial(study: Study) -> Trivial | None:
+    """Find the best predictor that looks at no image; None where they were not scored."""
+    found = []
+    for name, words in TRIVIAL.items():
+        counts = study.reference.get(f"counts_{name}")
+        if counts is not None:
+            found.append(Trivial(words, float(test_iou(counts.sum(0))), counts))
+    return max(found, key=trivial_iou, default=None)
+
+
+def trivial_iou(trivial: Trivial) -> float:
+    return trivial.iou
+
+
+def beats(runs: list[RunRecord], trivial: Trivial) -> bool:
+    """Check that every run is ahead by more than the 95 % interval of the paired bootstrap over test images."""
+    for run in runs:
+        difference = Estimate(*paired_bootstrap(run.test["counts"], trivial.counts, test_iou))
+        if not difference.low > 0:
+            return False
+    return True
+
+
+def table_2_rows(study: Study, trivial: Trivial | None) -> list[dict]:
     """Score all arms, the limit of a stride-32 output below ResNet-50, and predictors that look at no image."""
-    references = reference_rows(study)
     further = [key for key, arm in study.arms.items() if arm.stage != "pretrain" and not arm.sweep]
     rows = []
     for key in in_table_order([*TABLE_2, *(key for key in further if key not in TABLE_2)]):
-        rows += arm_rows(study, key)
+        rows += arm_rows(study, key, trivial)
         if key == RESNET:
-            rows += [row for row in references if row["reference"] == STRIDE_32]
-    return rows + [row for row in references if row["reference"] != STRIDE_32]
-
-
-def reference_rows(study: Study) -> list[dict]:
-    """Score the reference predictions."""
-    rows = []
-    for name, label in REFERENCES.items():
-        counts = study.reference.get(f"counts_{name}")
-        if counts is None:
-            continue
-        values = scores(counts.sum(0))
-        row = {"arm": label, "iou": float(values["iou"]), "accuracy": 100 * float(values["accuracy"])}
-        rows.append({**row, "miou": float(values["miou"]), "reference": name})
+            rows += reference_row(study, STRIDE_32, "best score a stride-32 output could reach")
+    for name, words in TRIVIAL.items():
+        rows += reference_row(study, name, f"trivial: {words}")
     return rows
 
 
-def arm_rows(study: Study, key: ArmKey) -> list[dict]:
+def reference_row(study: Study, name: str, label: str) -> list[dict]:
+    """Score a reference prediction; no row where it is not known."""
+    counts = study.reference.get(f"counts_{name}")
+    if counts is None:
+        return []
+    values = scores(counts.sum(0))
+    row = {"arm": label, "iou": float(values["iou"]), "accuracy": 100 * float(values["accuracy"])}
+    return [{**row, "miou": float(values["miou"]), "reference": name}]
+
+
+def arm_rows(study: Study, key: ArmKey, trivial: Trivial | None) -> list[dict]:
     """Score an arm: its usable runs, then those with other settings; one empty row where there is none."""
     arm = study.arms.get(key) or find_arm(*key)
     groups = [group for group in study.groups.get(key, []) if group[0].kind == SEGMENT]
     first: dict = {"arm": arm.label, "seeds": 0}
     if groups:
-        first = group_row(arm.label, groups[0])
+        first = group_row(arm.label, groups[0], trivial)
     if arm.paper:
         first["paper_loss"] = arm.paper.loss
         first["paper_iou"] = arm.paper.iou
@@ -113,15 +147,15 @@ def arm_rows(study: Study, key: ArmKey) -> list[dict]:
     first["note"] = study.left_out(key) if key in study.groups else "not part of this study"
     rows = [first]
     for group in groups[1:]:
-        row = group_row(f"{arm.label} (seed {group[0].seed}: other settings)", group)
+        row = group_row(f"{arm.label} (seed {group[0].seed}: other settings)", group, trivial)
         rows.append({**row, "note": ""})
     return rows
 
 
-def group_row(label: str, runs: list[RunRecord]) -> dict:
+def group_row(label: str, runs: list[RunRecord], trivial: Trivial | None) -> dict:
     """Score runs of equal settings."""
     found = estimates(runs)
-    return {
+    row = {
         "arm": label,
         "seeds": len(runs),
         "loss": found["loss"],
@@ -130,34 +164,94 @@ def group_row(label: str, runs: list[RunRecord]) -> dict:
         "accuracy": found["accuracy"].times(100),
         "interval": "t over seeds" if len(runs) > 1 else "bootstrap over images",
     }
+    if trivial:
+        row["beats_trivial"] = beats(runs, trivial)
+    return row
 
 
-def headline(data: str, table: list[dict], comparisons: list[Comparison]) -> str:
-    """Summarise in a sentence what was found, no more strongly than the seeds allow."""
-    rows = [row for row in table if isinstance(row.get("iou"), Estimate)]
+def table_2(page: Page, found: "SegmentationResults") -> None:
+    """Show all arms beside the paper's; a dagger marks those that do no better than a predictor without an image."""
+    page.add("## Results beside the paper's Table 2", TABLE_2_TEXT)
+    write_table(page.folder, "table2", found.table)
+    shown = []
+    marked = False
+    for row in found.table:
+        if row.get("beats_trivial", True):
+            shown.append(row)
+        else:
+            shown.append({**row, "arm": f"{row['arm']} {DAGGER}"})
+            marked = True
+    page.show(shown, TABLE_2_COLUMNS)
+    if marked:
+        page.add(
+            f"{DAGGER} Does not beat the best predictor that looks at no image ({found.trivial.name}, "
+            f"{found.trivial.iou:.3f}): in at least one seed the 95 % paired bootstrap interval of the difference over "
+            "test images reaches zero or below."
+        )
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What was found, in sentences
+
+
+PRETRAINING_QUESTIONS = {
+    (ANIMAL, NON_ANIMAL): "Pre-training on animals instead of non-animals",
+    (ANIMAL, SUPERVISED): "Pre-training on animals instead of starting from random weights",
+}
+
+
+def headline(data: str, found: "SegmentationResults") -> str:
+    """Summarise which IoU was reached, and whether it takes a look at the images to reach it."""
+    rows = [row for row in found.table if isinstance(row.get("iou"), Estimate)]
     if not rows:
         return "No arm has been trained and tested yet."
-    rows.sort(key=lambda row: row["iou"].value)
-    low = f"{rows[0]['iou'].value:.3f} ({rows[0]['arm']})"
-    high = f"{rows[-1]['iou'].value:.3f} ({rows[-1]['arm']})"
-    text = f"On {data}, test IoU runs from {low} to {high}"
-    trivial = [row["iou"] for row in table if row["arm"].startswith("trivial")]
-    if trivial:
-        text += f"; the best trivial predictor has {max(trivial):.3f}"
-    text += "."
-    for comparison in comparisons:
-        if (comparison.a.key, comparison.b.key) == (ANIMAL, NON_ANIMAL) and comparison.values:
-            text += f" {verdict(comparison)}"
+    rows.sort(key=row_iou)
+    low = f"{rows[0]['iou'].value:.3f} ({literal(rows[0]['arm'])})"
+    high = f"{rows[-1]['iou'].value:.3f} ({literal(rows[-1]['arm'])})"
+    text = f"On {data}, test IoU runs from {low} to {high}."
+    if found.trivial:
+        text += f" The best predictor that looks at no image ({found.trivial.name}) has {found.trivial.iou:.3f}: "
+        text += who_beats_it(rows)
     return text
 
 
+def row_iou(row: dict) -> float:
+    return row["iou"].value
+
+
+def who_beats_it(rows: list[dict]) -> str:
+    """Say which arms do not beat the best trivial predictor."""
+    behind = [literal(row["arm"]) for row in rows if not row["beats_trivial"]]
+    if not behind:
+        return "every arm beats it."
+    if len(behind) == len(rows):
+        return "no arm beats it."
+    if len(behind) == 1:
+        return f"{behind[0]} does not beat it."
+    return f"{', '.join(behind[:-1])} and {behind[-1]} do not beat it."
+
+
+def verdicts(comparisons: list[Comparison]) -> list[str]:
+    """Answer the questions on pre-training in a sentence each, no more strongly than the seeds allow."""
+    sentences = []
+    for pair, question in PRETRAINING_QUESTIONS.items():
+        for comparison in comparisons:
+            if (comparison.a.key, comparison.b.key) == pair and comparison.values:
+                sentences.append(f"{question} changes it by {verdict(comparison)}")
+    return sentences
+
+
 def verdict(comparison: Comparison) -> str:
-    """Describe how animals and non-animals compare."""
+    """Describe a difference of test IoU."""
     mean = comparison.mean
     seeds = len(comparison.values)
-    text = f"Pre-training on animals instead of non-animals changes it by {mean.value:+.1f} points "
+    text = f"{mean.value:+.1f} points "
     if seeds == 1:
-        return text + "(one seed, which cannot show whether another would repeat it)."
+        image = comparison.images[0]
+        return (
+            f"{text}(95 % bootstrap interval over test images {image.low:+.1f} to {image.high:+.1f}; one seed, which "
+            "cannot show whether another would repeat it)."
+        )
     text += f"(95 % interval {mean.low:+.1f} to {mean.high:+.1f}, {seeds} seeds)"
     if comparison.holm < 0.05:
         return f"{text}, a difference beyond the seeds' noise (Holm-corrected p = {comparison.holm:.3f})."
@@ -166,7 +260,7 @@ def verdict(comparison: Comparison) -> str:
     if mean.low <= 0 <= mean.high:
         return f"{text}: these seeds neither show a difference nor rule one out."
     if comparison.reason:
-        return f"{text}; not tested: {comparison.reason}."
+        return f"{text}; not tested: {literal(comparison.reason)}."
     return f"{text}, not significant after correction."
 
 
@@ -276,7 +370,8 @@ def all_metrics(study: Study, page: Page) -> None:
                 found = estimates(runs, native, per_image, resamples=2000)
                 where = {"level": level, "resolution": resolution}
                 part.append({"arm": study.arms[key].label, "seeds": len(runs), **found, **where})
-            page.add(f"**{level}, {resolution}**", markdown(part, METRIC_COLUMNS, brief=True))
+            page.add(f"### Scores: {level}, {resolution}")
+            page.show(part, METRIC_COLUMNS, brief=True)
             rows += part
     write_table(page.folder, "metrics", rows)
     page.add("Validation IoU of the weights that were kept, beside the last epoch's:")
@@ -347,16 +442,24 @@ def masks(study: Study, page: Page) -> None:
         return
     first = study.panels[0].arrays
     ids = list(first["ids"])
-    colours = figures.MASK_COLOURS
-    rows = [figures.ImageRow("image", first["images"]), figures.ImageRow("ground truth", colours[first["truth"]])]
+    photos = first["images"]
+    truth = first["truth"]
+    rows = [figures.ImageRow("image", photos), figures.ImageRow("ground truth", figures.overlays(photos, truth, truth))]
     for pictures in study.panels:
-        if list(pictures.arrays["ids"]) == ids:
-            rows.append(figures.ImageRow(pictures.arm.label, colours[pictures.arrays["pred"]]))
+        arrays = pictures.arrays
+        if list(arrays["ids"]) == ids:
+            rows.append(figures.ImageRow(mask_label(study, pictures), figures.overlays(photos, arrays["pred"], truth)))
     caption = (
-        "Test images with ground truth and predictions (the paper's Fig. 4), chosen by place in the list, not by score: "
-        f"{', '.join(map(str, ids))}."
+        "Test images with ground truth and predictions (the paper's Fig. 4), and each network's IoU on all test images. "
+        "The images were chosen by place in the list, not by score: " + ", ".join(literal(name) for name in ids) + "."
     )
-    page.figure("masks", caption, figures.image_grid, rows, legend=CLASSES)
+    page.figure("masks", caption, figures.image_grid, rows, legend=figures.mask_legend(CLASSES))
+
+
+def mask_label(study: Study, pictures: Pictures) -> str:
+    """Name an arm and the IoU of the run whose masks are shown."""
+    run = study.main(pictures.arm.key)[0]
+    return f"{pictures.arm.label}\nIoU {run.iou:.3f}"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -511,6 +614,8 @@ def half_remark(study: Study) -> str:
         return ""
     a = half[0].config
     b = full[0].config
+    if a["updates"] == b["updates"]:
+        return ""
     return (
         f"Finetuned-Half sees {a['n_train']:,} of {b['n_train']:,} images for as many epochs, so it also makes "
         f"{a['updates']:,} instead of {b['updates']:,} updates: its difference mixes fewer labels with less training."
@@ -537,6 +642,7 @@ def resnet_remark(study: Study) -> str:
 class SegmentationResults:
     """What the sections on segmentation share."""
 
+    trivial: Trivial | None
     table: list[dict]
     comparisons: list[Comparison]
     doses: list[SweepResult]
@@ -545,6 +651,11 @@ class SegmentationResults:
 
 def read_results(study: Study, comparisons: list[Comparison]) -> SegmentationResults:
     """Compute what the report says first; runs that fit no sweep are added to the study's notes."""
+    trivial = best_trivial(study)
     return SegmentationResults(
-        table_2_rows(study), comparisons, read_sweep(study, ANIMAL_FRACTION), read_sweep(study, LABEL_FRACTION)
+        trivial,
+        table_2_rows(study, trivial),
+        comparisons,
+        read_sweep(study, ANIMAL_FRACTION),
+        read_sweep(study, LABEL_FRACTION),
     )
