@@ -11,7 +11,7 @@ NNODES=${NNODES:-1} NODE_RANK=${NODE_RANK:-0}
 case $NNODES$NODE_RANK in *[!0-9]*) refuse "NNODES and NODE_RANK must be numbers, got '$NNODES' and '$NODE_RANK'" ;; esac
 [ "$NNODES" -le 1 ] || [ -n "${MASTER_ADDR:-}" ] || refuse "with NNODES=$NNODES set MASTER_ADDR to the address of node 0"
 settings=$("$SYSTEM" "$HERE/study.py" settings "$@") || exit
-eval "$settings" # DATA_ROOT, OUTPUT, CACHE, GPUS, DRAWN, DRY, TASK, IMG_SIZE, TITLE
+eval "$settings" # DATA_ROOT, OUTPUT, CACHE, GPUS, DRAWN, DRY, TASK, REFERENCE, TITLE
 
 if [ "$DRY" = 1 ]; then # nothing is installed to show commands
   PYTHON=$HERE/.venv/bin/python; [ -x "$PYTHON" ] || PYTHON=$SYSTEM
@@ -128,7 +128,7 @@ for SEED in $(cut -d $'\037' -f 1 <<< "$PLAN" | uniq); do
 done
 [ "$NODE_RANK" = 0 ] || exit 0
 if [ "$TASK" = segment ]; then # trivial predictors
-  once reference "$OUTPUT/reference.npz" "$PYTHON" -- "$HERE/evaluate.py" reference "${DATA[@]}" --img_size "$IMG_SIZE" --output "$OUTPUT/reference.npz"
+  once reference "$OUTPUT/reference.npz" "$PYTHON" -- "$HERE/evaluate.py" reference "${DATA[@]}" $REFERENCE --output "$OUTPUT/reference.npz"
 fi
 run report "$PYTHON" "$HERE/report.py" "$OUTPUT"
 leave_if_asked after report
