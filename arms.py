@@ -275,6 +275,7 @@ class Choice(NamedTuple):
     partner: ArmKey  # the arm of ours that it is compared with
     flags: dict[str, object]  # what changes
     in_pretraining: bool = False  # the flags are those of pre-training
+    remark: str = ""  # what a reader of its difference must know
 
     @property
     def key(self) -> ArmKey:
@@ -283,13 +284,15 @@ class Choice(NamedTuple):
 
 
 CHOICES = [
-    Choice("leak", "leaking split", ANIMAL, {"pets_division": "leaking"}),
+    Choice("leak", "leaking split", ANIMAL, {"pets_division": "leaking"}, remark="test images are trained on"),
     Choice("reshape", "reshaped output", ANIMAL, {"output": "reshape"}),
     Choice("layer_decay", "layer decay from scratch", SUPERVISED, {"layer_decay": 0.75}),
     Choice("raw_pixels", "loss of raw pixels", ANIMAL, {"norm_pix_loss": False}, in_pretraining=True),
     Choice("unit_inputs", "inputs not normalised", ANIMAL, {"inputs": "unit"}),
-    Choice("bilinear", "bilinear trimaps", ANIMAL, {"trimap_resize": "bilinear"}),
-    Choice("last", "last epoch's weights", ANIMAL, {"keep": "last"}),
+    Choice(
+        "bilinear", "bilinear trimaps", ANIMAL, {"trimap_resize": "bilinear"}, remark="the test trimaps change as well"
+    ),
+    Choice("last", "last epoch's weights", ANIMAL, {"keep": "last"}, remark="the same training, other weights kept"),
     Choice("elastic", "elastic deformation", ANIMAL, {"elastic": 50}),
     Choice("positions", "frozen positions", ANIMAL, {"train_positions": False}),
 ]

@@ -126,9 +126,14 @@ class Comparison:
         return f"{self.a.label} − {self.b.label}"
 
 
+def seed_pairs(study: Study, a: ArmKey, b: ArmKey) -> list[Pair]:
+    """Pair the runs of two arms by their seeds."""
+    return [Pair(x, y) for x in study.main(a) for y in study.main(b) if x.seed == y.seed]
+
+
 def compare(study: Study, a: ArmKey, b: ArmKey) -> Comparison:
     """Compare the runs of two arms."""
-    pairs = [Pair(x, y) for x in study.main(a) for y in study.main(b) if x.seed == y.seed]
+    pairs = seed_pairs(study, a, b)
     reasons = []
     if not pairs:
         reasons.append("no seed has both runs")

@@ -13,6 +13,7 @@ import argparse
 import sys
 from pathlib import Path
 
+import audit
 import figures
 import results
 from arms import ANIMAL, ARMS, PRETRAIN_ANIMAL, RESNET, SUPERVISED, ArmKey
@@ -29,6 +30,10 @@ TABLES = (
     "table2",
     "differences",
     "image_bootstrap",
+    "audit",
+    "audit_seeds",
+    "printed",
+    "printed_differences",
     "arms",
     "metrics",
     "validation",
@@ -38,7 +43,18 @@ TABLES = (
     "stages",
     "settings",
 )
-FIGURES = ("forest", "curves", "distribution", "pretraining", "reconstruction", "masks", "dose", "labels", "scatter")
+FIGURES = (
+    "forest",
+    "audit",
+    "curves",
+    "distribution",
+    "pretraining",
+    "reconstruction",
+    "masks",
+    "dose",
+    "labels",
+    "scatter",
+)
 FURTHER = ("task_*.csv", "task_*.json", "task_*.png", "pretraining_*.png")
 
 DEMO_TEXT = (
@@ -71,11 +87,14 @@ def write_report(study: Study, folder: Path, title: str | None = None) -> None:
         page.add(DEMO_TEXT)
     if found:
         page.add(f"**{results.headline(data, found.table, comparisons)}**", protocol_text(study))
+    page.add(audit.remarks(study))
     runs_that_differ(study, page)
     if found:
-        page.add("## Results beside the paper's Table 2", results.TABLE_2_TEXT)
+        page.add("## Results beside the paper's Table 2", results.table_2_text(study))
         page.table("table2", found.table, results.TABLE_2_COLUMNS)
         results.differences(page, comparisons)
+        audit.choice_effects(study, page)
+        audit.printed_scores(study, page)
     for task in tasks:
         if task != SEGMENT:
             task_section(study, page, task)
@@ -145,7 +164,7 @@ def protocol_text(study: Study) -> str:
         if changes:
             found.append(f"{arm.label}: {', '.join(changes)}")
     if not found:
-        return SAME_TEXT
+        return audit.ORIGINAL_SETTINGS if audit.is_original(study) else SAME_TEXT
     return (
         "The paper's numbers stand beside ours as context only, because the protocol differs (in parentheses the "
         f"paper's): {'; '.join(found)}."
@@ -414,7 +433,8 @@ def settings(study: Study, page: Page) -> None:
             value = args.get(flag)
             row[title] = "–" if value is None else str(value)
         rows.append(row)
-    page.add("## Appendix: settings", SETTINGS_TEXT)
+    text = audit.ORIGINAL_SETTINGS if audit.is_original(study) else SETTINGS_TEXT
+    page.add("## Appendix: settings", text)
     page.table("settings", rows, columns)
 
 

@@ -63,6 +63,20 @@ TABLE_2_TEXT = (
     "Intervals: 95 %, Student's t over seeds; with one seed the bootstrap over test images, which knows nothing of how "
     "another seed would come out."
 )
+KEPT_TEXT = {"best": "weights of the best validation IoU", "last": "the last epoch's weights"}
+
+
+def table_2_text(study: Study) -> str:
+    """Say what the table shows, and which weights were kept."""
+    kept = {}
+    for key in scored_arms(study):
+        keep = study.main(key)[0].config["args"].get("keep", "best")
+        kept[KEPT_TEXT[keep]] = True
+    if not kept:
+        return TABLE_2_TEXT
+    return f"{TABLE_2_TEXT} Tested: {' or '.join(kept)}."
+
+
 TABLE_2_COLUMNS = [
     Column("arm"),
     Column("seeds"),
