@@ -3,7 +3,7 @@
     images = ImageScores.from_records(np.load("test.npz"))
     printed(images, MAE_SCRIPT)                       # Printed(images=85, iou=..., accuracy=..., loss=...)
     spread(images.iou, 85)                            # Range(low, high) of such a score over random sets of images
-    range_if_equal(a.iou, b.iou, 85)                  # how far apart two equal arms print, on the same images
+    range_on_same_images(a.iou, b.iou, 85)            # how far apart two runs print that are equal over all images
 
 As committed, its test scripts compute scores after their loop over batches, so these are of the last batch: of 1,109 images
 the last 85 where a batch has 128 images, and the last 21 where it has 32. Needs numpy and metrics.py.
@@ -106,15 +106,20 @@ def spread(values: np.ndarray, size: int) -> Range:
     return middle(random_means(values, size))
 
 
-def range_of_repeats(values: np.ndarray, size: int) -> Range:
-    """Find the range of the difference of one run's scores on two random sets of images."""
-    return middle(random_means(values, size) - random_means(values, size, SEED + 1))
-
-
-def range_if_equal(a: np.ndarray, b: np.ndarray, size: int) -> Range:
-    """Find the range of a - b on the same random sets, of two runs whose scores [n] differ image by image.
+def range_on_same_images(a: np.ndarray, b: np.ndarray, size: int) -> Range:
+    """Find the range of a - b on the same random sets, for two runs with scores [n] of the same images.
 
     Their mean difference is taken out, so the runs count as equal over all images.
     """
     differences = a - b
     return middle(random_means(differences - differences.mean(), size))
+
+
+def range_on_other_images(a: np.ndarray, b: np.ndarray, size_a: int, size_b: int) -> Range:
+    """Find the range of a - b where each run has random sets of its own: scores a [n] and b [m], sets of two sizes.
+
+    Their mean difference is taken out, as above. With the same run twice it is what another order of the list does.
+    """
+    means_a = random_means(a - a.mean(), size_a)
+    means_b = random_means(b - b.mean(), size_b, SEED + 1)
+    return middle(means_a - means_b)
