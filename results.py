@@ -253,11 +253,14 @@ def differences_by_image(page: Page, comparisons: list[Comparison]) -> None:
         for seed, estimate in zip(comparison.seeds, comparison.images, strict=True):
             rows.append({"label": comparison.label, "seed": seed, "difference": estimate})
     caption = (
-        "Planned differences of test IoU. Blue: one seed with its 95 % paired bootstrap interval over test images; red: "
+        "Planned differences of test IoU. Blue: one seed with its 95 % bootstrap interval over test images; red: "
         f"mean over seeds with its 95 % t-interval (an arrow: wider than the picture). Shaded: ±{MARGIN} points."
     )
     page.figure("forest", caption, figures.forest, bars, MARGIN)
-    page.add("Uncertainty from the test images alone, for these trained models (paired bootstrap, 10,000 resamples):")
+    page.add(
+        "Uncertainty from the test images alone, for these trained models (bootstrap, 10,000 resamples, in pairs where both "
+        "arms have the same test images):"
+    )
     columns = [Column("label", "difference"), Column("seed"), Column("difference", "points [95 %]", 2)]
     page.table("image_bootstrap", rows, columns)
 
