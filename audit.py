@@ -191,7 +191,7 @@ PRINTED_TEXT = (
     "As committed (aa2fea5), the test scripts compute their scores after the loop over batches, so that these are scores of "
     "the last batch: of 1,109 test images the last 85 for the MAE arms (1,109 mod 128), which holds for loss, IoU and "
     "accuracy; the last 21 for ResNet-50 (1,109 mod 32), where it holds for the IoU alone. Their IoU is the mean over "
-    "images of (intersection + 0.001) / (union + 0.001). The same from our test records:"
+    "images of (intersection + 0.001) / (union + 0.001). The table has the same from our test records."
 )
 PRINTED_COLUMNS = [
     Column("arm"),
@@ -281,7 +281,10 @@ def repeats_text(repeats: dict[int, list[float]]) -> str:
     """Say how far apart two scores of one network are."""
     parts = []
     for size, apart in sorted(repeats.items()):
-        parts.append(f"±{np.median(apart):.1f} points with {size} images ({min(apart):.1f} to {max(apart):.1f} by run)")
+        part = f"±{np.median(apart):.1f} points with {size} images"
+        if len(apart) > 1:
+            part += f" (median; {min(apart):.1f} to {max(apart):.1f} by run)"
+        parts.append(part)
     found = [arm.paper.iou for arm in ARMS.values() if arm.stage == "finetune" and arm.paper]
     return (
         f"**Two scores of one and the same network, on two random sets of images, differ by up to {'; '.join(parts)}** "
