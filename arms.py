@@ -25,6 +25,7 @@ STAGES = ("pretrain", "finetune", "baseline")
 ANIMAL_FRACTION = "animal_fraction"
 LABEL_FRACTION = "label_fraction"
 SWEEPS = (ANIMAL_FRACTION, LABEL_FRACTION)
+AUDIT = "audit"  # the sweep over choices of the original code, which has no values
 DOSES = (0, 0.05, 0.1, 0.25, 0.5, 0.75, 1)
 LABEL_SHARES = (0.05, 0.1, 0.25, 0.5)  # all labels: the arms that the sweep belongs to
 
@@ -266,6 +267,68 @@ TABLE_2 = [RESNET, SUPERVISED, ANIMAL, HALF, NON_ANIMAL, MIXED]  # in the paper'
 LABEL_SWEEP = [ANIMAL, NON_ANIMAL, MIXED, SUPERVISED]  # the arms that the sweep of labels is made for
 
 
+class Choice(NamedTuple):
+    """A choice of the original code (see protocols.py) that an audit makes alone, on top of what a partner arm does."""
+
+    name: str
+    label: str  # in tables and figures
+    partner: ArmKey  # the arm of ours that it is compared with
+    flags: dict[str, object]  # what changes
+    in_pretraining: bool = False  # the flags are those of pre-training
+    remark: str = ""  # what a reader of its difference must know
+
+    @property
+    def key(self) -> ArmKey:
+        """The arm that is tested."""
+        return ArmKey(self.partner.stage, f"{AUDIT}_{self.name}")
+
+
+CHOICES = [
+    Choice("leak", "leaking split", ANIMAL, {"pets_division": "leaking"}, remark="test images are trained on"),
+    Choice("reshape", "reshaped output", ANIMAL, {"output": "reshape"}),
+    Choice("layer_decay", "layer decay from scratch", SUPERVISED, {"layer_decay": 0.75}),
+    Choice("raw_pixels", "loss of raw pixels", ANIMAL, {"norm_pix_loss": False}, in_pretraining=True),
+    Choice("unit_inputs", "inputs not normalised", ANIMAL, {"inputs": "unit"}),
+    Choice(
+        "bilinear", "bilinear trimaps", ANIMAL, {"trimap_resize": "bilinear"}, remark="the test trimaps change as well"
+    ),
+    Choice("last", "last epoch's weights", ANIMAL, {"keep": "last"}, remark="the same training, other weights kept"),
+    Choice("elastic", "elastic deformation", ANIMAL, {"elastic": 50}),
+    Choice("positions", "frozen positions", ANIMAL, {"train_positions": False}),
+]
+
+
+def choice_arms(choice: Choice) -> list[Arm]:
+    """Describe the arm of a choice, after its own pre-training if the choice is one of pre-training."""
+    partner = ARMS[choice.partner]
+    name = choice.key.name
+    if not choice.in_pretraining:
+        flags = {**partner.flags, **choice.flags}
+        return [Arm(partner.stage, name, choice.label, partner.images, OTHER_STYLE, flags, partner.parent, sweep=AUDIT)]
+    before = ARMS["pretrain", partner.parent]
+    flags = {**before.flags, **choice.flags}
+    label = f"pre-training ({choice.label})"
+    pretraining = Arm("pretrain", name, label, before.images, OTHER_STYLE, flags, sweep=AUDIT)
+    finetuning = Arm(partner.stage, name, choice.label, partner.images, OTHER_STYLE, partner.flags, name, sweep=AUDIT)
+    return [pretraining, finetuning]
+
+
+def audit_arms() -> list[Arm]:
+    """Describe the arms of an audit."""
+    arms: list[Arm] = []
+    for choice in CHOICES:
+        arms.extend(choice_arms(choice))
+    return arms
+
+
+def audited_flags(arm: Arm) -> set[str]:
+    """Name the flags in which an arm of an audit differs from its partner; none for any other arm."""
+    for choice in CHOICES:
+        if arm.sweep == AUDIT and choice.key.name == arm.name:
+            return set(choice.flags)
+    return set()
+
+
 def in_table_order(keys: Iterable[ArmKey]) -> list[ArmKey]:
     """Sort arms as the paper's Table 2 does; further ones keep their order and follow."""
 
@@ -300,8 +363,9 @@ def sweep_lines(sweep: str) -> list[SweepLine]:
 
 
 def known_arms(extra: Iterable[str] = ()) -> dict[ArmKey, Arm]:
-    """Collect the paper's arms, those of further splits, and those of all sweeps."""
+    """Collect the paper's arms, those of further splits, of all sweeps and of the audit."""
     arms = dict(ARMS)
+    arms |= {arm.key: arm for arm in audit_arms()}
     for split in extra:
         arms |= {arm.key: arm for arm in extra_arms(split)}
     for sweep in SWEEPS:

@@ -15,7 +15,18 @@ import numpy as np
 
 from arms import PLANNED, Arm, ArmKey
 from groups import Study, differing, tolerance
-from metrics import bootstrap, holm, paired_bootstrap, paired_t_test, ratio, scores, t_interval, tost
+from metrics import (
+    bootstrap,
+    holm,
+    image_iou_each,
+    paired_bootstrap,
+    paired_t_test,
+    ratio,
+    scores,
+    t_interval,
+    tost,
+    unpaired_bootstrap,
+)
 from records import SEGMENT, SIZES, RunRecord, TestTable
 
 MARGIN = 0.5  # IoU points within which two arms count as equivalent
@@ -63,6 +74,25 @@ def estimates(
     return {name: Estimate(*t_interval(seeds[:, i])) for i, name in enumerate(names)}
 
 
+def image_records(counts: np.ndarray) -> np.ndarray:
+    """Score each image of counts [n, 3, 3] as the original study does -> records [n, 2] of (IoU, 1) for the bootstrap."""
+    each = image_iou_each(counts)
+    return np.stack([each, np.ones_like(each)], axis=-1)
+
+
+def mean_of_records(sums: np.ndarray) -> np.ndarray:
+    """Average records that image_records made: sums [..., 2] -> [...]."""
+    return sums[..., 0] / sums[..., 1]
+
+
+def image_level_iou(runs: list[RunRecord], resamples: int = 10_000) -> Estimate:
+    """Average the IoU of each test image, the original study's score; the interval is that of `estimates`."""
+    records = [image_records(run.test["counts"]) for run in runs]
+    if len(runs) == 1:
+        return Estimate(*map(float, bootstrap(records[0], mean_of_records, resamples)))
+    return Estimate(*t_interval([mean_of_records(part.sum(0)) for part in records]))
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Planned differences
 
@@ -96,9 +126,14 @@ class Comparison:
         return f"{self.a.label} − {self.b.label}"
 
 
+def seed_pairs(study: Study, a: ArmKey, b: ArmKey) -> list[Pair]:
+    """Pair the runs of two arms by their seeds."""
+    return [Pair(x, y) for x in study.main(a) for y in study.main(b) if x.seed == y.seed]
+
+
 def compare(study: Study, a: ArmKey, b: ArmKey) -> Comparison:
     """Compare the runs of two arms."""
-    pairs = [Pair(x, y) for x in study.main(a) for y in study.main(b) if x.seed == y.seed]
+    pairs = seed_pairs(study, a, b)
     reasons = []
     if not pairs:
         reasons.append("no seed has both runs")
@@ -130,13 +165,17 @@ def compare(study: Study, a: ArmKey, b: ArmKey) -> Comparison:
 
 
 def image_difference(pair: Pair, score: str) -> Estimate:
-    """Return the difference between two trained models with its bootstrap interval over the test images."""
+    """Return the difference between two trained models with its bootstrap interval over the test images.
+
+    Images are resampled in pairs where both were tested on the same ones, else independently.
+    """
+    compared = paired_bootstrap if same_images(pair) else unpaired_bootstrap
     if pair.a.kind == SEGMENT:
 
         def segment_score(counts: np.ndarray) -> np.ndarray:
             return scores(counts)[score]
 
-        return Estimate(*paired_bootstrap(pair.a.test["counts"], pair.b.test["counts"], segment_score))
+        return Estimate(*compared(pair.a.test["counts"], pair.b.test["counts"], segment_score))
     a = pair.a.table()
     b = pair.b.table()
     place = a.names.index(score)
@@ -144,7 +183,19 @@ def image_difference(pair: Pair, score: str) -> Estimate:
     def one_score(sums: np.ndarray) -> np.ndarray:
         return a.score(sums)[..., place]
 
-    return Estimate(*paired_bootstrap(a.sums, b.sums, one_score))
+    return Estimate(*compared(a.sums, b.sums, one_score))
+
+
+def image_level_difference(pair: Pair) -> Estimate:
+    """Return the difference of image-level IoU between two trained models, as image_difference does."""
+    compared = paired_bootstrap if same_images(pair) else unpaired_bootstrap
+    records = [image_records(run.test["counts"]) for run in pair]
+    return Estimate(*compared(*records, mean_of_records))
+
+
+def same_images(pair: Pair) -> bool:
+    """Check whether two runs were tested on the same images in the same order."""
+    return np.array_equal(pair.a.test["ids"], pair.b.test["ids"])
 
 
 def reasons_against(study: Study, pair: Pair) -> Iterator[str]:
@@ -157,6 +208,8 @@ def reasons_against(study: Study, pair: Pair) -> Iterator[str]:
         yield "images counted per category"
     yield from unequal_sizes("pre-training", before)
     yield from unequal_sizes("fine-tuning", list(pair))
+    if not same_images(pair):
+        yield "tested on other images"
     yield from differing(pair.a.settings, pair.b.settings, tolerance(pair.a.arm, pair.b.arm), shared=True)
 
 

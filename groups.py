@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from arms import LABEL_FRACTION, PRETRAIN_ANIMAL, Arm, ArmKey, in_table_order
+from arms import LABEL_FRACTION, PRETRAIN_ANIMAL, Arm, ArmKey, audited_flags, in_table_order
 from records import MAE, SEGMENT, SIZES, RunRecord, Setting, load_run
 from study import PlanLine, read_lines
 
@@ -52,6 +52,7 @@ def tolerance(a: Arm, b: Arm) -> Tolerance:
         allowed.roles.add("network")
     if LABEL_FRACTION in (a.sweep, b.sweep):
         allowed.keys.add("batch_size")  # there may be fewer labels than images in a batch
+    allowed.keys |= audited_flags(a) | audited_flags(b)
     return allowed
 
 
@@ -149,15 +150,18 @@ class Study:
         return not differing(run.settings, other.settings, allowed, shared=True)
 
     def _check_test_images(self) -> None:
-        """Leave out runs that were tested on other images, or with other scores, than most runs of the task."""
-        images: dict[str, Counter] = {}
+        """Leave out runs that were tested on other images, or with other scores, than most runs of the task.
+
+        Images are compared between runs whose data were divided in the same way.
+        """
+        images: dict[tuple[str, ...], Counter] = {}
         names: dict[str, Counter] = {}
         tested = [run for run in self.runs if run.test]
         for run in tested:
-            images.setdefault(run.kind, Counter())[tuple(run.test["ids"])] += 1
+            images.setdefault(test_list(run), Counter())[tuple(run.test["ids"])] += 1
             names.setdefault(run.kind, Counter())[run.table().names] += 1
         for run in tested:
-            if tuple(run.test["ids"]) != most_common(images[run.kind]):
+            if tuple(run.test["ids"]) != most_common(images[test_list(run)]):
                 run.problem = "tested on other images than its siblings"
             elif run.table().names != most_common(names[run.kind]):
                 run.problem = "tested with other scores than its siblings"
@@ -253,6 +257,12 @@ class Study:
                 )
                 return {}
         return reference
+
+
+def test_list(run: RunRecord) -> tuple[str, ...]:
+    """Name what decides which images a run is tested on: its task, and how the pets were listed and divided."""
+    args = run.config["args"]
+    return run.kind, args.get("pets_listing", "list.txt"), args.get("pets_division", "disjoint")
 
 
 def most_common(counter: Counter) -> object:

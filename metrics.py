@@ -376,3 +376,24 @@ def paired_bootstrap(
         return statistic(sums.take(0, axis)) - statistic(sums.take(1, axis))
 
     return bootstrap(pairs, difference, resamples, level, seed)
+
+
+def unpaired_bootstrap(
+    records_a: ArrayLike,
+    records_b: ArrayLike,
+    statistic: Callable,
+    resamples: int = 10_000,
+    level: float = 0.95,
+    seed: int = 0,
+) -> Interval:
+    """Estimate statistic(a) - statistic(b) on different images, drawn independently of each other; see bootstrap."""
+    a = np.asarray(records_a, float)
+    b = np.asarray(records_b, float)
+    value = statistic(a.sum(0)) - statistic(b.sum(0))
+    resampled_a = [statistic(sums) for sums in _resampled_sums(a, resamples, seed)]
+    resampled_b = [statistic(sums) for sums in _resampled_sums(b, resamples, seed + 1)]
+    tails = [0.5 - level / 2, 0.5 + level / 2]
+    limits = np.nanquantile(np.concatenate(resampled_a) - np.concatenate(resampled_b), tails, axis=0)
+    n = min(len(a), len(b))
+    low, high = value + (limits - value) * math.sqrt(n / max(n - 1, 1))
+    return Interval(value, low, high)

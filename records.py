@@ -263,6 +263,8 @@ def check_config(config: object) -> None:
         raise RecordError("config.json: manifest.train is no dictionary")
     if "data" in config and not isinstance(config["data"].get("title"), str):
         raise RecordError("config.json: data has no title")
+    if not isinstance(config.get("remarks", []), list):
+        raise RecordError(f"config.json: remarks is {config['remarks']!r} instead of a list"[:120])
     for name in SIZES:
         if type(config.get(name)) is not int:
             raise RecordError(f"config.json: {name} is {config.get(name)!r} instead of a whole number")

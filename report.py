@@ -15,6 +15,7 @@ import argparse
 import sys
 from pathlib import Path
 
+import audit
 import figures
 import results
 from arms import ANIMAL, ARMS, PRETRAIN_ANIMAL, RESNET, SUPERVISED, ArmKey
@@ -33,6 +34,10 @@ TABLES = (
     "table2",
     "differences",
     "image_bootstrap",
+    "audit",
+    "audit_seeds",
+    "printed",
+    "printed_differences",
     "arms",
     "metrics",
     "validation",
@@ -42,7 +47,18 @@ TABLES = (
     "stages",
     "settings",
 )
-FIGURES = ("forest", "curves", "distribution", "pretraining", "reconstruction", "masks", "dose", "labels", "scatter")
+FIGURES = (
+    "forest",
+    "audit",
+    "curves",
+    "distribution",
+    "pretraining",
+    "reconstruction",
+    "masks",
+    "dose",
+    "labels",
+    "scatter",
+)
 FURTHER = ("task_*.csv", "task_*.json", "task_*.png", "pretraining_*.png")
 
 DEMO_TEXT = (
@@ -80,10 +96,13 @@ def write_report(study: Study, folder: Path, title: str | None = None) -> list[C
     masks_first = opening(study, page, title or default_title(tasks), found)
     if found:
         page.add(protocol_text(study))
+    page.add(audit.remarks(study))
     runs_that_differ(study, page)
     if found:
-        results.table_2(page, found)
+        results.table_2(study, page, found)
         results.differences(page, comparisons)
+        audit.choice_effects(study, page)
+        audit.printed_scores(study, page)
     for task in tasks:
         if task != SEGMENT:
             task_section(study, page, task)
@@ -198,7 +217,7 @@ def protocol_text(study: Study) -> str:
         if changes:
             found.append(f"{arm.label}: {', '.join(changes)}")
     if not found:
-        return SAME_TEXT
+        return audit.ORIGINAL_SETTINGS if audit.is_original(study) else SAME_TEXT
     return (
         "The paper's numbers stand beside ours as context only, because the protocol differs (in parentheses the "
         f"paper's): {'; '.join(found)}."
@@ -477,7 +496,8 @@ def settings(study: Study, page: Page) -> None:
             value = args.get(flag)
             row[title] = "–" if value is None else str(value)
         rows.append(row)
-    page.add("## Appendix: settings", SETTINGS_TEXT)
+    text = audit.ORIGINAL_SETTINGS if audit.is_original(study) else SETTINGS_TEXT
+    page.add("## Appendix: settings", text)
     page.table("settings", rows, columns)
 
 

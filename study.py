@@ -2,6 +2,7 @@
 
     python study.py plan --seeds 0 1 2 --model mae_base --output runs/study          # a tab-separated table
     python study.py plan --sweep label_fraction --extra_arms pets my_split
+    python study.py plan --audit                                # our protocol, with one choice of the original code each
     python study.py settings --demo                                                  # what run_all.sh needs to know
 
 `run_all.sh` writes the table to OUTPUT/study.tsv and carries it out line by line; `report.py` reads it. A line's parent
@@ -20,10 +21,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
-from arms import ANIMAL_FRACTION, ARMS, MIXED, STAGES, SWEEPS, Arm, extra_arms, sweep_arms
+from arms import ANIMAL_FRACTION, ARMS, CHOICES, MIXED, STAGES, SWEEPS, Arm, audit_arms, extra_arms, sweep_arms
+from protocols import PROTOCOLS, protocol_flags
 
 SCRIPTS = {"pretrain": "pretrain.py", "finetune": "finetune.py", "baseline": "baseline.py"}
-PROTOCOLS = ("ours",)
 DEFAULT_OBJECTIVE = "mae"
 DEFAULT_TASK = "segment"
 DEFAULT_EXTRA_ARMS = ("pets", "all")
@@ -151,7 +152,18 @@ def study_arms(args: argparse.Namespace, paper_sizes: bool) -> list[Arm]:
             own = {0.0, 1.0} if paper_sizes else {0.0, 0.5, 1.0}
             further = [arm for arm in further if arm.value not in own]
         arms.extend(further)
+    if args.audit:
+        arms.extend(audit_arms())
     return sorted(arms, key=lambda arm: STAGES.index(arm.stage))
+
+
+def kind_of(arm: Arm) -> str:
+    """Say which of protocols.KINDS the runs of an arm are."""
+    if arm.stage != "baseline":
+        return arm.stage
+    if arm.network == "resnet50":
+        return "resnet50"
+    return "supervised"
 
 
 def has_flag(words: list[str], flag: str, value: str) -> bool:
@@ -180,6 +192,7 @@ def command(arm: Arm, seed: int, args: argparse.Namespace, paper_sizes: bool) ->
         words += ["--task", args.task]
     if args.demo:
         words += flag_words(DEMO[arm.stage])
+    words += flag_words(protocol_flags(args.protocol, kind_of(arm), args.demo, args.on_gpus))
     words += flag_words(arm.flags)
     if args.demo and arm.stage == "baseline":
         words += flag_words(DEMO_RESNET if arm.network == "resnet50" else DEMO_MAE)
@@ -209,7 +222,18 @@ def make_plan(args: argparse.Namespace, paper_sizes: bool) -> list[PlanLine]:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# What the data and the other files know
+# What the machine, the data and the other files know
+
+
+def has_gpus(args: argparse.Namespace) -> bool:
+    """Check whether the study trains on GPUs. Assumed where torch is not installed yet."""
+    if args.gpus is not None:
+        return args.gpus > 0
+    if importlib.util.find_spec("torch") is None:
+        return True
+    import torch
+
+    return torch.cuda.is_available()
 
 
 def has_paper_sizes(args: argparse.Namespace) -> bool:
@@ -293,7 +317,18 @@ def get_args_parser(prog: str) -> PlanParser:
     add("--model", help="size of the networks, a name of models.py (default: mae_base; demo: mae_demo)")
     add("--objective", default=DEFAULT_OBJECTIVE, metavar="NAME", help="what pre-training does (default: mae)")
     add("--task", default=DEFAULT_TASK, metavar="NAME", help="what fine-tuning and baselines do (default: segment)")
-    add("--protocol", choices=PROTOCOLS, default="ours", help="whose settings the trainings take (default: ours)")
+    add(
+        "--protocol",
+        choices=list(PROTOCOLS),
+        default="ours",
+        help="whose settings the trainings take; original: those of the code behind the paper, see protocols.py "
+        "(default: ours)",
+    )
+    add(
+        "--audit",
+        action="store_true",
+        help="also change one choice at a time from ours to the original code's, to report what each is worth",
+    )
     add(
         "--pretrain_args",
         default="",
@@ -386,6 +421,61 @@ def cpu_jobs(args: argparse.Namespace) -> int:
     return 1
 
 
+def check_protocol(args: argparse.Namespace) -> None:
+    """Refuse options that contradict a protocol or an audit."""
+    wanted = ""
+    if args.protocol != "ours":
+        wanted = f"--protocol {args.protocol}"
+    if args.audit:
+        if wanted:
+            raise PlanError(f"--audit changes our protocol one choice at a time; leave {wanted} out")
+        wanted = "--audit"
+    if not wanted:
+        return
+    if args.task != DEFAULT_TASK:
+        raise PlanError(f"{wanted} is about segmentation; leave --task {args.task} out")
+    if args.objective != DEFAULT_OBJECTIVE:
+        raise PlanError(f"{wanted} is about Masked Autoencoders; leave --objective {args.objective} out")
+    if not args.audit:
+        return
+    for choice in CHOICES:
+        option = "--pretrain_args" if choice.in_pretraining else "--finetune_args"
+        given = args.pretrain_args if choice.in_pretraining else args.finetune_args
+        for flag in choice.flags:
+            if sets_flag(given, flag):
+                raise PlanError(f"{option} sets --{flag}, which --audit changes; leave one of them out")
+
+
+def sets_flag(words: list[str], flag: str) -> bool:
+    """Check whether a command line gives a flag any value, or switches it off."""
+    return any(word.split("=")[0] in (f"--{flag}", f"--no-{flag}") for word in words)
+
+
+def reference_flags(args: argparse.Namespace, img_size: str) -> str:
+    """Write the flags of `evaluate.py reference`: those of the fine-tunings that say which images, and how trimaps."""
+    flags = {"img_size": img_size}
+    finetune = PROTOCOLS[args.protocol]["finetune"]
+    for name in ("pets_listing", "pets_division", "trimap_resize"):
+        if name in finetune:
+            flags[name] = finetune[name]
+        for value in flag_values(args.finetune_args, f"--{name}"):
+            flags[name] = value
+    return " ".join(flag_words(flags))
+
+
+def leak_note(lines: list[PlanLine]) -> str:
+    """Say which runs of a plan are trained on test images; "" if none is."""
+    leaking = []
+    for line in lines:
+        divisions = flag_values(line.command.split(), "--pets_division")
+        if divisions and divisions[-1] == "leaking":
+            leaking.append(line.folder)
+    if not leaking:
+        return ""
+    number = f"{len(leaking)} of {len(lines)} runs"
+    return f"# {number} are trained on test images too (--pets_division leaking): {', '.join(leaking)}\n"
+
+
 def shell_settings(args: argparse.Namespace) -> str:
     """Write the settings of run_all.sh as assignments for bash."""
     if not args.drawn and not args.dry_run:
@@ -405,7 +495,7 @@ def shell_settings(args: argparse.Namespace) -> str:
         "DRAWN": str(int(args.drawn)),
         "DRY": str(int(args.dry_run)),
         "TASK": args.task,
-        "REFERENCE": f"--img_size {given[-1] if given else img_size}",
+        "REFERENCE": reference_flags(args, given[-1] if given else img_size),
         "TITLE": f"model {args.model}, data {args.data_root}, seeds {' '.join(map(str, args.seeds))}",
     }
     return "".join(f"{name}={quote(value)}\n" for name, value in settings.items())
@@ -420,11 +510,16 @@ def main(words: list[str]) -> None:
     args = get_args_parser(prog).parse_args(join_values(words[1:]))
     args = complete(args)
     check_names(args)
+    check_protocol(args)
     sys.stdout.reconfigure(errors="surrogateescape")  # names of folders may be any bytes
     if what == "settings":
         sys.stdout.write(shell_settings(args))
     else:
-        sys.stdout.write(write_lines(make_plan(args, has_paper_sizes(args))))
+        # Only the original protocol asks for something that CPUs lack, and asking torch takes a second.
+        args.on_gpus = args.protocol != "ours" and has_gpus(args)
+        lines = make_plan(args, has_paper_sizes(args))
+        sys.stdout.write(write_lines(lines))
+        sys.stderr.write(leak_note(lines))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from arms import ANIMAL_FRACTION, ARMS, DOSES, LABEL_FRACTION, Arm, extra_arms, find_arm, sweep_arms
+from arms import ANIMAL_FRACTION, ARMS, AUDIT, DOSES, LABEL_FRACTION, Arm, audit_arms, extra_arms, find_arm, sweep_arms
 from study import PlanLine, run_folder, write_lines
 
 BASE_IOU = {
@@ -20,8 +20,9 @@ BASE_IOU = {
 }
 IMAGES = 560  # labelled training images
 ROLES = {
-    "recipe": "img_size epochs batch_size weight_decay warmup_epochs min_lr clip_grad mask_ratio crop_scale val categories",
-    "network": "model blr layer_decay drop_path weights head freeze",
+    "recipe": "img_size epochs batch_size weight_decay warmup_epochs min_lr clip_grad mask_ratio crop_scale val categories "
+    "norm_pix_loss elastic inputs trimap_resize keep pets_listing pets_division",
+    "network": "model blr layer_decay drop_path weights head freeze output train_positions",
     "arm": "split num_images animal_fraction animal_images train_fraction equal_updates",
     "seed": "seed split_seed train init",
     "computation": "device precision output_dir",
@@ -32,6 +33,17 @@ SCORES = {
     "segment": {"loss": "cross-entropy", "iou": "IoU"},
     "breeds": {"loss": "cross-entropy", "top1": "accuracy"},
 }
+USUAL = {  # flags that an audit changes
+    "elastic": 0.0,
+    "inputs": "imagenet",
+    "trimap_resize": "nearest",
+    "keep": "best",
+    "pets_listing": "list.txt",
+    "pets_division": "disjoint",
+    "output": "unpatchify",
+    "train_positions": True,
+}
+LEAK = "this run leaks: 69.8 % of the test images are trained on (--pets_division leaking)"
 SELECT = {"segment": "iou", "breeds": "top1"}
 
 
@@ -76,20 +88,24 @@ def flags_of(arm: Arm, seed: int, options: Options) -> dict:
     args["batch_size"] = 32 if arm.stage == "pretrain" else 16
     args |= {"blr": 8e-3, "weight_decay": 0.05, "warmup_epochs": 1.0, "seed": seed, "split_seed": seed}
     if arm.stage == "pretrain":
-        args |= {"split": arm.name, "mask_ratio": 0.75}
+        args |= {"split": arm.name, "mask_ratio": 0.75, "norm_pix_loss": True}
         args["animal_images"] = "unique" if arm.sweep else options.animal_images
     else:
         args["train_fraction"] = labels_of(arm)
         args["equal_updates"] = arm.sweep == LABEL_FRACTION
         args["crop_scale"] = 0.5
+        args |= USUAL | {"layer_decay": 1.0}
     if arm.stage == "finetune":
         args |= {"layer_decay": 0.65, "drop_path": 0.1}
+    if arm.sweep == AUDIT:
+        args |= arm.flags
     return args | options.changes
 
 
 def config_of(arm: Arm, seed: int, args: dict, options: Options) -> dict:
     """config.json of a run."""
     kind = options.objective if arm.stage == "pretrain" else options.task
+    leaks = arm.stage != "pretrain" and args["pets_division"] == "leaking"
     n_train = 2000 if arm.stage == "pretrain" else int(IMAGES * labels_of(arm))
     size = IMAGES if arm.sweep == LABEL_FRACTION and arm.stage != "pretrain" else n_train
     steps = size // args["batch_size"]
@@ -101,6 +117,7 @@ def config_of(arm: Arm, seed: int, args: dict, options: Options) -> dict:
         "kind": kind,
         "scores": SCORES[kind],
         "select": SELECT.get(kind),
+        "remarks": [LEAK] if leaks else [],
         "args": args,
         "experiment": experiment,
         "roles": role_of(),
@@ -148,9 +165,9 @@ def validation(arm: Arm, kind: str, fade: float, quality: float, rng) -> dict:
     return {"loss": loss, **dict.fromkeys(names, quality * (1 - fade))}
 
 
-def write_records(path: Path, task: str, n: int, quality: float, pictures: dict, rng) -> None:
+def write_records(path: Path, task: str, ids: np.ndarray, quality: float, pictures: dict, rng) -> None:
     """Write test.npz, and of a segmentation panels.npz."""
-    ids = np.array([f"cat_{k}" for k in range(n)])
+    n = len(ids)
     if task != "segment":
         right = (rng.random(n) < quality).astype(float)
         loss = rng.uniform(0.3, 0.5, n)
@@ -202,20 +219,24 @@ def write_run(study: Path, seed: int, arm: Arm, options: Options | None = None) 
     shape = (8 if pretraining else 6, 64, 64, 3)
     pictures = {name: rng.integers(0, 255, shape, dtype=np.uint8) for name in ("original", "masked", "reconstruction")}
     if not pretraining:
-        write_records(path, options.task, options.n, quality, pictures, rng)
+        pet = "dog" if args["pets_division"] == "leaking" else "cat"  # another division has other test images
+        ids = np.array([f"{pet}_{k}" for k in range(options.n)])
+        write_records(path, options.task, ids, quality, pictures, rng)
     elif options.objective == "mae":
         np.savez(path / "reconstruction.npz", **pictures, ids=np.array([f"i{k}" for k in range(8)]))
     parent = run_folder(seed, "pretrain", arm.parent) if arm.parent else ""
     return PlanLine(seed, arm.stage, arm.name, folder, parent, arm.sweep, arm.value, f"{arm.stage}.py --seed {seed}")
 
 
-def write_study(study: Path, seeds=(0, 1), sweeps=(), extra=(), **options) -> Path:
+def write_study(study: Path, seeds=(0, 1), sweeps=(), extra=(), audit=False, **options) -> Path:
     """Write a whole study; options go to every run."""
     arms = list(ARMS.values())
     for split in extra:
         arms += extra_arms(split)
     for sweep in sweeps:
         arms += sweep_arms(sweep)
+    if audit:
+        arms += audit_arms()
     own_doses = {min(DOSES), 0.5, max(DOSES)}  # the arms of every study
     arms = [arm for arm in arms if arm.sweep != ANIMAL_FRACTION or arm.value not in own_doses]
     study.mkdir(parents=True, exist_ok=True)
@@ -225,7 +246,7 @@ def write_study(study: Path, seeds=(0, 1), sweeps=(), extra=(), **options) -> Pa
     if usual.task != "segment":
         return study
     rng = np.random.default_rng(0)
-    names = {"all_animal": 0.3, "all_background": 0.6, "mean_mask": 0.5, "stride32": 0.95}
+    names = {"all_animal": 0.3, "all_background": 0.6, "mean_mask": 0.5}
     reference = {f"counts_{name}": counts(rng, usual.n, quality) for name, quality in names.items()}
     ids = np.array([f"cat_{k}" for k in range(usual.n)])
     np.savez(study / "reference.npz", ids=ids, img_size=128, **reference)

@@ -16,7 +16,7 @@ from study_folder import ROLES, SCORES, rewrite_run, role_of, write_study
 
 import figures
 from groups import Study
-from metrics import bootstrap, scores, t_interval
+from metrics import bootstrap, image_iou, image_iou_each, scores, t_interval
 from report import get_args_parser, main
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -68,9 +68,12 @@ def edit(path, change):
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory):
-    """A study of two seeds with all arms and both sweeps, with its report."""
+    """A study of two seeds with all arms, both sweeps and the audit, with its report."""
     study = write_study(
-        tmp_path_factory.mktemp("full") / "study", sweeps=("animal_fraction", "label_fraction"), extra=("pets", "all")
+        tmp_path_factory.mktemp("full") / "study",
+        sweeps=("animal_fraction", "label_fraction"),
+        extra=("pets", "all"),
+        audit=True,
     )
     return study, report(study, draw=True)
 
@@ -101,23 +104,36 @@ def test_table_2_has_the_scores_of_the_records_beside_the_papers(finished):
     assert (found["paper_loss"], found["paper_iou"], found["paper_accuracy"]) == (0.34, 0.785, 86.7)
 
 
-def test_trivial_predictors_and_the_stride_32_ceiling_stand_in_the_table(finished):
+def test_the_papers_iou_stands_beside_the_mean_over_images(finished, two_seeds):
     study, text = finished
-    rows, reference = table(study, "table2"), np.load(study / "reference.npz")
-    for label, name in (
-        ("trivial: mean training mask", "mean_mask"),
-        ("best score a stride-32 output could reach", "stride32"),
-    ):
-        assert arm(rows, label)["iou"] == pytest.approx(float(scores(reference[f"counts_{name}"].sum(0))["iou"]))
-    lines = text.splitlines()
-    assert "stride-32" in lines[next(i for i, line in enumerate(lines) if line.startswith("| ResNet-50 |")) + 1]
+    found = arm(table(study, "table2"), "Finetuned-Animals")
+    counts = [np.load(study / f"seed{seed}/finetune_animal/test.npz")["counts"] for seed in (0, 1)]
+    limits = [found["image_iou"], found["image_iou_low"], found["image_iou_high"]]
+    assert limits == pytest.approx(list(t_interval([image_iou(c) for c in counts])))
+    assert "| IoU, mean over images | paper | IoU of summed counts |" in text
+    assert "Tested: weights of the best validation IoU." in text
+    shutil.rmtree(two_seeds / "seed1")
+    report(two_seeds)
+    found = arm(table(two_seeds, "table2"), "Finetuned-Animals")
+    each = image_iou_each(np.load(two_seeds / "seed0/finetune_animal/test.npz")["counts"])
+    records = np.stack([each, np.ones_like(each)], axis=1)
+    limits = [found["image_iou"], found["image_iou_low"], found["image_iou_high"]]
+    assert limits == pytest.approx(list(map(float, bootstrap(records, lambda s: s[..., 0] / s[..., 1]))))
+
+
+def test_trivial_predictors_stand_in_the_table(finished):
+    study, _ = finished
+    counts = np.load(study / "reference.npz")["counts_mean_mask"]
+    row = arm(table(study, "table2"), "trivial: mean training mask")
+    assert row["iou"] == pytest.approx(float(scores(counts.sum(0))["iou"]))
+    assert row["image_iou"] == pytest.approx(float(image_iou(counts)))
 
 
 def test_every_figure_and_table_is_written_and_every_picture_has_a_caption(finished):
     study, text = finished
     pictures = re.findall(r"!\[Figure (\d+)\]\((\w+)\.png\)", text)
     assert {name for _, name in pictures} == {
-        "forest", "curves", "distribution", "pretraining", "reconstruction", "masks", "dose", "labels", "scatter"
+        "forest", "audit", "curves", "distribution", "pretraining", "reconstruction", "masks", "dose", "labels", "scatter"
     }  # fmt: skip
     for number, name in pictures:
         assert (study / f"report/{name}.png").stat().st_size > 5000 and f"*Figure {number}. " in text
@@ -127,6 +143,10 @@ def test_every_figure_and_table_is_written_and_every_picture_has_a_caption(finis
         "arms",
         "differences",
         "image_bootstrap",
+        "audit",
+        "audit_seeds",
+        "printed",
+        "printed_differences",
         "dose",
         "labels",
         "pretraining",
@@ -337,6 +357,7 @@ WRONG = [
     ("hardware", "GPU", "hardware is 'GPU' instead of a dictionary"),
     ("manifest", {"train": 1}, "manifest.train is no dictionary"),
     ("data", {}, "data has no title"),
+    ("remarks", "none", "remarks is 'none' instead of a list"),
 ]
 
 

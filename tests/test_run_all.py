@@ -257,7 +257,7 @@ if name == "pretrain.py":
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_stop_request_that_comes_as_a_stage_ends_well_stops_the_study(number, code, tmp_path):
     """The stage ends with 0 when it is asked to stop; the next one must not start."""
-    for name in ("run_all.sh", "setup.sh", "study.py", "arms.py", "requirements.txt"):
+    for name in ("run_all.sh", "setup.sh", "study.py", "arms.py", "protocols.py", "requirements.txt"):
         shutil.copy(ROOT / name, tmp_path)
     for name in ("prepare.py", "pretrain.py", "finetune.py", "baseline.py", "evaluate.py", "report.py"):
         (tmp_path / name).write_text(FAKE)
