@@ -134,6 +134,15 @@ def write_prediction(image: Image.Image, classes: np.ndarray, stem: Path) -> Non
     Image.blend(image, mask.convert("RGB"), 0.5).save(f"{stem}_overlay.png")
 
 
+def is_drawn_demo(run: Path) -> bool:
+    """Tell whether a run was trained on the drawn demo data, as far as its record says."""
+    try:
+        title = json.loads((run / "config.json").read_text())["data"]["title"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    return str(title).startswith("drawn demo photos")
+
+
 def main_predict(args: argparse.Namespace) -> None:
     """Segment image files."""
     device = setup(args.device).device
@@ -141,6 +150,8 @@ def main_predict(args: argparse.Namespace) -> None:
     model, config = load_network(checkpoint, device)
     if config["kind"] != Segmentation.model_kind:
         raise EngineError(f"{checkpoint} holds a {config['kind']!r}; predict draws masks, which needs a segmenter")
+    if is_drawn_demo(checkpoint.parent):
+        print("note: this network was trained on a few drawn pets; its masks of photos mean nothing")
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     inputs = {Path(path).resolve() for path in args.images}
