@@ -33,9 +33,27 @@ IMG = 32
 SIZES = ["--img_size", IMG, "--cache_size", IMG, "--device", "cpu"]
 TRAINING = ["--model", "mae_tiny", "--batch_size", 8, "--warmup_epochs", 0, "--log_every", 1, "--epochs", 1]
 AS_IT_IS = ["--crop_scale", 1, "--no-flips"]
-ORIGINAL = ["--crop_scale", 0.08, "--elastic", 50, "--inputs", "unit", "--trimap_resize", "bilinear", "--output", "reshape",
-            "--no-train_positions", "--layer_decay", 0.75, "--keep", "last", "--pets_listing", "every_jpg",
-            "--pets_division", "leaking"]  # fmt: skip
+ORIGINAL = [
+    "--crop_scale",
+    0.08,
+    "--elastic",
+    50,
+    "--inputs",
+    "unit",
+    "--trimap_resize",
+    "bilinear",
+    "--output",
+    "reshape",
+    "--no-train_positions",
+    "--layer_decay",
+    0.75,
+    "--keep",
+    "last",
+    "--pets_listing",
+    "every_jpg",
+    "--pets_division",
+    "leaking",
+]
 EXTRA = ("stray_1", "stray_2", "stray_3", "stray_4")  # photos that list.txt does not name
 
 
@@ -621,8 +639,22 @@ def test_the_flags_reach_training_and_validation(flags, root, tmp_path, monkeypa
 
 
 def test_a_run_with_all_choices_resumes_to_the_bit(flags, init, tmp_path, monkeypatch):
-    args = [*flags, "--init", init, *ORIGINAL, "--epochs", 3, "--blr", 1e-2, "--drop_path", 0.2, "--lr_schedule", "constant",
-            "--optimizer", "adam"]  # fmt: skip
+    args = [
+        *flags,
+        "--init",
+        init,
+        *ORIGINAL,
+        "--epochs",
+        3,
+        "--blr",
+        1e-2,
+        "--drop_path",
+        0.2,
+        "--lr_schedule",
+        "constant",
+        "--optimizer",
+        "adam",
+    ]
     run("finetune", *args, "--output_dir", tmp_path / "undisturbed")
     train_step = Trainer.train_step
     for stop_at in (3, 8):  # within an epoch, and at the end of one
@@ -698,8 +730,19 @@ def test_wrong_combinations_are_refused_in_one_line(script, wrong, reason, flags
     assert not (tmp_path / "no").exists()
 
 
-CHOICES = ("elastic", "inputs", "trimap_resize", "output", "train_positions", "keep", "pets_listing", "pets_division",
-           "optimizer", "lr_schedule", "layer_decay")  # fmt: skip
+CHOICES = (
+    "elastic",
+    "inputs",
+    "trimap_resize",
+    "output",
+    "train_positions",
+    "keep",
+    "pets_listing",
+    "pets_division",
+    "optimizer",
+    "lr_schedule",
+    "layer_decay",
+)
 
 
 @pytest.mark.parametrize("script", [finetune, baseline])
