@@ -129,7 +129,7 @@ def plan_run(objective: Objective, args: argparse.Namespace, dist: Distributed) 
         problem = f"--batch_size {args.batch_size} is larger than the split's {objective.epoch_images} images"
         raise EngineError(f"{problem}; use at most {objective.epoch_images}")
     lr = args.blr * objective.batch_size / 256
-    if args.min_lr > lr:
+    if args.lr_schedule == "cosine" and args.min_lr > lr:
         raise EngineError(f"--min_lr {args.min_lr} is above the rate {lr:.3g} that --blr and --batch_size give")
     images = len(objective.split.images)
     batches.share_of_batch(objective.batch_size, dist.world_size, args.micro_batch_size, images)
