@@ -87,7 +87,7 @@ def write_report(study: Study, folder: Path, title: str | None = None) -> None:
         page.add(DEMO_TEXT)
     if found:
         page.add(f"**{results.headline(data, found.table, comparisons)}**", protocol_text(study))
-    page.add(audit.remarks(study))
+    page.add("\n".join(f"- {remark}" for remark in audit.remarks(study)))
     runs_that_differ(study, page)
     if found:
         page.add("## Results beside the paper's Table 2", results.table_2_text(study))
