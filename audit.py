@@ -46,8 +46,8 @@ def is_original(study: Study) -> bool:
     return all(args.get(name) == value for name, value in wanted.items())
 
 
-def remarks(study: Study) -> str:
-    """Write what every reader must know of some runs, each remark once, with the runs that it is about."""
+def remarks(study: Study) -> list[str]:
+    """List what every reader must know of some runs, each remark once, with the runs that it is about."""
     found: dict[str, list[str]] = {}
     for run in study.runs:
         for remark in run.config.get("remarks", []):
@@ -57,8 +57,8 @@ def remarks(study: Study) -> str:
         listed = ", ".join(names[:SHOWN_RUNS])
         if len(names) > SHOWN_RUNS:
             listed += f" and {len(names) - SHOWN_RUNS} more"
-        lines.append(f"- **{remark}**: {listed}")
-    return "\n".join(lines)
+        lines.append(f"**{remark}**: {listed}")
+    return lines
 
 
 # ----------------------------------------------------------------------------------------------------------------------
