@@ -96,7 +96,7 @@ def write_report(study: Study, folder: Path, title: str | None = None) -> list[C
     masks_first = opening(study, page, title or default_title(tasks), found)
     if found:
         page.add(protocol_text(study))
-    page.add(audit.remarks(study))
+    page.items(audit.remarks(study))
     runs_that_differ(study, page)
     if found:
         results.table_2(study, page, found)

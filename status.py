@@ -25,6 +25,8 @@ PURPOSES = {
     "finetune": "learning to outline pets after pre-training on {images}",
     "baseline": "learning to outline pets from random weights ({label})",
 }
+# How long a run takes compared with another of the same study, until one of its kind has begun: counted in FLOPs.
+USUAL = {("pretrain", ""): 3.0, ("train", ""): 1.0, ("train", "resnet50"): 2.0}
 QUIET_SECONDS = 15  # between lines where there is no terminal
 STALE_SECONDS = 300  # without a new line in its log a run is taken for stopped
 
@@ -102,23 +104,31 @@ def is_fresh(files: Files) -> bool:
     return time.time() - newest < STALE_SECONDS
 
 
-def seconds_left(runs: list[Progress], jobs: int) -> float | None:
-    """Estimate the time that all trainings still take; None while no run of some kind has begun."""
-    paces: dict[tuple, list[float]] = {}
-    updates: dict[tuple, list[int]] = {}
+def seconds_of_kinds(runs: list[Progress]) -> dict[tuple[str, str], float]:
+    """Estimate how long a run of each kind takes, from those that have made some steps; empty if none has."""
+    measured: dict[tuple[str, str], list[float]] = {}
     for run in runs:
-        if run.updates:
-            updates.setdefault(run.kind, []).append(run.updates)
-        if run.step > 0:
-            paces.setdefault(run.kind, []).append(run.seconds / run.step)
+        if run.step > 0 and run.updates:
+            measured.setdefault(run.kind, []).append(run.updates * run.seconds / run.step)
+    known = {kind: statistics.median(values) for kind, values in measured.items()}
+    if not known:
+        return {}
+    scale = statistics.median(seconds / USUAL.get(kind, 1.0) for kind, seconds in known.items())
+    kinds = {run.kind for run in runs}
+    return {kind: known.get(kind, scale * USUAL.get(kind, 1.0)) for kind in kinds}
+
+
+def seconds_left(runs: list[Progress], jobs: int) -> float | None:
+    """Estimate the time that all trainings still take; None before the first steps of the first one."""
+    usual = seconds_of_kinds(runs)
+    if not usual:
+        return None
     total = 0.0
     for run in runs:
         if run.state in ("finished", "failed"):
             continue
-        if run.kind not in paces:
-            return None
-        planned = run.updates or statistics.median(updates[run.kind])
-        total += (planned - run.step) * statistics.median(paces[run.kind])
+        done = run.step / run.updates if run.updates else 0.0
+        total += (1 - done) * usual[run.kind]
     return total / min(jobs, max(1, count_open(runs)))
 
 
@@ -129,7 +139,7 @@ def count_open(runs: list[Progress]) -> int:
 def show_seconds(seconds: float | None) -> str:
     """Format a duration; what is not known yet is said."""
     if seconds is None:
-        return "not known yet"
+        return "… (first steps)"
     minutes = int(seconds + 0.5) // 60
     if minutes >= 60:
         return f"{minutes // 60} h {minutes % 60:02d} min"
@@ -149,7 +159,7 @@ def summary(runs: list[Progress], jobs: int) -> str:
         if run.state == "running":
             share = 100 * run.step / run.updates
             parts.append(f"{run.purpose} ({share:.0f} %)")
-    return f"{'; '.join(parts)}; time left: {show_seconds(seconds_left(runs, jobs))}"
+    return f"{'; '.join(parts)}; time left: about {show_seconds(seconds_left(runs, jobs))}"
 
 
 def watch(study: Path, plan: list[PlanLine], jobs: int) -> None:

@@ -56,7 +56,7 @@ DEMO = {
 }
 DEMO_MAE = {"drop_path": 0}
 # Its first convolutions see little at 64 pixels, and an update costs ten times one of the others': fewer, larger batches.
-DEMO_RESNET = {"epochs": 4, "epoch_updates": 25, "batch_size": 8, "blr": "32e-3", "warmup_epochs": 0.4}
+DEMO_RESNET = {"epochs": 4, "epoch_updates": 18, "batch_size": 8, "blr": "32e-3", "warmup_epochs": 0.4}
 DEMO_MOST_JOBS = 5  # runs of the demo that can be made at the same time
 
 DATA_FILES = (
