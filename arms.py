@@ -22,6 +22,7 @@ PURPLE = "#CC79A7"
 GREY = "#808080"
 
 STAGES = ("pretrain", "finetune", "baseline")
+SCHEDULE = ("epochs", "epoch_updates", "batch_size", "warmup_epochs")  # flags that say how long and in which batches
 ANIMAL_FRACTION = "animal_fraction"
 LABEL_FRACTION = "label_fraction"
 SWEEPS = (ANIMAL_FRACTION, LABEL_FRACTION)
@@ -76,7 +77,7 @@ class Arm:
     network: str = ""  # empty: the study's --model
     paper: PaperScores | None = None
     protocol: PaperProtocol | None = None
-    own_epochs: bool = False  # its schedule need not be that of the other arms
+    own_schedule: bool = False  # its schedule (SCHEDULE) need not be that of the other arms
     sweep: str = ""
     value: float | None = None  # its place in the sweep
     line: str = ""  # the line of the sweep's figure that it is a point of
@@ -256,7 +257,7 @@ def baseline_arms() -> list[Arm]:
             network="resnet50",
             paper=PaperScores(0.40, 0.765, 89.3),
             protocol=PaperProtocol("resnet50", 224, 100, None),
-            own_epochs=True,
+            own_schedule=True,
         ),
     ]
 

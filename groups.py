@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from arms import LABEL_FRACTION, PRETRAIN_ANIMAL, Arm, ArmKey, audited_flags, in_table_order
+from arms import LABEL_FRACTION, PRETRAIN_ANIMAL, SCHEDULE, Arm, ArmKey, audited_flags, in_table_order
 from records import MAE, SEGMENT, SIZES, RunRecord, Setting, load_run
 from study import PlanLine, read_lines
 
@@ -210,8 +210,8 @@ class Study:
             if not usual or not runs:
                 continue
             allowed = tolerance(arm, usual[0].arm)
-            if arm.own_epochs:
-                allowed.keys.add("epochs")
+            if arm.own_schedule:
+                allowed.keys.update(SCHEDULE)
             changes = "; ".join(differing(runs[0].settings, usual[0].settings, allowed, shared=True))
             if changes:
                 self.notes.append(f"all of `{arm.title}` has other settings than `{usual[0].arm.title}` ({changes})")

@@ -232,7 +232,7 @@ def runs_that_differ(study: Study, page: Page) -> None:
         return
     text = f"All {len(study.runs)} runs finished, with equal settings where averaged or compared"
     if results.resnet_remark(study):
-        text += ", but for the epochs of ResNet-50"
+        text += ", but for the schedule of ResNet-50"
     page.add(f"{text}.")
 
 

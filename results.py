@@ -653,18 +653,18 @@ def half_remark(study: Study) -> str:
 
 
 def resnet_remark(study: Study) -> str:
-    """Note that the ResNet baseline trained for more or fewer epochs than the MAE arms; "" where it did not."""
+    """Note that the ResNet baseline has a schedule of its own; "" where it has not."""
     resnet = study.main(RESNET)
     animal = study.main(ANIMAL)
     if not resnet or not animal:
         return ""
-    epochs = resnet[0].config["args"].get("epochs")
-    usual = animal[0].config["args"].get("epochs")
-    if epochs == usual:
+    own = resnet[0].config
+    usual = animal[0].config
+    if (own["updates"], own.get("batch_size")) == (usual["updates"], usual.get("batch_size")):
         return ""
     return (
-        f"ResNet-50 was trained for {epochs} epochs, the MAE arms for {usual}: its difference to them is one of training "
-        "length as well."
+        f"ResNet-50 was trained for {own['updates']:,} updates of {own.get('batch_size')} images, the MAE arms for "
+        f"{usual['updates']:,} of {usual.get('batch_size')}: its difference to them is one of training length as well."
     )
 
 
