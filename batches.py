@@ -9,7 +9,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -29,6 +29,14 @@ NAMED_STREAM = 2
 
 ELASTIC_DRAW = "elastic"  # the name of the deformation's random numbers in a batch
 OUTSIDE = 1  # background: what a deformation fills masks with
+
+
+class Place(Protocol):
+    """A process among others, and its device: engine.Distributed is one."""
+
+    rank: int
+    world_size: int
+    device: torch.device
 
 
 @dataclass(frozen=True)
@@ -182,7 +190,7 @@ class Pipeline:
         The host's part runs in a thread, PREFETCH items ahead; its errors surface here, and closing stops it.
         """
 
-        def job(item) -> dict[str, Tensor]:
+        def job(item: object) -> dict[str, Tensor]:
             return self.load(prepare(item))
 
         with ThreadPoolExecutor(1, initializer=self._use_device) as pool:
@@ -238,7 +246,7 @@ class TrainBatches:
         seed: int,
         micro_batch_size: int | None = None,
         draws: dict[str, Draw] | None = None,
-        dist=ALONE,
+        dist: Place = ALONE,
     ):
         images = examples.images
         same_list = examples.masks is None or examples.masks.images == images.images
@@ -307,7 +315,7 @@ class EvalBatches:
         batch_size: int,
         targets: dict[str, Tensor] | None = None,
         inputs: str = "imagenet",
-        dist=ALONE,
+        dist: Place = ALONE,
     ):
         mine = np.arange(len(images.rows))[dist.rank :: dist.world_size]
         self.parts = [mine[first : first + batch_size] for first in range(0, len(mine), batch_size)]

@@ -345,7 +345,7 @@ class Task(Objective):
         # A whole epoch is counted in updates, so few images may make smaller batches.
         self.batch_size = min(args.batch_size, len(self.split.images))
 
-    def build_model(self, **options) -> nn.Module:
+    def build_model(self, **options: object) -> nn.Module:
         """Build the network of --model; options: drop_path and model_options()."""
         raise NotImplementedError
 

@@ -188,7 +188,7 @@ def listing_title(name: str, listing: str) -> str:
     return f"{name} {listing}"
 
 
-def mixed_size(root: str, **options) -> int | None:
+def mixed_size(root: str, **options: object) -> int | None:
     """Return the size of the paper's mixed split, larger than its others, if the data is the paper's; else None."""
     try:
         size = splits.reference_size(root, **options)
@@ -444,7 +444,7 @@ def add_workers(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workers", type=int, help="threads that decode (default: about one a core)")
 
 
-def add_download(commands) -> None:
+def add_download(commands: argparse._SubParsersAction) -> None:
     parser = add_command(commands, run_download)
     add = parser.add_argument
     data_sets = ("coco", "pets")
@@ -453,20 +453,20 @@ def add_download(commands) -> None:
     add("--keep_archives", action="store_true", help="keep the archives after extraction; needs twice the disk space")
 
 
-def add_verify(commands) -> None:
+def add_verify(commands: argparse._SubParsersAction) -> None:
     parser = add_command(commands, run_verify)
     add_cache_dir(parser)
     add_workers(parser)
 
 
-def add_splits(commands) -> None:
+def add_splits(commands: argparse._SubParsersAction) -> None:
     parser = add_command(commands, run_splits)
     add_cache_dir(parser)
     add_split_seed(parser)
     parser.add_argument("--output", default="splits", help="folder for the manifests, a JSON file for each split")
 
 
-def add_cache(commands) -> None:
+def add_cache(commands: argparse._SubParsersAction) -> None:
     parser = add_command(commands, run_cache)
     add_cache_dir(parser)
     add_split_seed(parser)
@@ -478,7 +478,7 @@ def add_cache(commands) -> None:
     add("--splits", nargs="+", choices=names, default=default, help=f"splits to decode (default: {' '.join(default)})")
 
 
-def add_demo(commands) -> None:
+def add_demo(commands: argparse._SubParsersAction) -> None:
     parser = add_command(commands, run_demo, data_root="data/demo")
     add = parser.add_argument
     add("--num_train", type=int, default=480, help="photos to draw in the place of COCO's training images")

@@ -178,7 +178,7 @@ class Segmentation(Task):
             options["inputs"] = self.args.inputs
         return options
 
-    def build_model(self, **options) -> nn.Module:
+    def build_model(self, **options: object) -> nn.Module:
         return build_segmenter(self.args.model, img_size=self.args.img_size, **options)
 
     def activation_values(self) -> int | None:

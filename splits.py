@@ -487,7 +487,7 @@ def describe_rule(name: str) -> str:
     return text.splitlines()[0]
 
 
-def select_split(data_root: str | Path, split: str, *, cache_dir: str | Path = "cache", **options) -> Split:
+def select_split(data_root: str | Path, split: str, *, cache_dir: str | Path = "cache", **options: object) -> Split:
     """Select pre-training images with the rule of a name in SPLITS. Larger selections contain smaller ones.
 
     options: the other fields of Selection. Raises DataError for a wrong request, DataNotFoundError if a data set that the
@@ -540,7 +540,7 @@ def _define(source: Source, images: Sequence[str], coco: CocoPart | None) -> dic
     return definition
 
 
-def reference_size(data_root: str | Path, **options) -> int:
+def reference_size(data_root: str | Path, **options: object) -> int:
     """Count the entries of the animal list, the epoch that all arms are matched to (takes select_split's keywords)."""
     options["num_images"] = None
     return len(select_split(data_root, "animal", **options).images)

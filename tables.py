@@ -124,7 +124,7 @@ class Page:
         if items:
             self.blocks.append(Listing(tuple(items)))
 
-    def figure(self, name: str, caption: str, draw: Callable[..., None], *args, **options) -> None:
+    def figure(self, name: str, caption: str, draw: Callable[..., None], *args: object, **options: object) -> None:
         """Draw NAME.png with draw(path, ...) and add it with its caption."""
         self.figures += 1
         picture = Picture(name, self.figures, caption)

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-import batches
 import engine
+from batches import TrainBatches, share_of_batch
 from engine import Distributed, EngineError, Parser, Precision, Progress, at_least, seed_number
 from objective import Objective
 from runs import RunFolder
@@ -132,7 +132,7 @@ def plan_run(objective: Objective, args: argparse.Namespace, dist: Distributed) 
     if args.lr_schedule == "cosine" and args.min_lr > lr:
         raise EngineError(f"--min_lr {args.min_lr} is above the rate {lr:.3g} that --blr and --batch_size give")
     images = len(objective.split.images)
-    batches.share_of_batch(objective.batch_size, dist.world_size, args.micro_batch_size, images)
+    share_of_batch(objective.batch_size, dist.world_size, args.micro_batch_size, images)
     return Plan(
         epoch_steps=epoch_steps,
         total_steps=args.epochs * epoch_steps,
@@ -246,7 +246,7 @@ class Trainer:
         objective: Objective,
         plan: Plan,
         run: RunFolder,
-        batches,
+        batches: TrainBatches,
         precision: Precision,
         args: argparse.Namespace,
         dist: Distributed,
@@ -463,7 +463,7 @@ class Trainer:
         problem = f"the {what} became non-finite at step {step} (lr {self.plan.lr_at(step - 1):.3g})"
         raise EngineError(f"{problem}; {kept} in {self.run.dir}; {advice}", 1)
 
-    def _request_stop(self, number: int, frame) -> None:
+    def _request_stop(self, number: int, frame: object) -> None:
         if self.stop_signal and number == signal.SIGINT:
             raise KeyboardInterrupt  # the second Ctrl-C does not wait for a checkpoint
         self.stop_signal = number
