@@ -175,10 +175,10 @@ if [ "$TASK" = segment ]; then
 fi
 run report "tables, statistics and figures" "$PYTHON" "$HERE/report.py" "$OUTPUT"
 [ "$DRY" = 0 ] || { rm -f "$TABLE"; exit 0; }
-[ -z "$QUIET" ] || tail -n 12 "$OUTPUT/logs/report.log" | sed '1,/^\S*python/d' # in QUIET mode only the log has it
+[ -z "$QUIET" ] || { echo; tail -n 5 "$OUTPUT/logs/report.log"; } # the numbers that matter, which only the log has
 if [ "$FAILED" != 0 ]; then
   printf '\nrun_all.sh: some runs failed; the report names what is missing. The same command repeats them:\n' >&2
   cat "$OUTPUT"/logs/*.failed >&2
   exit 1
 fi
-printf '\nThe study is finished after %d min %d s.\n' $((SECONDS / 60)) $((SECONDS % 60))
+printf '\nThe study is finished after %d min %d s. Read %s/report/report.html\n' $((SECONDS / 60)) $((SECONDS % 60)) "$OUTPUT"
