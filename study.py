@@ -38,7 +38,7 @@ PAPER_MIXED = 25_918  # and of its mixed split, which is a little larger
 DEMO_MODEL = "mae_demo"
 DEMO_IMG_SIZE = 64
 DEMO_SIZE = {"img_size": DEMO_IMG_SIZE, "cache_size": 96, "compile": False, "log_every": 10}
-DEMO_PRETRAIN = {**DEMO_SIZE, "epochs": 5, "epoch_updates": 200, "batch_size": 16, "blr": "32e-3", "warmup_epochs": 0.5}
+DEMO_PRETRAIN = {**DEMO_SIZE, "epochs": 5, "epoch_updates": 180, "batch_size": 16, "blr": "32e-3", "warmup_epochs": 0.5}
 DEMO_SEGMENT = {
     **DEMO_SIZE,
     "epochs": 8,
