@@ -4,6 +4,7 @@ What belongs together comes with its label and a Style (colour, line, marker), s
 function knows an arm. Copy this file together with arms.py.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,10 @@ from matplotlib.ticker import MaxNLocator
 
 from arms import BLACK, BLUE, RED, SKY, Style
 
-MASK_COLOURS = np.array([(230, 159, 0), (30, 30, 30), (86, 180, 233)], dtype=np.uint8)  # pet, background, border
+MASK_COLOURS = np.array([(230, 159, 0), (255, 255, 255), (0, 114, 178)], dtype=np.uint8)  # pet, background, border
+MASK_OPACITY = np.array([0.62, 0.45, 0.62])  # of the colours over the grey photo
+PET = 0
+SHARP_SIZE = 384  # pixels to which small images are enlarged, so that a thin outline can be drawn on them
 REACH = 0.1  # intervals of few seeds can be wider than any readable picture: IoU that is shown to each side of a point
 MANY_POINTS = 12  # from here on a curve needs no marks
 
@@ -52,8 +56,38 @@ class ImageRow:
     images: np.ndarray
 
 
-def image_grid(path: Path, rows: Sequence[ImageRow], block: int = 0, legend: Sequence[str] = ()) -> None:
-    """Draw labelled rows of images, with a gap after every `block` rows; legend names the colours of masks."""
+def enlarge(images: np.ndarray) -> np.ndarray:
+    """Repeat pixels until images [k, H, W, ...] have at least SHARP_SIZE; nothing is interpolated."""
+    factor = math.ceil(SHARP_SIZE / max(images.shape[1:3]))
+    return images.repeat(factor, axis=1).repeat(factor, axis=2)
+
+
+def outlines(masks: np.ndarray, width: int) -> np.ndarray:
+    """Mark the pixels [k, H, W] inside boolean masks that are at most `width` pixels away from their edge."""
+    inner = masks
+    for _ in range(width):
+        padded = np.pad(inner, [(0, 0), (1, 1), (1, 1)], mode="edge")
+        vertical = padded[:, :-2, 1:-1] & padded[:, 2:, 1:-1]
+        horizontal = padded[:, 1:-1, :-2] & padded[:, 1:-1, 2:]
+        inner = inner & vertical & horizontal
+    return masks & ~inner
+
+
+def overlays(photos: np.ndarray, masks: np.ndarray, truth: np.ndarray) -> np.ndarray:
+    """Tint grey photos [k, H, W, 3] with the classes of masks [k, H, W], and outline the true pets in black.
+
+    Returns enlarged images, see enlarge.
+    """
+    masks = enlarge(masks)
+    grey = enlarge(photos).mean(axis=-1, keepdims=True)
+    opacity = MASK_OPACITY[masks][..., None]
+    tinted = (1 - opacity) * grey + opacity * MASK_COLOURS[masks]
+    tinted[outlines(enlarge(truth) == PET, width=3)] = 0
+    return tinted.round().astype(np.uint8)
+
+
+def image_grid(path: Path, rows: Sequence[ImageRow], block: int = 0, legend: Sequence[Patch] = ()) -> None:
+    """Draw labelled rows of images, with a gap after every `block` rows, and a legend below."""
     columns = max(len(row.images) for row in rows)
     gap = 0.12
     heights = []
@@ -64,22 +98,30 @@ def image_grid(path: Path, rows: Sequence[ImageRow], block: int = 0, legend: Seq
         places.append(len(heights))
         heights.append(1)
     figure, axes = plt.subplots(
-        len(heights), columns, figsize=(1.25 * columns, 1.25 * sum(heights)), squeeze=False, height_ratios=heights
+        len(heights), columns, figsize=(1.35 * columns, 1.35 * sum(heights)), squeeze=False, height_ratios=heights
     )
-    figure.subplots_adjust(0, 0, 1, 1, wspace=0.04, hspace=0.05)
+    figure.subplots_adjust(0, 0, 1, 1, wspace=0.04, hspace=0.04)
     for axis in axes.flat:
         axis.set_axis_off()
     for place, row in zip(places, rows, strict=True):
         first = axes[place, 0]
-        first.text(-0.06, 0.5, row.label, transform=first.transAxes, ha="right", va="center")
-        for axis, image in zip(axes[place], row.images, strict=False):
-            axis.imshow(image, interpolation="nearest")
+        place_left = {"transform": first.transAxes, "ha": "right", "va": "center"}
+        first.text(-0.06, 0.5, row.label, parse_math=False, **place_left)
+        for axis, image in zip(axes[place], enlarge(row.images), strict=False):
+            axis.imshow(image)
     if legend:
-        handles = []
-        for colour, name in zip(MASK_COLOURS, legend, strict=True):
-            handles.append(Patch(color=colour / 255, label=name))
-        figure.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, -0.005), ncols=3)
+        figure.legend(handles=legend, loc="upper center", bbox_to_anchor=(0.5, -0.005), ncols=len(legend))
     save(figure, path)
+
+
+def mask_legend(names: Sequence[str]) -> list[Patch]:
+    """Explain the colours of overlays; names of the classes, in the order of MASK_COLOURS."""
+    handles = []
+    for colour, name in zip(MASK_COLOURS, names, strict=True):
+        if colour.min() < 255:  # the background keeps the photo's grey
+            handles.append(Patch(color=colour / 255, label=name))
+    handles.append(Patch(fill=False, edgecolor=BLACK, linewidth=1.5, label="outline of the true pet"))
+    return handles
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -1,10 +1,12 @@
 """Make the report of a study from its records and logs alone: tables (Markdown, CSV, JSON), statistics and figures.
 
-    python report.py runs/study                    # writes runs/study/report/report.md in seconds
+    python report.py runs/study                    # writes report.md and report.html into runs/study/report in seconds
     python report.py runs/study --title "Batch 64" --output /tmp/report
 
 Needs study.tsv and the run folders without their checkpoints; neither images nor a GPU, and no torch. A missing, unfinished
-or deviating run is named in the report and left out of averages. Ends with exit code 2 for a folder that is no study.
+or deviating run is named in the report and left out of averages. report.html has the same content as report.md in one file,
+with its pictures inside. Ends with exit code 2 for a folder that is no study or an --output that is no folder, and with 1
+where nothing can be written.
 
 The sections on segmentation stand in results.py; here are those that any objective and any task have.
 """
@@ -17,9 +19,11 @@ import audit
 import figures
 import results
 from arms import ANIMAL, ARMS, PRETRAIN_ANIMAL, RESNET, SUPERVISED, ArmKey
+from blocks import literal
 from comparisons import Comparison, estimates, planned
 from groups import Study, StudyError
 from records import MAE, SEGMENT, RunRecord
+from summary import summary_lines
 from tables import Column, Page, show
 
 FULL_SIZE = {("mae_base", 224), ("resnet50", 224)}  # anything else is a demo
@@ -58,7 +62,7 @@ FIGURES = (
 FURTHER = ("task_*.csv", "task_*.json", "task_*.png", "pretraining_*.png")
 
 DEMO_TEXT = (
-    "> **This is a demo.** It shows that everything works; its small model, small input or drawn photos answer nothing."
+    "**This is a demo.** It shows that everything works; its small model, small input or drawn photos answer nothing."
 )
 SAME_TEXT = (
     "Data sizes, model, resolution and epochs are the paper's; where it gives no optimiser settings they are ours."
@@ -69,29 +73,33 @@ SAME_TEXT = (
 # The report
 
 
-def write_report(study: Study, folder: Path, title: str | None = None) -> None:
-    """Write report.md and its tables and figures into a folder."""
-    folder.mkdir(parents=True, exist_ok=True)
+class OutputError(ValueError):
+    """An output that is no folder."""
+
+
+def write_report(study: Study, folder: Path, title: str | None = None) -> list[Comparison]:
+    """Write report.md, report.html and their tables and figures into a folder; return the planned comparisons.
+
+    Raises OutputError where the folder's name is that of a file, OSError where it cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise OutputError(f"{folder} is no folder, or lies below a file; name a folder with --output") from None
     remove_old(folder)
     page = Page(folder)
     tasks = study.kinds(pretraining=False)
     segmentation = SEGMENT in tasks or not tasks
-    data = data_title(study)
     comparisons = planned(study, SEGMENT) if segmentation else []
     found = results.read_results(study, comparisons) if segmentation else None
 
-    demo = is_demo(study, data)
-    title = title or default_title(tasks)
-    page.add(f"# {title}: {data} (demo)" if demo else f"# {title}: {data}")
-    if demo:
-        page.add(DEMO_TEXT)
+    masks_first = opening(study, page, title or default_title(tasks), found)
     if found:
-        page.add(f"**{results.headline(data, found.table, comparisons)}**", protocol_text(study))
-    page.add("\n".join(f"- {remark}" for remark in audit.remarks(study)))
+        page.add(protocol_text(study))
+    page.items(audit.remarks(study))
     runs_that_differ(study, page)
     if found:
-        page.add("## Results beside the paper's Table 2", results.table_2_text(study))
-        page.table("table2", found.table, results.TABLE_2_COLUMNS)
+        results.table_2(study, page, found)
         results.differences(page, comparisons)
         audit.choice_effects(study, page)
         audit.printed_scores(study, page)
@@ -105,15 +113,37 @@ def write_report(study: Study, folder: Path, title: str | None = None) -> None:
     if found:
         results.learning_curves(study, page)
     pretraining_curves(study, page)
-    reconstructions(study, page)
+    if masks_first:
+        reconstructions(study, page)
     if found:
-        results.masks(study, page)
         results.doses(page, found.doses)
         results.labels(page, found.labels)
         results.pretraining_scores(study, page)
     stages(study, page)
     settings(study, page)
-    page.write("report.md")
+    page.write("report")
+    return comparisons
+
+
+def opening(study: Study, page: Page, title: str, found: results.SegmentationResults | None) -> bool:
+    """Write title, headline and the most telling picture: masks, or else reconstructions. Return whether masks."""
+    data = literal(data_title(study))
+    counts = data_counts(study)
+    demo = is_demo(study, data)
+    words = f"# {literal(title)}: {data}"
+    if counts:
+        words += f", {counts}"
+    page.add(f"{words} (demo)" if demo else words)
+    if demo:
+        page.note(DEMO_TEXT)
+    if found:
+        page.add(f"**{results.headline(data, found)}**")
+        page.items(results.verdicts(found.comparisons))
+        if study.panels:
+            results.masks(study, page)
+            return True
+    reconstructions(study, page)
+    return False
 
 
 def remove_old(folder: Path) -> None:
@@ -139,6 +169,29 @@ def data_title(study: Study) -> str:
         if "data" in run.config:
             return run.config["data"]["title"]
     return "unknown data"
+
+
+def data_counts(study: Study) -> str:
+    """Count the training images of both stages, where their lists were recorded; empty where none was."""
+    parts = []
+    pretrained = recorded_entries(study, pretraining=True)
+    if pretrained is not None:
+        parts.append(f"{pretrained:,} pre-training entries")
+    labelled = recorded_entries(study, pretraining=False)
+    if labelled is not None:
+        segmentation = SEGMENT in study.kinds(pretraining=False)
+        parts.append(f"{labelled:,} labelled {'pets' if segmentation else 'images'}")
+    return ", ".join(parts)
+
+
+def recorded_entries(study: Study, pretraining: bool) -> int | None:
+    """Return the length of the longest recorded training list of a stage, outside sweeps; None where there is none."""
+    lengths = []
+    for run in study.runs:
+        train = run.config.get("manifest", {}).get("train", {})
+        if (run.stage == "pretrain") == pretraining and not run.arm.sweep and "entries" in train:
+            lengths.append(train["entries"])
+    return max(lengths, default=None)
 
 
 def is_demo(study: Study, data: str) -> bool:
@@ -174,8 +227,8 @@ def protocol_text(study: Study) -> str:
 def runs_that_differ(study: Study, page: Page) -> None:
     """List what is missing or differs, or say that nothing does."""
     if study.notes:
-        listed = "\n".join(f"- {note}" for note in study.notes)
-        page.add(f"## Runs that are missing or differ\n\n{listed}")
+        page.add("## Runs that are missing or differ")
+        page.items(study.notes)
         return
     text = f"All {len(study.runs)} runs finished, with equal settings where averaged or compared"
     if results.resnet_remark(study):
@@ -447,23 +500,33 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("study", help="folder that run_all.sh wrote, with study.tsv")
     parser.add_argument("--output", help="folder to write to (default: report in the study's folder)")
     parser.add_argument("--title", help="title in place of the default; the data's name is added")
+    parser.add_argument("--quiet", action="store_true", help="print the path of report.html and nothing else")
     return parser
 
 
 def main(args: argparse.Namespace) -> None:
-    """Read the study, write its report and name the runs that are missing or differ."""
+    """Read the study, write its report, name the runs that are missing or differ, and show the main numbers."""
     study = Study(Path(args.study))
     folder = Path(args.output) if args.output else study.path / "report"
-    write_report(study, folder, args.title)
-    usable = sum(not run.problem for run in study.runs)
-    print(f"{folder / 'report.md'}: {usable} of {len(study.runs)} runs")
+    comparisons = write_report(study, folder, args.title)
+    if args.quiet:
+        print(folder / "report.html")
+        return
     for note in study.notes:
         print(f"  {note}")
+    for line in summary_lines(study, comparisons):
+        print(line)
+    usable = sum(not run.problem for run in study.runs)
+    print(f"{folder / 'report.md'}: {usable} of {len(study.runs)} runs")
+    print(f"{folder / 'report.html'}: the same in one file, for any browser")
 
 
 if __name__ == "__main__":
     try:
         main(get_args_parser().parse_args())
-    except StudyError as error:
+    except (StudyError, OutputError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except OSError as error:
+        print(f"error: the report cannot be written: {error}; name another folder with --output", file=sys.stderr)
+        sys.exit(1)

@@ -6,6 +6,8 @@ Every section is a function of the study and the page; it adds nothing where its
 from collections import Counter
 from dataclasses import dataclass
 
+import numpy as np
+
 import figures
 from arms import (
     ANIMAL,
@@ -26,17 +28,14 @@ from arms import (
     in_table_order,
     sweep_lines,
 )
+from blocks import literal
 from comparisons import MARGIN, Comparison, Estimate, estimates, image_level_iou
-from groups import Study, most_common
-from metrics import CLASSES, image_iou, scores, t_interval
+from groups import Pictures, Study, most_common
+from metrics import CLASSES, image_iou, paired_bootstrap, scores, t_interval, unpaired_bootstrap
 from records import SEGMENT, RunRecord
-from tables import Column, Page, markdown, write_table
+from tables import Column, Page, write_table
 
-REFERENCES = {
-    "all_animal": "trivial: all animal",
-    "all_background": "trivial: all background",
-    "mean_mask": "trivial: mean training mask",
-}
+TRIVIAL = {"all_animal": "all animal", "all_background": "all background", "mean_mask": "mean training mask"}
 
 
 def seeds_in_curves(study: Study) -> str:
@@ -89,45 +88,86 @@ TABLE_2_COLUMNS = [
     Column("paper_accuracy", "paper", 1),
     Column("note"),
 ]
+DAGGER = "†"
 
 
-def table_2_rows(study: Study) -> list[dict]:
+@dataclass(frozen=True)
+class Trivial:
+    """A predictor that looks at no image: its name, test IoU, pixel counts [n, 3, 3] and the ids of the images [n]."""
+
+    name: str
+    iou: float
+    counts: np.ndarray
+    ids: np.ndarray
+
+
+def test_iou(counts: np.ndarray) -> np.ndarray:
+    """Score counts [..., 3, 3] by the study's IoU."""
+    return scores(counts)["iou"]
+
+
+def best_trivial(study: Study) -> Trivial | None:
+    """Find the best predictor that looks at no image; None where they were not scored."""
+    found = []
+    for name, words in TRIVIAL.items():
+        counts = study.reference.get(f"counts_{name}")
+        if counts is not None:
+            found.append(Trivial(words, float(test_iou(counts.sum(0))), counts, study.reference["ids"]))
+    return max(found, key=trivial_iou, default=None)
+
+
+def trivial_iou(trivial: Trivial) -> float:
+    return trivial.iou
+
+
+def beats(runs: list[RunRecord], trivial: Trivial) -> bool:
+    """Check that every run is ahead by more than the 95 % interval of the bootstrap over test images."""
+    for run in runs:
+        compared = paired_bootstrap
+        if not np.array_equal(run.test["ids"], trivial.ids):
+            compared = unpaired_bootstrap
+        difference = Estimate(*compared(run.test["counts"], trivial.counts, test_iou))
+        if not difference.low > 0:
+            return False
+    return True
+
+
+def table_2_rows(study: Study, trivial: Trivial | None) -> list[dict]:
     """Score all arms, and predictors that look at no image."""
     further = [key for key, arm in study.arms.items() if arm.stage != "pretrain" and not arm.sweep]
     rows = []
     for key in in_table_order([*TABLE_2, *(key for key in further if key not in TABLE_2)]):
-        rows += arm_rows(study, key)
-    return rows + reference_rows(study)
-
-
-def reference_rows(study: Study) -> list[dict]:
-    """Score the reference predictions."""
-    rows = []
-    for name, label in REFERENCES.items():
-        counts = study.reference.get(f"counts_{name}")
-        if counts is None:
-            continue
-        values = scores(counts.sum(0))
-        rows.append(
-            {
-                "arm": label,
-                "iou": float(values["iou"]),
-                "image_iou": float(image_iou(counts)),
-                "accuracy": 100 * float(values["accuracy"]),
-                "miou": float(values["miou"]),
-                "reference": name,
-            }
-        )
+        rows += arm_rows(study, key, trivial)
+    for name, words in TRIVIAL.items():
+        rows += reference_row(study, name, f"trivial: {words}")
     return rows
 
 
-def arm_rows(study: Study, key: ArmKey) -> list[dict]:
+def reference_row(study: Study, name: str, label: str) -> list[dict]:
+    """Score a reference prediction; no row where it is not known."""
+    counts = study.reference.get(f"counts_{name}")
+    if counts is None:
+        return []
+    values = scores(counts.sum(0))
+    return [
+        {
+            "arm": label,
+            "iou": float(values["iou"]),
+            "image_iou": float(image_iou(counts)),
+            "accuracy": 100 * float(values["accuracy"]),
+            "miou": float(values["miou"]),
+            "reference": name,
+        }
+    ]
+
+
+def arm_rows(study: Study, key: ArmKey, trivial: Trivial | None) -> list[dict]:
     """Score an arm: its usable runs, then those with other settings; one empty row where there is none."""
     arm = study.arms.get(key) or find_arm(*key)
     groups = [group for group in study.groups.get(key, []) if group[0].kind == SEGMENT]
     first: dict = {"arm": arm.label, "seeds": 0}
     if groups:
-        first = group_row(arm.label, groups[0])
+        first = group_row(arm.label, groups[0], trivial)
     if arm.paper:
         first["paper_loss"] = arm.paper.loss
         first["paper_iou"] = arm.paper.iou
@@ -135,15 +175,15 @@ def arm_rows(study: Study, key: ArmKey) -> list[dict]:
     first["note"] = study.left_out(key) if key in study.groups else "not part of this study"
     rows = [first]
     for group in groups[1:]:
-        row = group_row(f"{arm.label} (seed {group[0].seed}: other settings)", group)
+        row = group_row(f"{arm.label} (seed {group[0].seed}: other settings)", group, trivial)
         rows.append({**row, "note": ""})
     return rows
 
 
-def group_row(label: str, runs: list[RunRecord]) -> dict:
+def group_row(label: str, runs: list[RunRecord], trivial: Trivial | None) -> dict:
     """Score runs of equal settings."""
     found = estimates(runs)
-    return {
+    row = {
         "arm": label,
         "seeds": len(runs),
         "loss": found["loss"],
@@ -153,34 +193,94 @@ def group_row(label: str, runs: list[RunRecord]) -> dict:
         "accuracy": found["accuracy"].times(100),
         "interval": "t over seeds" if len(runs) > 1 else "bootstrap over images",
     }
+    if trivial:
+        row["beats_trivial"] = beats(runs, trivial)
+    return row
 
 
-def headline(data: str, table: list[dict], comparisons: list[Comparison]) -> str:
-    """Summarise in a sentence what was found, no more strongly than the seeds allow."""
-    rows = [row for row in table if isinstance(row.get("iou"), Estimate)]
+def table_2(study: Study, page: Page, found: "SegmentationResults") -> None:
+    """Show all arms beside the paper's; a dagger marks those that do no better than a predictor without an image."""
+    page.add("## Results beside the paper's Table 2", table_2_text(study))
+    write_table(page.folder, "table2", found.table)
+    shown = []
+    marked = False
+    for row in found.table:
+        if row.get("beats_trivial", True):
+            shown.append(row)
+        else:
+            shown.append({**row, "arm": f"{row['arm']} {DAGGER}"})
+            marked = True
+    page.show(shown, TABLE_2_COLUMNS)
+    if marked:
+        page.add(
+            f"{DAGGER} Does not beat the best predictor that looks at no image ({found.trivial.name}, "
+            f"{found.trivial.iou:.3f}): in at least one seed the 95 % bootstrap interval of the difference over "
+            "test images reaches zero or below."
+        )
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What was found, in sentences
+
+
+PRETRAINING_QUESTIONS = {
+    (ANIMAL, NON_ANIMAL): "Pre-training on animals instead of non-animals",
+    (ANIMAL, SUPERVISED): "Pre-training on animals instead of starting from random weights",
+}
+
+
+def headline(data: str, found: "SegmentationResults") -> str:
+    """Summarise which IoU was reached, and whether it takes a look at the images to reach it."""
+    rows = [row for row in found.table if isinstance(row.get("iou"), Estimate)]
     if not rows:
         return "No arm has been trained and tested yet."
-    rows.sort(key=lambda row: row["iou"].value)
-    low = f"{rows[0]['iou'].value:.3f} ({rows[0]['arm']})"
-    high = f"{rows[-1]['iou'].value:.3f} ({rows[-1]['arm']})"
-    text = f"On {data}, test IoU runs from {low} to {high}"
-    trivial = [row["iou"] for row in table if row["arm"].startswith("trivial")]
-    if trivial:
-        text += f"; the best trivial predictor has {max(trivial):.3f}"
-    text += "."
-    for comparison in comparisons:
-        if (comparison.a.key, comparison.b.key) == (ANIMAL, NON_ANIMAL) and comparison.values:
-            text += f" {verdict(comparison)}"
+    rows.sort(key=row_iou)
+    low = f"{rows[0]['iou'].value:.3f} ({literal(rows[0]['arm'])})"
+    high = f"{rows[-1]['iou'].value:.3f} ({literal(rows[-1]['arm'])})"
+    text = f"On {data}, test IoU runs from {low} to {high}."
+    if found.trivial:
+        text += f" The best predictor that looks at no image ({found.trivial.name}) has {found.trivial.iou:.3f}: "
+        text += who_beats_it(rows)
     return text
 
 
+def row_iou(row: dict) -> float:
+    return row["iou"].value
+
+
+def who_beats_it(rows: list[dict]) -> str:
+    """Say which arms do not beat the best trivial predictor."""
+    behind = [literal(row["arm"]) for row in rows if not row["beats_trivial"]]
+    if not behind:
+        return "every arm beats it."
+    if len(behind) == len(rows):
+        return "no arm beats it."
+    if len(behind) == 1:
+        return f"{behind[0]} does not beat it."
+    return f"{', '.join(behind[:-1])} and {behind[-1]} do not beat it."
+
+
+def verdicts(comparisons: list[Comparison]) -> list[str]:
+    """Answer the questions on pre-training in a sentence each, no more strongly than the seeds allow."""
+    sentences = []
+    for pair, question in PRETRAINING_QUESTIONS.items():
+        for comparison in comparisons:
+            if (comparison.a.key, comparison.b.key) == pair and comparison.values:
+                sentences.append(f"{question} changes it by {verdict(comparison)}")
+    return sentences
+
+
 def verdict(comparison: Comparison) -> str:
-    """Describe how animals and non-animals compare."""
+    """Describe a difference of test IoU."""
     mean = comparison.mean
     seeds = len(comparison.values)
-    text = f"Pre-training on animals instead of non-animals changes it by {mean.value:+.1f} points "
+    text = f"{mean.value:+.1f} points "
     if seeds == 1:
-        return text + "(one seed, which cannot show whether another would repeat it)."
+        image = comparison.images[0]
+        return (
+            f"{text}(95 % bootstrap interval over test images {image.low:+.1f} to {image.high:+.1f}; one seed, which "
+            "cannot show whether another would repeat it)."
+        )
     text += f"(95 % interval {mean.low:+.1f} to {mean.high:+.1f}, {seeds} seeds)"
     if comparison.holm < 0.05:
         return f"{text}, a difference beyond the seeds' noise (Holm-corrected p = {comparison.holm:.3f})."
@@ -189,7 +289,7 @@ def verdict(comparison: Comparison) -> str:
     if mean.low <= 0 <= mean.high:
         return f"{text}: these seeds neither show a difference nor rule one out."
     if comparison.reason:
-        return f"{text}; not tested: {comparison.reason}."
+        return f"{text}; not tested: {literal(comparison.reason)}."
     return f"{text}, not significant after correction."
 
 
@@ -302,7 +402,8 @@ def all_metrics(study: Study, page: Page) -> None:
                 found = estimates(runs, native, per_image, resamples=2000)
                 where = {"level": level, "resolution": resolution}
                 part.append({"arm": study.arms[key].label, "seeds": len(runs), **found, **where})
-            page.add(f"**{level}, {resolution}**", markdown(part, METRIC_COLUMNS, brief=True))
+            page.add(f"### Scores: {level}, {resolution}")
+            page.show(part, METRIC_COLUMNS, brief=True)
             rows += part
     write_table(page.folder, "metrics", rows)
     page.add("Best validation IoU, its epoch, and the last epoch's:")
@@ -374,16 +475,24 @@ def masks(study: Study, page: Page) -> None:
     lists = Counter(tuple(pictures.arrays["ids"]) for pictures in study.panels)
     ids = list(most_common(lists))  # arms may have been tested on different images
     first = next(pictures.arrays for pictures in study.panels if list(pictures.arrays["ids"]) == ids)
-    colours = figures.MASK_COLOURS
-    rows = [figures.ImageRow("image", first["images"]), figures.ImageRow("ground truth", colours[first["truth"]])]
+    photos = first["images"]
+    truth = first["truth"]
+    rows = [figures.ImageRow("image", photos), figures.ImageRow("ground truth", figures.overlays(photos, truth, truth))]
     for pictures in study.panels:
-        if list(pictures.arrays["ids"]) == ids:
-            rows.append(figures.ImageRow(pictures.arm.label, colours[pictures.arrays["pred"]]))
+        arrays = pictures.arrays
+        if list(arrays["ids"]) == ids:
+            rows.append(figures.ImageRow(mask_label(study, pictures), figures.overlays(photos, arrays["pred"], truth)))
     caption = (
-        "Test images with ground truth and predictions (the paper's Fig. 4), chosen by place in the list, not by score: "
-        f"{', '.join(map(str, ids))}."
+        "Test images with ground truth and predictions (the paper's Fig. 4), and each network's IoU on all test images. "
+        "The images were chosen by place in the list, not by score: " + ", ".join(literal(name) for name in ids) + "."
     )
-    page.figure("masks", caption, figures.image_grid, rows, legend=CLASSES)
+    page.figure("masks", caption, figures.image_grid, rows, legend=figures.mask_legend(CLASSES))
+
+
+def mask_label(study: Study, pictures: Pictures) -> str:
+    """Name an arm and the IoU of the run whose masks are shown."""
+    run = study.main(pictures.arm.key)[0]
+    return f"{pictures.arm.label}\nIoU {run.iou:.3f}"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -538,6 +647,8 @@ def half_remark(study: Study) -> str:
         return ""
     a = half[0].config
     b = full[0].config
+    if a["updates"] == b["updates"]:
+        return ""
     return (
         f"Finetuned-Half sees {a['n_train']:,} of {b['n_train']:,} images for as many epochs, so it also makes "
         f"{a['updates']:,} instead of {b['updates']:,} updates: its difference mixes fewer labels with less training."
@@ -564,6 +675,7 @@ def resnet_remark(study: Study) -> str:
 class SegmentationResults:
     """What the sections on segmentation share."""
 
+    trivial: Trivial | None
     table: list[dict]
     comparisons: list[Comparison]
     doses: list[SweepResult]
@@ -572,6 +684,11 @@ class SegmentationResults:
 
 def read_results(study: Study, comparisons: list[Comparison]) -> SegmentationResults:
     """Compute what the report says first; runs that fit no sweep are added to the study's notes."""
+    trivial = best_trivial(study)
     return SegmentationResults(
-        table_2_rows(study), comparisons, read_sweep(study, ANIMAL_FRACTION), read_sweep(study, LABEL_FRACTION)
+        trivial,
+        table_2_rows(study, trivial),
+        comparisons,
+        read_sweep(study, ANIMAL_FRACTION),
+        read_sweep(study, LABEL_FRACTION),
     )

@@ -1,4 +1,10 @@
-"""Pages of the report: cells, tables in Markdown, CSV and JSON, numbered figures. Knows nothing of what they show."""
+"""Pages of the report: cells, tables (also as CSV and JSON), numbered figures. Knows nothing of what they show.
+
+page = Page(Path("report"))
+page.add("## Results", "Test images, **all** seeds.")
+page.table("scores", [{"arm": "A", "iou": 0.71}], [Column("arm"), Column("iou", "IoU")])
+page.write("report")                                # report.md and report.html
+"""
 
 import csv
 import json
@@ -7,12 +13,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from blocks import Block, Listing, Note, Picture, Table, as_blocks, write_markdown
 from comparisons import Estimate
+from html_page import write_html
 
 
 @dataclass(frozen=True)
 class Column:
-    """A column of a Markdown table: key of the rows, heading (default: the key), digits after the point."""
+    """A column of a table: key of the rows, heading (default: the key), digits after the point."""
 
     key: str
     head: str = ""
@@ -29,7 +37,7 @@ def show(value: object, digits: int = 3, brief: bool = False) -> str:
         return "–" if math.isnan(value) else f"{value:.{digits}f}"
     if isinstance(value, int):
         return f"{value:,}"
-    return str(value).replace("|", "/")
+    return str(value)
 
 
 def show_estimate(estimate: Estimate, digits: int, brief: bool) -> str:
@@ -43,13 +51,21 @@ def show_estimate(estimate: Estimate, digits: int, brief: bool) -> str:
     return f"{middle} [{estimate.low:.{digits}f}, {estimate.high:.{digits}f}]"
 
 
-def markdown(rows: Sequence[dict], columns: Sequence[Column], brief: bool = False) -> str:
-    """Draw rows as a Markdown table; a column that no row has is left out."""
+def make_table(rows: Sequence[dict], columns: Sequence[Column], brief: bool = False) -> Table:
+    """Format rows as a table; a column that no row has is left out."""
     shown = [column for column in columns if any(column.key in row for row in rows)]
-    lines = [[column.head or column.key for column in shown], ["---" for _ in shown]]
+    cells = []
     for row in rows:
-        lines.append([show(row.get(column.key), column.digits, brief) for column in shown])
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+        cells.append([show(row.get(column.key), column.digits, brief) for column in shown])
+    heads = [column.head or column.key for column in shown]
+    return Table(heads, cells, [is_numeric(rows, column.key) for column in shown])
+
+
+def is_numeric(rows: Sequence[dict], key: str) -> bool:
+    """Check whether a column has numbers and nothing else; cells may be empty."""
+    values = [row.get(key) for row in rows]
+    values = [value for value in values if value is not None and value != ""]
+    return bool(values) and all(isinstance(value, (int, float, Estimate)) for value in values)
 
 
 def plain_cells(row: dict) -> dict:
@@ -84,28 +100,47 @@ def write_table(folder: Path, name: str, rows: Sequence[dict]) -> None:
 
 
 class Page:
-    """A Markdown page that is being written, with its tables and figures in one folder."""
+    """A page that is being written, as blocks, with its tables and figures in one folder."""
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self.parts: list[str] = []
+        self.blocks: list[Block] = []
         self.figures = 0
 
-    def add(self, *blocks: str) -> None:
-        """Add blocks of Markdown; empty ones are left out."""
-        self.parts.extend(block.rstrip() + "\n" for block in blocks if block)
+    def add(self, *blocks: Block | str) -> None:
+        """Add blocks, and texts: "## Title" is a heading, any other a paragraph. Empty texts are left out."""
+        for block in blocks:
+            if isinstance(block, str):
+                self.blocks.extend(as_blocks(block))
+            else:
+                self.blocks.append(block)
+
+    def note(self, text: str) -> None:
+        """Add a paragraph that is set off from the text."""
+        self.blocks.append(Note(text))
+
+    def items(self, items: Sequence[str]) -> None:
+        """Add a list with bullets."""
+        if items:
+            self.blocks.append(Listing(tuple(items)))
 
     def figure(self, name: str, caption: str, draw: Callable[..., None], *args, **options) -> None:
         """Draw NAME.png with draw(path, ...) and add it with its caption."""
         self.figures += 1
-        draw(self.folder / f"{name}.png", *args, **options)
-        self.add(f"![Figure {self.figures}]({name}.png)", f"*Figure {self.figures}. {caption}*")
+        picture = Picture(name, self.figures, caption)
+        draw(self.folder / picture.file, *args, **options)
+        self.blocks.append(picture)
 
     def table(self, name: str, rows: Sequence[dict], columns: Sequence[Column]) -> None:
         """Write rows to NAME.csv and NAME.json and add the columns that the page shows."""
         write_table(self.folder, name, rows)
-        self.add(markdown(rows, columns))
+        self.show(rows, columns)
+
+    def show(self, rows: Sequence[dict], columns: Sequence[Column], brief: bool = False) -> None:
+        """Add a table without files. brief: half the width of an interval in place of its limits."""
+        self.blocks.append(make_table(rows, columns, brief))
 
     def write(self, name: str) -> None:
-        """Write the page."""
-        (self.folder / name).write_text("\n".join(self.parts))
+        """Write the page as NAME.md, and as NAME.html with its pictures inside."""
+        (self.folder / f"{name}.md").write_text(write_markdown(self.blocks), encoding="utf-8")
+        (self.folder / f"{name}.html").write_text(write_html(self.blocks, self.folder), encoding="utf-8")

@@ -11,6 +11,7 @@ from unittest import mock
 
 import numpy as np
 import pytest
+from PIL import Image
 from study_folder import ROLES, SCORES, rewrite_run, role_of, write_study
 
 import figures
@@ -21,6 +22,11 @@ from report import get_args_parser, main
 ROOT = Path(__file__).resolve().parent.parent
 DRAWING = ("forest", "curve_panels", "image_grid", "bands", "scatter")
 SIX = ["ResNet-50", "Supervised MAE", "Finetuned-Animals", "Finetuned-Half", "Finetuned-Non-Animals", "Finetuned-Mixed"]
+
+
+def draw_nothing(path, *_, **__):
+    """Write the smallest picture in place of a figure."""
+    Image.new("RGB", (1, 1)).save(path)
 
 
 def run_report(study, *flags):
@@ -38,7 +44,7 @@ def report(study, draw=False):
         done = run_report(study)
         assert done.returncode == 0 and not done.stderr, done.stderr
     else:
-        with mock.patch.multiple(figures, **{name: lambda *_, **__: None for name in DRAWING}):
+        with mock.patch.multiple(figures, **dict.fromkeys(DRAWING, draw_nothing)):
             main(get_args_parser().parse_args([str(study)]))
     return (study / "report/report.md").read_text()
 
@@ -153,7 +159,8 @@ def test_every_figure_and_table_is_written_and_every_picture_has_a_caption(finis
 
 def test_the_title_names_the_data_and_a_demo_says_so(finished):
     _, text = finished
-    assert text.startswith("# Pre-training images and segmentation after fine-tuning: drawn demo photos (demo)\n")
+    title = "# Pre-training images and segmentation after fine-tuning: drawn demo photos, "
+    assert text.startswith(f"{title}2,000 pre-training entries, 560 labelled pets (demo)\n")
     assert "This is a demo" in text and "epochs 10 (150)" in text and "model mae_tiny (mae_base)" in text
 
 
@@ -310,7 +317,7 @@ def test_sections_without_runs_do_not_appear_and_old_files_go(two_seeds):
 def test_title_and_output_can_be_chosen(two_seeds, tmp_path):
     done = run_report(two_seeds, "--title", "Batch 64", "--output", tmp_path / "out/here")
     assert done.returncode == 0 and (tmp_path / "out/here/report.md").read_text().startswith(
-        "# Batch 64: drawn demo photos (demo)"
+        "# Batch 64: drawn demo photos, 2,000 pre-training entries"
     )
 
 
@@ -412,7 +419,8 @@ def test_what_a_setting_means_is_read_from_its_role_and_not_from_its_name(two_se
 def test_another_task_is_reported_without_segmentations_sections(tmp_path):
     study = write_study(tmp_path / "study", task="breeds", n=60, epochs=3, extra=("cars",))
     text = report(study, draw=True)
-    assert text.startswith("# Pre-training images and breeds after fine-tuning: drawn demo photos (demo)\n")
+    title = "# Pre-training images and breeds after fine-tuning: drawn demo photos, 2,000 pre-training entries, "
+    assert text.startswith(f"{title}560 labelled images (demo)\n")
     assert "## Task: breeds" in text and "Table 2" not in text and "IoU" not in text and "None" not in text
     assert "is missing" not in text and "{" not in text
     rows = table(study, "task_breeds")
@@ -449,9 +457,10 @@ def test_the_curves_of_pre_training_stand_beside_predicting_zero_where_it_was_re
 
     def keep(path, panels, curves):
         drawn[path.stem] = panels
+        draw_nothing(path)
 
     def draw():
-        with mock.patch.multiple(figures, **{name: lambda *_, **__: None for name in DRAWING} | {"curve_panels": keep}):
+        with mock.patch.multiple(figures, **dict.fromkeys(DRAWING, draw_nothing) | {"curve_panels": keep}):
             main(get_args_parser().parse_args([str(two_seeds)]))
         return [(panel.title, panel.zero) for panel in drawn["pretraining"]]
 
