@@ -10,6 +10,7 @@ import numpy as np
 
 import figures
 from arms import ANIMAL, ARMS, CHOICES, PLANNED, TABLE_2, ArmKey, Choice
+from blocks import literal
 from comparisons import MARGIN, Estimate, Pair, image_difference, image_level_difference, same_images, seed_pairs
 from groups import Study, differing, tolerance
 from metrics import t_interval
@@ -57,7 +58,7 @@ def remarks(study: Study) -> list[str]:
         listed = ", ".join(names[:SHOWN_RUNS])
         if len(names) > SHOWN_RUNS:
             listed += f" and {len(names) - SHOWN_RUNS} more"
-        lines.append(f"**{remark}**: {listed}")
+        lines.append(f"**{literal(remark)}**: {listed}")
     return lines
 
 

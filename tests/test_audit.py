@@ -10,6 +10,7 @@ from unittest import mock
 
 import numpy as np
 import pytest
+from PIL import Image
 from study_folder import LEAK, counts, write_study
 
 import baseline
@@ -288,10 +289,17 @@ def test_unpaired_intervals_are_those_of_independent_samples():
 # -- the report ---------------------------------------------------------------------------------------------------------
 
 
+DRAWING = ("forest", "curve_panels", "image_grid", "bands", "scatter")
+
+
+def draw_nothing(path, *_, **__):
+    """Write the smallest picture in place of a figure."""
+    Image.new("RGB", (1, 1)).save(path)
+
+
 def report(study: Path) -> str:
     """Make the report without drawing."""
-    names = ("forest", "curve_panels", "image_grid", "bands", "scatter")
-    with mock.patch.multiple(figures, **{name: lambda *_, **__: None for name in names}):
+    with mock.patch.multiple(figures, **dict.fromkeys(DRAWING, draw_nothing)):
         main(get_args_parser().parse_args([str(study)]))
     return (study / "report/report.md").read_text()
 
@@ -347,9 +355,9 @@ def test_the_figure_shows_each_choice(audited):
 
     def forest(path, rows, margin):
         drawn[path.stem] = rows
+        draw_nothing(path)
 
-    names = ("curve_panels", "image_grid", "bands", "scatter")
-    with mock.patch.multiple(figures, forest=forest, **{name: lambda *_, **__: None for name in names}):
+    with mock.patch.multiple(figures, **dict.fromkeys(DRAWING, draw_nothing) | {"forest": forest}):
         main(get_args_parser().parse_args([str(study)]))
     assert [row.label for row in drawn["audit"]] == [choice.label for choice in CHOICES]
     assert all(len(row.seeds) == 2 and row.mean for row in drawn["audit"])
