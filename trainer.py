@@ -536,11 +536,23 @@ class Trainer:
         if select is None:
             return
         best = self.state.best
-        if best is None or scores[select] > best["scores"][select]:
-            kept = {}
-            if self.objective.keep_best:
-                kept = {name: value.detach().clone() for name, value in self.model.state_dict().items()}
-            self.state.best = {"scores": self.state.last_val, "model": kept}
+        if best is not None:
+            highest = best["scores"][select]
+            improved = scores[select] > highest or math.isnan(highest)  # a class may be missing at first
+            if not improved:
+                return
+        kept = {}
+        if self.objective.keep_best:
+            kept = self._copy_weights(best)
+        self.state.best = {"scores": self.state.last_val, "model": kept}
+
+    def _copy_weights(self, best: dict | None) -> dict[str, Tensor]:
+        """Copy the weights, into the memory of the best ones before where there are some."""
+        if best is None:
+            return {name: value.detach().clone() for name, value in self.model.state_dict().items()}
+        for name, value in self.model.state_dict().items():
+            best["model"][name].copy_(value)
+        return best["model"]
 
     # -- checkpoints --------------------------------------------------------------------------------------------------
 
