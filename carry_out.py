@@ -81,7 +81,7 @@ def is_finished(files: Files, command: str) -> bool:
     """Tell whether this very command has finished before."""
     if not files.metrics.exists() or not files.command.exists():
         return False
-    return files.command.read_text(errors="surrogateescape") == command
+    return files.command.read_bytes() == os.fsencode(command)  # as text, a carriage return would be read as another
 
 
 def is_stale(files: Files) -> bool:
@@ -96,29 +96,39 @@ class Child:
 
     def __init__(self, words: list[str], output: BinaryIO | int):
         self.stop_signal = 0
+        self.has_passed_on = False
         for number in STOPPED_BY:
-            signal.signal(number, self._pass_on)
+            signal.signal(number, self._take)
         self.process = None
         environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
         self.process = subprocess.Popen(
             words, stdout=output, stderr=subprocess.STDOUT, env=environment, start_new_session=True
         )
         if self.stop_signal:  # it came while the process was made
+            self._pass_on()
+
+    def _take(self, number: int, frame: object) -> None:
+        if not self.stop_signal:
+            self.stop_signal = number
+        self._pass_on()
+
+    def _pass_on(self) -> None:
+        """Ask the training to stop, once: Ctrl-C reaches this process from the terminal and from run_all.sh."""
+        if self.process is None or self.has_passed_on:
+            return
+        self.has_passed_on = True
+        with contextlib.suppress(ProcessLookupError):
             self.process.terminate()
 
-    def _pass_on(self, number: int, frame: object) -> None:
-        self.stop_signal = self.stop_signal or number
-        if self.process is not None:
-            with contextlib.suppress(ProcessLookupError):
-                self.process.terminate()
-
     def wait(self) -> int:
-        """Wait for the end -> exit code; a stop request is one even if the training ended well all the same."""
+        """Wait for the end -> exit code: that of the stop request, unless the training failed for another reason."""
         code = self.process.wait()
         if code < 0:
             code = 128 - code
-        if code == 0 and self.stop_signal:
+        if self.stop_signal and code in (0, *STOPPED_BY.values()):
             return STOPPED_BY[self.stop_signal]
+        if code == 255:
+            return 1  # at 255 xargs would start no further run
         return code
 
 
@@ -166,6 +176,7 @@ def carry_out(study: Path, line: PlanLine, args: argparse.Namespace) -> int:
         return 1
     record = shlex.join(command)
     if is_finished(files, record) and not is_stale(files):
+        files.failure.unlink(missing_ok=True)  # of other flags that were refused meanwhile
         print(f"== {name}: finished before, skipped", flush=True)
         return 0
     if is_stale(files):
@@ -179,7 +190,7 @@ def carry_out(study: Path, line: PlanLine, args: argparse.Namespace) -> int:
     seconds = time.monotonic() - start
     if code == 0:
         # Without the launcher, which differs between nodes; after success, so that a refused command is refused again.
-        files.command.write_text(record, errors="surrogateescape")
+        files.command.write_bytes(os.fsencode(record))
         print(f"   {name}: {seconds:.0f} s", flush=True)
         return 0
     explain_failure(name, files, words, code, seconds)
@@ -209,11 +220,21 @@ def get_args_parser() -> argparse.ArgumentParser:
     what.add_argument("--run", metavar="FOLDER", help="the run to carry out, as the plan names its folder")
     what.add_argument("--list", choices=["first", "second", "tests", "finished_tests"], help="list folders instead")
     parser.add_argument("--plan", type=Path, help="table of runs (default: study.tsv in the study's folder)")
-    parser.add_argument("--launch", type=shlex.split, default=[sys.executable], help="what starts a script")
+    parser.add_argument("--launch", type=bash_words, default=[sys.executable], help="what starts a script")
     parser.add_argument("--flags", type=shlex.split, default=[], help="further flags of the script")
     parser.add_argument("--quiet", action="store_true", help="output to the log alone")
     parser.add_argument("--dry_run", action="store_true", help="show the command and leave")
     return parser
+
+
+def gpu_of_slot(slot: int, visible: str) -> str:
+    """Name the GPU of a slot of xargs, among those that CUDA_VISIBLE_DEVICES names, or all if it is empty."""
+    if not visible:
+        return str(slot)
+    names = visible.split(",")
+    if slot >= len(names):
+        raise ValueError(f"CUDA_VISIBLE_DEVICES={visible} leaves no GPU for run {slot + 1}; lower --gpus and --jobs")
+    return names[slot].strip()
 
 
 def main(args: argparse.Namespace) -> int:
@@ -224,7 +245,8 @@ def main(args: argparse.Namespace) -> int:
         sys.stdout.write("".join(f"{folder}\0" for folder in folders))
         return 0
     if int(os.environ.get("JOB_GPUS", "0")) > 0:  # runs side by side: each slot of xargs is a GPU
-        os.environ["CUDA_VISIBLE_DEVICES"] = os.environ["JOB_SLOT"]
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpu_of_slot(int(os.environ["JOB_SLOT"]), visible)
     return carry_out(args.study, find_line(plan, args.run), args)
 
 

@@ -50,16 +50,19 @@ QUIET="" # runs side by side write to their logs, and one line tells of all
 # How a command is run
 
 STOP="" CHILD="" FAILED=0 # CHILD: what runs now, a process or (negative) a group of processes
+ask_child() { # until the request has arrived, or the child has ended: a group exists only once its leader has made it
+  until kill -TERM -- "$CHILD" 2> /dev/null || ! kill -0 "${CHILD#-}" 2> /dev/null; do sleep 0.1; done
+}
 stop() { # a stop request: running trainings write a checkpoint before they leave
   STOP=$1
-  [ -z "$CHILD" ] || kill -TERM -- "$CHILD" 2> /dev/null
+  [ -z "$CHILD" ] || ask_child
 }
 trap 'stop 130' INT
 trap 'stop 143' TERM
 
 await() { # await PID: wait for the end of CHILD, also when a stop request interrupts the waiting
   local status
-  [ -z "$STOP" ] || kill -TERM -- "$CHILD" 2> /dev/null
+  [ -z "$STOP" ] || ask_child
   while wait "$1"; status=$?; kill -0 "$1" 2> /dev/null; do :; done
   while kill -0 -- "$CHILD" 2> /dev/null; do sleep 0.2; done # a group may outlive its first process
   CHILD=""
@@ -126,8 +129,8 @@ train() { # train FOLDER...: trainings of the plan that do not depend on each ot
       CHILD=$!
       await "$CHILD"
       status=$?
+      leave_if_asked after "$folder" # before the status, which is that of the request that reached the training
       [ "$status" = 0 ] || exit "$status" # it has said what failed
-      leave_if_asked after "$folder"
     done
     return
   fi
@@ -178,7 +181,7 @@ run report "tables, statistics and figures" "$PYTHON" "$HERE/report.py" "$OUTPUT
 [ -z "$QUIET" ] || { echo; tail -n 5 "$OUTPUT/logs/report.log"; } # the numbers that matter, which only the log has
 if [ "$FAILED" != 0 ]; then
   printf '\nrun_all.sh: some runs failed; the report names what is missing. The same command repeats them:\n' >&2
-  cat "$OUTPUT"/logs/*.failed >&2
+  cat "$OUTPUT"/logs/*.failed >&2 2> /dev/null
   exit 1
 fi
 printf '\nThe study is finished after %d min %d s. Read %s/report/report.html\n' $((SECONDS / 60)) $((SECONDS % 60)) "$OUTPUT"

@@ -7,6 +7,7 @@ Standard library only.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import shutil
@@ -56,12 +57,13 @@ class Progress:
 
 def last_step(log: Path) -> tuple[int, float]:
     """Read the last complete line of log.jsonl that has a step -> (step, seconds)."""
-    if not log.exists():
+    try:
+        with open(log, "rb") as file:
+            file.seek(0, os.SEEK_END)
+            file.seek(max(0, file.tell() - 20_000))
+            lines = file.read().split(b"\n")[:-1]
+    except FileNotFoundError:  # not written yet, or removed because the run is repeated
         return 0, 0.0
-    with open(log, "rb") as file:
-        file.seek(0, os.SEEK_END)
-        file.seek(max(0, file.tell() - 20_000))
-        lines = file.read().split(b"\n")[:-1]
     for text in reversed(lines):
         try:
             entry = json.loads(text)
@@ -99,7 +101,7 @@ def is_fresh(files: Files) -> bool:
     """Tell whether a run has written to its log lately."""
     newest = 0.0
     for path in (files.config, files.folder / "log.jsonl", files.log):
-        if path.exists():
+        with contextlib.suppress(FileNotFoundError):  # a run that is repeated is removed first
             newest = max(newest, path.stat().st_mtime)
     return time.time() - newest < STALE_SECONDS
 

@@ -8,30 +8,20 @@ REQUIREMENTS=requirements-dev.txt
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 
-check_demo() { # every arm beats the trivial predictors, every MAE arm also the mean training mask
-  "$PYTHON" - "$1" <<'PY'
-import json, sys
-from pathlib import Path
-import numpy as np
-from metrics import dataset_scores
-study = Path(sys.argv[1])
-reference = np.load(study / "reference.npz")
-iou = {name: float(dataset_scores(reference[f"counts_{name}"])["iou"]) for name in ("all_animal", "all_background", "mean_mask")}
-trivial, failed = max(iou["all_animal"], iou["all_background"]), []
-for line in (study / "study.tsv").read_text().splitlines()[1:]:
-    _, stage, arm, folder = line.split("\t")[:4]
-    if stage == "pretrain":
-        metrics = json.loads((study / folder / "metrics.json").read_text())
-        good = all(metrics["last"][f"loss_{k}"] < 0.95 * v for k, v in metrics["predict_zero"].items())
-        print(f"{arm}: pre-training {'ends below' if good else 'DOES NOT END BELOW'} predicting zero")
-    else:
-        score = float(dataset_scores(np.load(study / folder / "test.npz")["counts"])["iou"])
-        bound = trivial if arm == "resnet50" else max(trivial, iou["mean_mask"])
-        good = score > bound
-        print(f"{arm}: test IoU {score:.3f} {'beats' if good else 'DOES NOT BEAT'} {bound:.3f}")
-    failed += [] if good else [arm]
-sys.exit(bool(failed))
-PY
+memory_below() { # memory_below PID: resident memory of a process and all that descend from it, in kB
+  # By descent: each training has a session of its own, so the process group would leave it out.
+  cat /proc/[0-9]*/status 2> /dev/null | awk -v root="$1" '
+    /^Pid:/ { pid = $2 } /^PPid:/ { parent[pid] = $2 } /^VmRSS:/ { rss[pid] = $2 }
+    END { for (p in rss) { q = p; while (q in parent && q != root) q = parent[q]; if (q == root) sum += rss[p] } print sum + 0 }'
+}
+
+sample_memory() { # sample_memory PID FILE: each second until it ends, the largest memory so far into FILE
+  local peak=0 now
+  while kill -0 "$1" 2> /dev/null; do
+    now=$(memory_below "$1")
+    if [ "$now" -gt "$peak" ]; then peak=$now; echo "$peak" > "$2"; fi
+    sleep 1
+  done
 }
 
 for part in ${*:-clean demo stress slow}; do
@@ -41,12 +31,21 @@ for part in ${*:-clean demo stress slow}; do
       (cd "$folder/clone" && bash .ci/run && test -z "$(git status --porcelain)") ;;
     demo)
       start=$SECONDS
-      bash run_all.sh --demo --output "$folder/demo" --cache_dir "$folder/cache"
-      echo "demo: $((SECONDS - start)) s"
-      check_demo "$folder/demo"
+      echo 0 > "$folder/peak"
+      bash run_all.sh --demo --output "$folder/demo" --cache_dir "$folder/cache" &
+      demo=$!
+      sample_memory "$demo" "$folder/peak" &
+      wait "$demo"
+      peak=$(($(cat "$folder/peak") / 1024))
+      echo "demo: $((SECONDS - start)) s, peak memory $peak MiB (resident, all its processes together)"
+      if [ "$peak" -le 0 ] || [ "$peak" -ge 2048 ]; then
+        echo "acceptance.sh: the demo's peak memory must lie below 2 GiB" >&2
+        exit 1
+      fi
+      "$PYTHON" tests/check_demo.py "$folder/demo"
       if [ -n "${SAMPLE_ROOT:-}" ]; then
         bash run_all.sh --demo --data_root "$SAMPLE_ROOT" --output "$folder/photos" --cache_dir "$folder/cache"
-        check_demo "$folder/photos"
+        "$PYTHON" tests/check_demo.py "$folder/photos"
       fi ;;
     stress) "$PYTHON" tests/stress.py 20 ;;
     slow) "$PYTHON" -m pytest tests -q -m slow -s -p no:cacheprovider ;;
