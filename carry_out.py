@@ -9,6 +9,7 @@ stop request (SIGTERM, Ctrl-C) is passed on, so that the training writes a check
 
 import argparse
 import contextlib
+import fcntl
 import os
 import shlex
 import shutil
@@ -16,6 +17,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -23,6 +25,7 @@ from arms import RESNET
 from study import PlanLine, read_lines
 
 HERE = Path(__file__).resolve().parent
+START_SECONDS = 20  # in which a run that is to start has started
 STOPPED_BY = {signal.SIGINT: 130, signal.SIGTERM: 143}
 
 
@@ -37,6 +40,7 @@ class Files:
         self.log = study / "logs" / f"{name}.log"
         self.command = study / "logs" / f"{name}.command"  # of the run that finished
         self.failure = study / "logs" / f"{name}.failed"
+        self.lock = study / "logs" / f"{name}.lock"  # held while the run is carried out
         self.parent = study / line.parent / "metrics.json" if line.parent else None
 
 
@@ -89,6 +93,38 @@ def is_stale(files: Files) -> bool:
     if files.parent is None or not files.config.exists() or not files.parent.exists():
         return False
     return files.parent.stat().st_mtime_ns > files.config.stat().st_mtime_ns
+
+
+@contextlib.contextmanager
+def held(path: Path) -> Iterator[None]:
+    """Hold a run's lock, so that those which start from it can wait for its end; any death frees it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def is_held(path: Path) -> bool:
+    """Tell whether a run is being carried out."""
+    if not path.exists():
+        return False
+    with open(path, "ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError:
+            return True
+    return False
+
+
+def wait_for(parent: Files) -> None:
+    """Wait for the end of the run that another one starts from, if it runs or is about to; runs side by side need it."""
+    idle_since = time.monotonic()
+    while time.monotonic() - idle_since < START_SECONDS:
+        if is_held(parent.lock):
+            idle_since = time.monotonic()
+        elif parent.metrics.exists() or parent.failure.exists():
+            return
+        time.sleep(0.2)
 
 
 class Child:
@@ -171,6 +207,8 @@ def carry_out(study: Path, line: PlanLine, args: argparse.Namespace) -> int:
     if args.dry_run:
         print(f"\n== {name}\n$ {shlex.join(words)}", flush=True)
         return 0
+    if args.wait and line.parent:
+        wait_for(Files(study, find_line(read_plan(args.plan), line.parent)))
     if files.parent is not None and not files.parent.exists():
         print(f"== {name}: not run, for {line.parent} is not finished", file=sys.stderr, flush=True)
         return 1
@@ -186,7 +224,8 @@ def carry_out(study: Path, line: PlanLine, args: argparse.Namespace) -> int:
         print(f"\n== {name}\n$ {shlex.join(words)}", flush=True)
     files.failure.unlink(missing_ok=True)
     start = time.monotonic()
-    code = run_logged(words, files.log, on_screen=not args.quiet)
+    with held(files.lock):
+        code = run_logged(words, files.log, on_screen=not args.quiet)
     seconds = time.monotonic() - start
     if code == 0:
         # Without the launcher, which differs between nodes; after success, so that a refused command is refused again.
@@ -223,6 +262,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--launch", type=bash_words, default=[sys.executable], help="what starts a script")
     parser.add_argument("--flags", type=shlex.split, default=[], help="further flags of the script")
     parser.add_argument("--quiet", action="store_true", help="output to the log alone")
+    parser.add_argument("--wait", action="store_true", help="wait for the run that it starts from, if that one runs")
     parser.add_argument("--dry_run", action="store_true", help="show the command and leave")
     return parser
 
@@ -239,7 +279,8 @@ def gpu_of_slot(slot: int, visible: str) -> str:
 
 def main(args: argparse.Namespace) -> int:
     """Carry out a line, or list lines."""
-    plan = read_plan(args.plan or args.study / "study.tsv")
+    args.plan = args.plan or args.study / "study.tsv"
+    plan = read_plan(args.plan)
     if args.list:
         folders = list_folders(args.study, plan, args.list)
         sys.stdout.write("".join(f"{folder}\0" for folder in folders))

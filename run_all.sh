@@ -118,7 +118,7 @@ once() { # once NAME PURPOSE MARKER COMMAND...: run it, unless this very command
   if [ "$DRY" = 0 ]; then printf '%q ' "$@" > "$record"; fi
 }
 
-train() { # train FOLDER...: trainings of the plan that do not depend on each other, JOBS at a time
+train() { # train FOLDER...: trainings of the plan, parents before those that start from them, JOBS at a time
   local folder status watcher how=("$PYTHON" "$HERE/carry_out.py" "$OUTPUT" --plan "$TABLE" --launch "$(printf '%q ' "${LAUNCH[@]}")")
   how+=(--flags "${DEVICE[*]-}")
   [ "$DRY" = 0 ] || how+=(--dry_run)
@@ -137,7 +137,7 @@ train() { # train FOLDER...: trainings of the plan that do not depend on each ot
   leave_if_asked before "the next runs"
   "$PYTHON" "$HERE/status.py" "$OUTPUT" --watch --jobs "$JOBS" < /dev/null &
   watcher=$!
-  printf '%s\0' "$@" | JOB_GPUS=$GPUS exec setsid xargs -0 -n 1 -P "$JOBS" --process-slot-var=JOB_SLOT "${how[@]}" --quiet --run &
+  printf '%s\0' "$@" | JOB_GPUS=$GPUS exec setsid xargs -0 -n 1 -P "$JOBS" --process-slot-var=JOB_SLOT "${how[@]}" --quiet --wait --run &
   CHILD=-$!
   await "$!" || FAILED=1 # a failed run stops no other
   kill "$watcher" 2> /dev/null
@@ -168,8 +168,12 @@ mv "$TABLE.new" "$TABLE"
 
 mapfile -d '' -t FIRST < <("$PYTHON" "$HERE/carry_out.py" "$OUTPUT" --plan "$TABLE" --list first)
 mapfile -d '' -t SECOND < <("$PYTHON" "$HERE/carry_out.py" "$OUTPUT" --plan "$TABLE" --list second)
-train "${FIRST[@]}"
-train "${SECOND[@]}"
+if [ "$JOBS" = 1 ]; then
+  train "${FIRST[@]}"
+  train "${SECOND[@]}"
+else # as soon as a core or GPU is free; a run waits for the one that it starts from
+  train "${FIRST[@]}" "${SECOND[@]}"
+fi
 [ "$NODE_RANK" = 0 ] || exit 0
 mapfile -d '' -t TESTED < <("$PYTHON" "$HERE/carry_out.py" "$OUTPUT" --plan "$TABLE" --list "$([ "$DRY" = 1 ] && echo tests || echo finished_tests)")
 [ "${#TESTED[@]}" = 0 ] || evaluate "${TESTED[@]}"
