@@ -481,9 +481,9 @@ def add_cache(commands: argparse._SubParsersAction) -> None:
 def add_demo(commands: argparse._SubParsersAction) -> None:
     parser = add_command(commands, run_demo, data_root="data/demo")
     add = parser.add_argument
-    add("--num_train", type=int, default=720, help="photos to draw in the place of COCO's training images")
+    add("--num_train", type=int, default=480, help="photos to draw in the place of COCO's training images")
     add("--num_val", type=int, default=96, help="photos to draw in the place of COCO's validation images")
-    add("--num_pets", type=int, default=400, help="photos of pets to draw, with trimaps")
+    add("--num_pets", type=int, default=320, help="photos of pets to draw, with trimaps")
     add("--seed", type=int, default=0, help="another seed draws other photos")
 
 

@@ -21,7 +21,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
-from arms import ANIMAL_FRACTION, ARMS, CHOICES, MIXED, STAGES, SWEEPS, Arm, audit_arms, extra_arms, sweep_arms
+from arms import ANIMAL_FRACTION, ARMS, HALF, CHOICES, MIXED, STAGES, SWEEPS, Arm, audit_arms, extra_arms, sweep_arms
 from protocols import PROTOCOLS, protocol_flags
 
 SCRIPTS = {"pretrain": "pretrain.py", "finetune": "finetune.py", "baseline": "baseline.py"}
@@ -38,14 +38,14 @@ PAPER_MIXED = 25_918  # and of its mixed split, which is a little larger
 DEMO_MODEL = "mae_demo"
 DEMO_IMG_SIZE = 64
 DEMO_SIZE = {"img_size": DEMO_IMG_SIZE, "cache_size": 96, "compile": False, "log_every": 10}
-DEMO_PRETRAIN = {**DEMO_SIZE, "epochs": 5, "epoch_updates": 180, "batch_size": 16, "blr": "32e-3", "warmup_epochs": 0.5}
+DEMO_PRETRAIN = {**DEMO_SIZE, "epochs": 4, "epoch_updates": 250, "batch_size": 16, "blr": "32e-3", "warmup_epochs": 0.4}
 DEMO_SEGMENT = {
     **DEMO_SIZE,
-    "epochs": 8,
-    "epoch_updates": 70,
+    "epochs": 7,
+    "epoch_updates": 80,
     "batch_size": 4,
     "blr": "128e-3",
-    "warmup_epochs": 0.8,
+    "warmup_epochs": 0.7,
     "crop_scale": 1,
     "flips": False,
 }
@@ -55,6 +55,7 @@ DEMO = {
     "baseline": DEMO_SEGMENT,
 }
 DEMO_MAE = {"drop_path": 0}
+DEMO_HALF = {"epoch_updates": 40}  # half of the labels for as many epochs, as in the study
 # Its first convolutions see little at 64 pixels, and an update costs ten times one of the others': fewer, larger batches.
 DEMO_RESNET = {"epochs": 4, "epoch_updates": 18, "batch_size": 8, "blr": "32e-3", "warmup_epochs": 0.4}
 DEMO_MOST_JOBS = 5  # runs of the demo that can be made at the same time
@@ -196,6 +197,8 @@ def command(arm: Arm, seed: int, args: argparse.Namespace, paper_sizes: bool) ->
     words += flag_words(arm.flags)
     if args.demo and arm.stage == "baseline":
         words += flag_words(DEMO_RESNET if arm.network == "resnet50" else DEMO_MAE)
+    if args.demo and arm.key == HALF:
+        words += flag_words(DEMO_HALF)
     if arm.key == ("pretrain", MIXED.name) and paper_sizes:
         words += ["--num_images", str(PAPER_MIXED)]
     words += args.pretrain_args if arm.stage == "pretrain" else args.finetune_args
