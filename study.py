@@ -21,7 +21,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
-from arms import ANIMAL_FRACTION, ARMS, HALF, CHOICES, MIXED, STAGES, SWEEPS, Arm, audit_arms, extra_arms, sweep_arms
+from arms import ANIMAL_FRACTION, ARMS, CHOICES, HALF, MIXED, STAGES, SWEEPS, Arm, audit_arms, extra_arms, sweep_arms
 from protocols import PROTOCOLS, protocol_flags
 
 SCRIPTS = {"pretrain": "pretrain.py", "finetune": "finetune.py", "baseline": "baseline.py"}
