@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -174,6 +175,60 @@ PET_PHOTOS = [
 
 def mean_colour(image):
     return np.asarray(image).reshape(-1, 3).mean(0)
+
+
+def who_draws(index: int) -> tuple[int, int]:
+    return index, os.getpid()
+
+
+def fail_at_5(index: int) -> int:
+    if index == 5:
+        raise ValueError("picture 5 cannot be drawn")
+    return index
+
+
+@pytest.fixture
+def use_cores(monkeypatch):
+    """Return a function that lets draw_many share even a few pictures among so many cores."""
+    monkeypatch.setattr(draw, "WORTH_SHARING", 2)
+
+    def use(cores: int) -> None:
+        monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)))
+
+    return use
+
+
+def test_several_cores_draw_the_same_pictures_in_the_same_order(use_cores):
+    arguments = [(0, index) for index in range(9)]  # more than one worker's portion
+    drawn = []
+    for cores in (1, 2):
+        use_cores(cores)
+        photos = draw.draw_many(draw.draw_pet, arguments)
+        drawn.append([(photo.breed.name, photo.image.tobytes(), photo.trimap.tobytes()) for photo in photos])
+    assert len(drawn[0]) == 9
+    assert drawn[0] == drawn[1]
+
+
+def test_drawing_is_shared_only_where_there_are_cores_and_pictures_enough(use_cores):
+    def pids(count: int) -> set[int]:
+        drawn = list(draw.draw_many(who_draws, [(index,) for index in range(count)]))
+        assert [index for index, _ in drawn] == list(range(count))
+        return {pid for _, pid in drawn}
+
+    use_cores(1)
+    assert pids(40) == {os.getpid()}
+    use_cores(3)
+    assert os.getpid() not in pids(40)
+    assert pids(1) == {os.getpid()}
+    assert pids(0) == set()
+
+
+@pytest.mark.parametrize("cores", [1, 2])
+def test_what_goes_wrong_in_a_worker_comes_through(cores, use_cores):
+    use_cores(cores)
+    drawn = draw.draw_many(fail_at_5, [(index,) for index in range(20)])
+    with pytest.raises(ValueError, match="picture 5 cannot be drawn"):
+        list(drawn)
 
 
 @pytest.mark.parametrize(("key", "colour", "labels"), COCO_PHOTOS)

@@ -72,6 +72,30 @@ def test_the_learning_rate_warms_up_and_follows_half_a_cosine(flags, tmp_path):
     assert rates == pytest.approx(expected, rel=1e-12)
 
 
+def test_an_epoch_may_be_a_number_of_updates_more_than_there_are_images(flags, tmp_path):
+    words = [*flags, "--output_dir", tmp_path / "run", "--num_images 4 --batch_size 4 --epochs 2"]
+    words += ["--warmup_epochs 0.4 --log_every 1 --min_lr 1e-6 --blr 1e-3"]
+    run("pretrain", *words, "--epoch_updates", 5)
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert (config["updates"], config["epoch_updates"], config["n_train"]) == (10, 5, 4)
+    assert metrics(tmp_path / "run")["updates"] == 10
+    assert [(line["epoch"], line["step"]) for line in log(tmp_path / "run", "val")] == [(1, 5), (2, 10)]
+    lr = 1e-3 * 4 / 256
+    warmup = [lr / 2, lr]
+    cosine = [1e-6 + (lr - 1e-6) * (1 + np.cos(np.pi * step / 8)) / 2 for step in range(8)]
+    assert [line["lr"] for line in log(tmp_path / "run", "train")] == pytest.approx(warmup + cosine, rel=1e-12)
+    for other in (["--epoch_updates", 6], []):
+        assert "holds another experiment: epoch_updates was 5, now" in refusal("pretrain", *words, *other)
+
+
+def test_an_epoch_of_as_many_updates_as_a_pass_is_a_pass(flags, tmp_path):
+    for name, more in (("pass", []), ("updates", ["--epoch_updates", 2])):
+        words = ["--num_images 16 --batch_size 8 --epochs 2 --blr 1e-2", "--output_dir", tmp_path / name]
+        run("pretrain", *flags, *words, *more)
+    networks = [torch.load(tmp_path / name / "model.pt", weights_only=True)["model"] for name in ("pass", "updates")]
+    assert all(torch.equal(networks[0][key], networks[1][key]) for key in networks[0])
+
+
 def test_the_figure_shows_input_reconstruction_and_original_of_named_images(trained):
     arrays = np.load(trained[0] / "reconstruction.npz")
     for name in ("original", "masked", "reconstruction"):
@@ -187,6 +211,7 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(flags, tmp_path):
         (["--img_size", 60, "--batch_size", 8], "60"),
         (["--mask_ratio", 1, "--batch_size", 8], "mask_ratio must lie in [0, 1)"),
         (["--blr", -1], "argument --blr: must be at least 0, got -1"),
+        (["--epoch_updates", 0], "argument --epoch_updates: must be at least 1, got 0"),
         (["--micro_batch_size", 3, "--batch_size", 8], "nearest valid size is 9"),
         (["--split", "animal", "--animal_fraction", 0.2], "contradicts --split animal"),
     ],

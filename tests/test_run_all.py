@@ -1,4 +1,4 @@
-"""The study script: all nine trainings at a cut size, skipping, repeating what depends on a lost run, wrong use."""
+"""The study script: all nine trainings at a cut size, alone and side by side; skipping, repeating, stopping, wrong use."""
 
 import json
 import os
@@ -7,10 +7,11 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
+from fake_study import environment, finish, make_scripts, starts, wait_for
+from small_runs import run as run_script
 
 import splits
 import study as study_script
@@ -26,11 +27,14 @@ ARMS = [
     "baseline_resnet50",
 ]
 
+CUT = "--epochs 1 --epoch_updates 2 --batch_size 4"
+
 
 def run_all(*args, cwd=None, **env):
     command = ["bash", str(ROOT / "run_all.sh"), *map(str, args)]
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, env={**os.environ, "PATH": path, **env})
+    # One thread however many runs there are at a time, so that sums are made in the same order.
+    env = environment(OMP_NUM_THREADS="1", **env)
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=env)
 
 
 def trained(result) -> list[str]:
@@ -50,10 +54,10 @@ def trained_again(args) -> list[str]:
 def study(tmp_path_factory):
     """A finished cut demo on few drawn photos."""
     folder = tmp_path_factory.mktemp("study with 'odd' \"names\"\nund Umläuten $HOME")
-    draw = [sys.executable, str(ROOT / "prepare.py"), "demo", "--data_root", str(folder / "data")]
-    subprocess.run([*draw, "--num_train", "80", "--num_val", "16", "--num_pets", "48"], check=True, capture_output=True)
+    sizes = ["--num_train", 40, "--num_val", 16, "--num_pets", 46]
+    run_script("prepare", "demo", "--data_root", folder / "data", *sizes)
     args = ["--demo", "--data_root", folder / "data", "--output", folder / "out", "--cache_dir", folder / "cache"]
-    args += ["--gpus", 0, "--pretrain_args", "--epochs 1", "--finetune_args", "--epochs 1"]
+    args += ["--gpus", 0, "--jobs", 1, "--model", "mae_tiny", "--pretrain_args", CUT, "--finetune_args", CUT]
     result = run_all(*args)
     assert result.returncode == 0, result.stdout + result.stderr
     return folder / "out", args, result
@@ -85,6 +89,20 @@ def test_a_second_run_trains_nothing_and_says_so(study):
     assert result.stdout.count("finished before, skipped") >= 10
 
 
+def test_runs_side_by_side_give_the_same_networks_to_the_bit(study):
+    out, args, _ = study
+    beside = out.parent / "beside"
+    result = run_all(*args, "--jobs", 2, "--output", beside)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "2 run(s) at a time" in result.stdout
+    assert "of 9 trainings finished" in result.stderr  # the line that tells of all runs
+    alone = {path.relative_to(out): path.read_bytes() for path in out.glob("seed0/*/model.pt")}
+    assert len(alone) == 9
+    assert {path.relative_to(beside): path.read_bytes() for path in beside.glob("seed0/*/model.pt")} == alone
+    again = run_all(*args, "--jobs", 2, "--output", beside)
+    assert again.returncode == 0 and again.stdout.count("finished before, skipped") == 9 + 2
+
+
 def test_a_lost_run_is_repeated_with_what_depends_on_it(study):
     out, args, _ = study
     shutil.rmtree(out / "seed0" / "pretrain_non_animal")
@@ -106,7 +124,7 @@ def test_an_unfinished_run_is_started_anew_when_what_it_starts_from_was_trained_
 def test_changed_flags_are_refused_however_often_they_are_repeated(study):
     _, args, _ = study
     for _ in range(2):
-        result = run_all(*args, "--pretrain_args", "--epochs 2")
+        result = run_all(*args, "--pretrain_args", CUT.replace("--epochs 1", "--epochs 2"))
         assert result.returncode == 2 and trained(result) == ["seed0_pretrain_animal"]
         assert "holds another experiment: epochs was 1, now 2" in result.stdout
 
@@ -239,42 +257,99 @@ def test_a_plan_survives_being_written_whatever_its_folders_are_called(tmp_path)
     assert words[words.index("--output_dir") + 1] == f"{name}/seed0/pretrain_animal"
 
 
-FAKE = """import pathlib, signal, sys, time
-name = pathlib.Path(sys.argv[0]).name
-if name == "pretrain.py":
-    stopped = []
-    signal.signal(signal.SIGTERM, lambda number, frame: stopped.append(number))
-    folder = pathlib.Path(sys.argv[sys.argv.index("--output_dir") + 1])
-    folder.mkdir(parents=True)
-    (folder / "started").touch()
-    end = time.monotonic() + 60
-    while not stopped and time.monotonic() < end:
-        time.sleep(0.01)
-    (folder / "metrics.json").write_text("{}")
-"""
+def start_fake(folder: Path, *args, fake: dict) -> subprocess.Popen:
+    """Start a demo whose trainings behave as `fake` says, see fake_study.TRAINING."""
+    make_scripts(folder)
+    (folder / "runs/demo").mkdir(parents=True, exist_ok=True)  # which the true prepare.py makes
+    (folder / "runs/demo/release").touch()
+    command = ["bash", "run_all.sh", "--demo", "--gpus", "0", *args]
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, cwd=folder, env=environment(fake), **options)
+
+
+@pytest.mark.parametrize("end", [0, 143])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_stop_request_stops_the_study_even_if_the_stage_ends_well(number, code, end, tmp_path):
+    process = start_fake(tmp_path, "--jobs", "1", fake={"pretrain_animal": f"wait {end}"})
+    study = tmp_path / "runs/demo"
+    wait_for((study / "seed0/pretrain_animal/starts").exists, process)
+    process.send_signal(number)
+    out, err = finish(process)
+    assert process.returncode == code, out + err
+    assert "stopped after seed0/pretrain_animal" in err
+    assert (study / "seed0/pretrain_animal/metrics.json").exists() == (end == 0)
+    assert (study / "seed0/pretrain_animal/stops").read_text() == "1"
+    assert not (study / "seed0/pretrain_non_animal").exists()
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_stop_request_that_comes_as_a_stage_ends_well_stops_the_study(number, code, tmp_path):
-    """The stage ends with 0 when it is asked to stop; the next one must not start."""
-    for name in ("run_all.sh", "setup.sh", "study.py", "arms.py", "protocols.py", "requirements.txt"):
-        shutil.copy(ROOT / name, tmp_path)
-    for name in ("prepare.py", "pretrain.py", "finetune.py", "baseline.py", "evaluate.py", "report.py"):
-        (tmp_path / name).write_text(FAKE)
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    command = ["bash", "run_all.sh", "--demo", "--gpus", "0"]
-    (tmp_path / "runs/demo").mkdir(parents=True)  # which the true prepare.py makes
-    options = {"cwd": tmp_path, "env": {**os.environ, "PATH": path}, "text": True}
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
-    first = tmp_path / "runs/demo/seed0/pretrain_animal"
-    deadline = time.monotonic() + 60
-    while not (first / "started").exists() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.05)
+def test_a_stop_request_reaches_all_runs_side_by_side(number, code, tmp_path):
+    first = ("pretrain_animal", "pretrain_non_animal")
+    process = start_fake(tmp_path, "--jobs", "2", fake=dict.fromkeys(first, "wait 143"))
+    study = tmp_path / "runs/demo"
+    wait_for(lambda: all((study / "seed0" / name / "starts").exists() for name in first), process)
     process.send_signal(number)
-    try:
-        out, err = process.communicate(timeout=60)
-    finally:
-        process.kill()
+    out, err = finish(process)
     assert process.returncode == code, out + err
-    assert "stopped after seed0_pretrain_animal" in err and (first / "metrics.json").exists()
-    assert not (tmp_path / "runs/demo/seed0/pretrain_non_animal").exists()
+    assert [(study / "seed0" / name / "stops").read_text() for name in first] == ["1", "1"]
+    assert sorted(path.name for path in (study / "seed0").iterdir()) == sorted(first)
+    assert not list((study / "logs").glob("*.failed"))
+
+
+def test_a_failed_run_stops_no_other_and_is_named_at_the_end(tmp_path):
+    process = start_fake(tmp_path, "--jobs", "2", fake={"pretrain_animal": 255, "baseline_mae": 3})
+    out, err = finish(process)
+    assert process.returncode == 1, out + err
+    study = tmp_path / "runs/demo"
+    done = {path.parent.name for path in study.glob("seed0/*/metrics.json")}
+    assert done == {
+        "pretrain_non_animal",
+        "pretrain_mixed",
+        "finetune_non_animal",
+        "finetune_mixed",
+        "baseline_resnet50",
+    }
+    assert not starts(study, "seed0/finetune_animal") and not starts(study, "seed0/finetune_half")
+    assert (study / "logs/report.log").exists()
+    last = err.split("some runs failed; the report names what is missing")[1]
+    for name, script in (("pretrain_animal", "pretrain.py"), ("baseline_mae", "baseline.py")):
+        assert f"stage seed0_{name} failed with exit code" in last
+        assert f"log:     runs/demo/logs/seed0_{name}.log\n" in last
+        assert any("repeat:" in line and script in line and name in line for line in last.splitlines())
+    process = start_fake(tmp_path, "--jobs", "2", fake={})
+    out, err = finish(process)
+    assert process.returncode == 0, out + err
+    assert len(list(study.glob("seed0/*/metrics.json"))) == 9
+    assert not list((study / "logs").glob("*.failed"))
+    assert len(starts(study, "seed0/baseline_resnet50")) == 1
+
+
+def test_a_failed_run_stops_the_study_where_runs_are_made_one_after_another(tmp_path):
+    process = start_fake(tmp_path, "--jobs", "1", fake={"pretrain_non_animal": 3})
+    _, err = finish(process)
+    assert process.returncode == 3
+    assert "stage seed0_pretrain_non_animal failed with exit code 3" in err
+    assert sorted(path.name for path in (tmp_path / "runs/demo/seed0").iterdir()) == [
+        "pretrain_animal",
+        "pretrain_non_animal",
+    ]
+
+
+def test_the_demo_on_a_cpu_makes_a_run_for_each_core(tmp_path):
+    cores = min(len(os.sched_getaffinity(0)), study_script.DEMO_MOST_JOBS)
+    for args, jobs in ((["--demo"], cores), (["--demo", "--jobs", 1], 1), ([], 1)):
+        result = run_all("--dry_run", "--gpus", 0, *args, cwd=tmp_path)
+        assert result.returncode == 0 and f"CPU, {jobs} run(s) at a time" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("args", "named"),
+    [
+        (["--jobs", "0"], "--jobs takes a number of runs from 1 on"),
+        (["--jobs", "3", "--gpus", "2"], "--jobs 3 needs a GPU for each run"),
+        (["--jobs", "two"], "invalid int value"),
+    ],
+)
+def test_jobs_that_cannot_be_are_refused(args, named, tmp_path):
+    result = run_all("--dry_run", *args, cwd=tmp_path)
+    assert result.returncode == 2 and named in result.stderr and len(result.stderr.splitlines()) == 1
