@@ -25,6 +25,7 @@ from arms import RESNET
 from study import PlanLine, read_lines
 
 HERE = Path(__file__).resolve().parent
+LISTS = ("first", "second", "side_by_side", "tests", "finished_tests")
 START_SECONDS = 20  # in which a run that is to start has started
 STOPPED_BY = {signal.SIGINT: 130, signal.SIGTERM: 143}
 
@@ -65,14 +66,15 @@ def find_line(plan: list[PlanLine], folder: str) -> PlanLine:
 def list_folders(study: Path, plan: list[PlanLine], which: str) -> list[str]:
     """List folders of runs, relative to the study's for --run; those of tests as paths.
 
-    which: first (runs that depend on no other), second (those that start from one of these), tests (whatever is tested), or
-    finished_tests (those of them that are finished).
+    which: first (runs that depend on no other), second (those that start from one of these), side_by_side (all, in the order
+    that leaves no core idle), tests (whatever is tested), or finished_tests (those of them that are finished).
     """
-    if which == "first":
-        lines = [line for line in plan if not line.parent]
-        # ResNet-50 takes longest next to pre-training: begun early, it leaves no core idle at the end.
-        lines.sort(key=lambda line: (line.seed, line.arm != RESNET.name))
+    if which == "side_by_side":
+        # Parents before those that start from them; ResNet-50 takes longest next to pre-training, so it begins early.
+        lines = sorted(plan, key=lambda line: (bool(line.parent), line.seed, line.arm != RESNET.name))
         return [line.folder for line in lines]
+    if which == "first":
+        return [line.folder for line in plan if not line.parent]
     if which == "second":
         return [line.folder for line in plan if line.parent]
     tested = [study / line.folder for line in plan if line.stage != "pretrain"]
@@ -257,7 +259,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("study", type=Path, help="the study's folder")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--run", metavar="FOLDER", help="the run to carry out, as the plan names its folder")
-    what.add_argument("--list", choices=["first", "second", "tests", "finished_tests"], help="list folders instead")
+    what.add_argument("--list", choices=LISTS, help="list folders instead")
     parser.add_argument("--plan", type=Path, help="table of runs (default: study.tsv in the study's folder)")
     parser.add_argument("--launch", type=bash_words, default=[sys.executable], help="what starts a script")
     parser.add_argument("--flags", type=shlex.split, default=[], help="further flags of the script")

@@ -166,16 +166,18 @@ TABLE=$OUTPUT/study.tsv
 "$PYTHON" "$HERE/study.py" plan "$@" > "$TABLE.new" || exit
 mv "$TABLE.new" "$TABLE"
 
-mapfile -d '' -t FIRST < <("$PYTHON" "$HERE/carry_out.py" "$OUTPUT" --plan "$TABLE" --list first)
-mapfile -d '' -t SECOND < <("$PYTHON" "$HERE/carry_out.py" "$OUTPUT" --plan "$TABLE" --list second)
+folders() { "$PYTHON" "$HERE/carry_out.py" "$OUTPUT" --plan "$TABLE" --list "$1"; } # separated by NUL
 if [ "$JOBS" = 1 ]; then
+  mapfile -d '' -t FIRST < <(folders first)
+  mapfile -d '' -t SECOND < <(folders second)
   train "${FIRST[@]}"
   train "${SECOND[@]}"
 else # as soon as a core or GPU is free; a run waits for the one that it starts from
-  train "${FIRST[@]}" "${SECOND[@]}"
+  mapfile -d '' -t ALL < <(folders side_by_side)
+  train "${ALL[@]}"
 fi
 [ "$NODE_RANK" = 0 ] || exit 0
-mapfile -d '' -t TESTED < <("$PYTHON" "$HERE/carry_out.py" "$OUTPUT" --plan "$TABLE" --list "$([ "$DRY" = 1 ] && echo tests || echo finished_tests)")
+mapfile -d '' -t TESTED < <(folders "$([ "$DRY" = 1 ] && echo tests || echo finished_tests)")
 [ "${#TESTED[@]}" = 0 ] || evaluate "${TESTED[@]}"
 if [ "$TASK" = segment ]; then
   once reference "scoring predictors that look at no image" "$OUTPUT/reference.npz" "$PYTHON" "$HERE/evaluate.py" reference "${DATA[@]}" $REFERENCE --output "$OUTPUT/reference.npz"

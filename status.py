@@ -141,7 +141,7 @@ def count_open(runs: list[Progress]) -> int:
 def show_seconds(seconds: float | None) -> str:
     """Format a duration; what is not known yet is said."""
     if seconds is None:
-        return "… (first steps)"
+        return "not known yet"
     minutes = int(seconds + 0.5) // 60
     if minutes >= 60:
         return f"{minutes // 60} h {minutes % 60:02d} min"
@@ -161,7 +161,9 @@ def summary(runs: list[Progress], jobs: int) -> str:
         if run.state == "running":
             share = 100 * run.step / run.updates
             parts.append(f"{run.purpose} ({share:.0f} %)")
-    return f"{'; '.join(parts)}; time left: about {show_seconds(seconds_left(runs, jobs))}"
+    left = seconds_left(runs, jobs)
+    about = "" if left is None else "about "
+    return f"{'; '.join(parts)}; time left: {about}{show_seconds(left)}"
 
 
 def watch(study: Path, plan: list[PlanLine], jobs: int) -> None:

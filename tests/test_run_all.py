@@ -284,7 +284,7 @@ def test_a_stop_request_stops_the_study_even_if_the_stage_ends_well(number, code
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_stop_request_reaches_all_runs_side_by_side(number, code, tmp_path):
-    first = ("pretrain_animal", "pretrain_non_animal")
+    first = ("baseline_resnet50", "pretrain_animal")
     process = start_fake(tmp_path, "--jobs", "2", fake=dict.fromkeys(first, "wait 143"))
     study = tmp_path / "runs/demo"
     wait_for(lambda: all((study / "seed0" / name / "starts").exists() for name in first), process)
