@@ -141,6 +141,7 @@ class Parser(argparse.ArgumentParser):
     """
 
     def __init__(self, *args: Any, **options: Any):
+        options.setdefault("allow_abbrev", False)  # --output would be taken for --output_dir
         self._titled_groups = {}
         self._roles = {}
         super().__init__(*args, **options)

@@ -461,7 +461,7 @@ class TestSetting:
     ) -> dict[str, np.ndarray]:
         """Apply score(batch), which gives name -> value of each image [b], to all batches -> name -> values [N]."""
         columns = defaultdict(list)
-        with Progress("testing", len(batches)) as progress:
+        with Progress("testing", len(batches), unit="batch") as progress:
             for batch in batches:
                 with self.precision.autocast():
                     scores = score(batch)

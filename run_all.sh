@@ -156,6 +156,13 @@ evaluate() { # evaluate FOLDER...: score finished runs on the test images, unles
 # The study
 
 echo "study: $TITLE, $([ "$GPUS" -gt 0 ] && echo "$GPUS GPU(s)" || echo CPU), $JOBS run(s) at a time, output $OUTPUT"
+if [ "$DRY" = 0 ]; then
+  "$PYTHON" "$HERE/check_plan.py" "$@" || exit # before anything is written
+  if [ "$NODE_RANK" = 0 ] && command -v flock > /dev/null; then
+    mkdir -p "$OUTPUT" && exec 9>> "$OUTPUT/.lock" || exit 1
+    flock -n 9 || refuse "another run_all.sh works in $(printf '%q' "$OUTPUT"); wait for it or choose another --output"
+  fi
+fi
 DATA=(--data_root "$DATA_ROOT" --cache_dir "$CACHE" ${DEVICE[@]+"${DEVICE[@]}"})
 if [ "$DRAWN" = 1 ]; then
   run data "drawing photos of animals and things, so that nothing need be downloaded" "$PYTHON" "$HERE/prepare.py" demo --data_root "$DATA_ROOT"
@@ -163,8 +170,8 @@ fi
 run splits "listing which images each arm sees" "$PYTHON" "$HERE/prepare.py" splits --data_root "$DATA_ROOT" --cache_dir "$CACHE" --output "$OUTPUT/splits"
 TABLE=$OUTPUT/study.tsv
 [ "$DRY" = 0 ] || TABLE=$(mktemp)
-"$PYTHON" "$HERE/study.py" plan "$@" > "$TABLE.new" || exit
-mv "$TABLE.new" "$TABLE"
+"$PYTHON" "$HERE/study.py" plan "$@" > "$TABLE.$$" || { status=$?; rm -f "$TABLE.$$"; exit "$status"; }
+mv "$TABLE.$$" "$TABLE" || exit
 
 folders() { "$PYTHON" "$HERE/carry_out.py" "$OUTPUT" --plan "$TABLE" --list "$1"; } # separated by NUL
 if [ "$JOBS" = 1 ]; then

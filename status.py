@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from arms import Arm, find_arm
-from carry_out import Files, read_plan
+from carry_out import Files, is_held, read_plan
 from study import PlanLine
 
 PURPOSES = {
@@ -93,12 +93,14 @@ def read_progress(study: Path, line: PlanLine) -> Progress:
     elif files.failure.exists():
         progress.state = "failed"
     else:
-        progress.state = "running" if is_fresh(files) else "stopped"
+        progress.state = "running" if is_running(files) else "stopped"
     return progress
 
 
-def is_fresh(files: Files) -> bool:
-    """Tell whether a run has written to its log lately."""
+def is_running(files: Files) -> bool:
+    """Tell whether a run is being carried out; of one that was started by hand, whether it has written to its log lately."""
+    if files.lock.exists():
+        return is_held(files.lock)
     newest = 0.0
     for path in (files.config, files.folder / "log.jsonl", files.log):
         with contextlib.suppress(FileNotFoundError):  # a run that is repeated is removed first
@@ -212,7 +214,10 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 def main(args: argparse.Namespace) -> None:
     """Print the state of a study once, or again and again."""
-    plan = read_plan(args.study / "study.tsv")
+    table = args.study / "study.tsv"
+    if not table.is_file():
+        raise ValueError(f"{args.study} is no study: it has no study.tsv; give the folder that run_all.sh writes")
+    plan = read_plan(table)
     if args.watch:
         watch(args.study, plan, args.jobs)
     runs = [read_progress(args.study, line) for line in plan]

@@ -483,8 +483,9 @@ def shell_settings(args: argparse.Namespace) -> str:
     """Write the settings of run_all.sh as assignments for bash."""
     if not args.drawn and not args.dry_run:
         check_data(args)
-    if Path(args.output).exists() and not Path(args.output).is_dir():
-        raise PlanError(f"--output {quote(args.output)} is a file")
+    for folder in (Path(args.output), *Path(args.output).parents):
+        if folder.exists() and not folder.is_dir():
+            raise PlanError(f"--output {quote(args.output)}: {quote(str(folder))} is a file")
     img_size = str(DEMO_IMG_SIZE if args.demo else IMG_SIZE)
     given = flag_values(args.finetune_args, "--img_size")
     settings = {
@@ -504,16 +505,20 @@ def shell_settings(args: argparse.Namespace) -> str:
     return "".join(f"{name}={quote(value)}\n" for name, value in settings.items())
 
 
+def read_args(words: list[str], prog: str) -> argparse.Namespace:
+    """Read the options of a study; PlanError for what cannot be."""
+    args = complete(get_args_parser(prog).parse_args(join_values(words)))
+    check_names(args)
+    check_protocol(args)
+    return args
+
+
 def main(words: list[str]) -> None:
     """Print a plan, or the settings of run_all.sh."""
     what = words[0] if words else ""
     if what not in ("plan", "settings"):
         raise PlanError("say what to print: study.py plan, or study.py settings for run_all.sh")
-    prog = "run_all.sh" if what == "settings" else "study.py plan"
-    args = get_args_parser(prog).parse_args(join_values(words[1:]))
-    args = complete(args)
-    check_names(args)
-    check_protocol(args)
+    args = read_args(words[1:], "run_all.sh" if what == "settings" else "study.py plan")
     sys.stdout.reconfigure(errors="surrogateescape")  # names of folders may be any bytes
     if what == "settings":
         sys.stdout.write(shell_settings(args))

@@ -4,6 +4,7 @@ print(load_pretrained(build_segmenter("mae_base"), "mae_pretrain_vit_base.pth"))
 model, checkpoint = load_model("runs/study/seed0/finetune_animal/model.pt")
 """
 
+import errno
 import hashlib
 import math
 import os
@@ -74,7 +75,9 @@ def read_checkpoint(path: str | os.PathLike) -> dict:
         found = f"{path} is not a checkpoint of tensors and plain values only"
         raise CheckpointError(f"{found}; loading it could run code, so it is refused") from None
     except OSError as error:
-        raise CheckpointError(f"checkpoint {path} cannot be opened: {error.strerror}") from None
+        if error.errno != errno.EINVAL:  # which torch makes of a file that was cut short
+            raise CheckpointError(f"checkpoint {path} cannot be opened: {error.strerror}") from None
+        raise CheckpointError(f"{path} is damaged or no checkpoint; download or copy it again") from None
     except Exception:  # torch reports damaged archives with many types, and advises to load them unsafely
         raise CheckpointError(f"{path} is damaged or no checkpoint; download or copy it again") from None
     if not isinstance(content, dict):

@@ -64,7 +64,7 @@ def make_scripts(folder: Path) -> Path:
         shutil.copy(ROOT / name, folder)
     for name in ("pretrain.py", "finetune.py", "baseline.py"):
         (folder / name).write_text(TRAINING)
-    for name in ("prepare.py", "evaluate.py", "report.py"):
+    for name in ("prepare.py", "evaluate.py", "report.py", "check_plan.py"):
         (folder / name).write_text(OTHER)
     return folder
 
