@@ -5,7 +5,6 @@
 Prints nothing and ends with 0 if all is well, else with one line and exit code 2.
 """
 
-import shlex
 import sys
 
 import torch
@@ -13,6 +12,7 @@ import torch
 import baseline
 import finetune
 import pretrain
+from carry_out import bash_words
 from study import PlanError, PlanLine, flag_values, make_plan, read_args
 
 PARSERS = {
@@ -25,7 +25,7 @@ NAMES = {"pretrain": pretrain.OBJECTIVES, "finetune": finetune.TASKS, "baseline"
 
 def check_command(line: PlanLine) -> None:
     """Parse the command of a run; an unknown flag or value leaves with the parser's own line."""
-    words = shlex.split(line.command)[1:]
+    words = bash_words(line.command)[1:]
     flag = "--objective" if line.stage == "pretrain" else "--task"
     known = NAMES[line.stage]
     chosen = flag_values(words, flag)
@@ -52,6 +52,6 @@ def main(words: list[str]) -> None:
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
-    except PlanError as error:
+    except ValueError as error:
         print(f"run_all.sh: error: {error}", file=sys.stderr)
         sys.exit(2)
