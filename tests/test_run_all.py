@@ -89,6 +89,7 @@ def test_a_second_run_trains_nothing_and_says_so(study):
     assert result.stdout.count("finished before, skipped") >= 10
 
 
+@pytest.mark.slow  # a second study; acceptance.sh runs it
 def test_runs_side_by_side_give_the_same_networks_to_the_bit(study):
     out, args, _ = study
     beside = out.parent / "beside"
