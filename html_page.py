@@ -39,7 +39,7 @@ nav p { margin: 0 0 0.4rem; font-weight: 600; }
 nav ul { margin: 0; padding-left: 1.2rem; columns: 18rem; }
 .scroll { overflow-x: auto; margin: 1rem 0; }
 table { border-collapse: collapse; font-size: 0.87rem; line-height: 1.4; font-variant-numeric: tabular-nums; }
-th, td { padding: 0.4rem 0.55rem; text-align: left; vertical-align: top; border-bottom: 1px solid var(--line); }
+th, td { padding: 0.4rem 0.5rem; text-align: left; vertical-align: top; border-bottom: 1px solid var(--line); }
 thead th { vertical-align: bottom; border-bottom: 2px solid var(--faint); }
 tbody th { font-weight: 500; background: var(--page); position: sticky; left: 0; min-width: 8rem; }
 td { min-width: 3.5rem; max-width: 24rem; }
