@@ -262,11 +262,11 @@ def images_of_an_epoch(args: argparse.Namespace, split: Split) -> int:
     """Count the images of a nominal epoch.
 
     A split of another size than the animal split trains for as many updates as an arm of that size, unless --num_images
-    sets the size on purpose.
+    sets the size on purpose. Splits that are shares of animals have that size anyway.
     """
-    if args.num_images is None:
-        return splits.reference_size(args.data_root, **split_options(args))
-    return len(split.images)
+    if args.num_images is not None or args.split in splits.ANIMAL_FRACTIONS:
+        return len(split.images)
+    return splits.reference_size(args.data_root, **split_options(args))
 
 
 class Task(Objective):
@@ -537,11 +537,11 @@ def sum_over(
     return totals
 
 
-def load_init(model: nn.Module, path: str | None, dist: Distributed, part: str = "all") -> str | None:
+def load_init(model: nn.Module, path: str | None, dist: Distributed) -> str | None:
     """Load a checkpoint into a network and say what was taken; give its SHA-256, which defines the result."""
     if path is None:
         return None
-    report = load_pretrained(model, path, part)
+    report = load_pretrained(model, path)
     if dist.is_main:
         print(f"init: {report}", flush=True)
     return hash_file(path)

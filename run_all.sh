@@ -146,7 +146,7 @@ train() { # train FOLDER...: trainings of the plan, parents before those that st
 }
 
 evaluate() { # evaluate FOLDER...: score finished runs on the test images, unless all are scored
-  local tested=1 dir; shift 0
+  local tested=1 dir
   for dir in "$@"; do newer "$dir/test.npz" "$dir/model.pt" || tested=0; done
   if [ "$tested" = 1 ] && [ "$DRY" = 0 ]; then echo "== evaluate: finished before, skipped"; return; fi
   run evaluate "scoring each network once on the test images" "$PYTHON" "$HERE/evaluate.py" test "${DATA[@]}" "$@"

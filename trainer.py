@@ -309,7 +309,7 @@ class Trainer:
 
     def _accumulate(self, micro_batches: list[dict[str, Tensor]]) -> Tensor:
         """Add the gradients of all micro-batches up; gives their mean loss."""
-        loss_sum = torch.zeros((), device=self.dist.device)
+        loss_sum = 0.0
         for number, batch in enumerate(micro_batches, start=1):
             with self._gradients_reduced(last=number == len(micro_batches)):
                 with self.precision.autocast():
