@@ -346,8 +346,13 @@ def bootstrap(
     n = len(x)
     value = statistic(x.sum(0))
     resampled = [statistic(sums) for sums in _resampled_sums(x, resamples, seed)]
+    return _percentile_interval(value, np.concatenate(resampled), n, level)
+
+
+def _percentile_interval(value: np.ndarray, resampled: np.ndarray, n: int, level: float) -> Interval:
+    """Take the tails of resampled values, widened about the value because resampling n images understates the spread."""
     tails = [0.5 - level / 2, 0.5 + level / 2]
-    limits = np.nanquantile(np.concatenate(resampled), tails, axis=0)
+    limits = np.nanquantile(resampled, tails, axis=0)
     widening = math.sqrt(n / max(n - 1, 1))
     low, high = value + (limits - value) * widening
     return Interval(value, low, high)
@@ -392,8 +397,5 @@ def unpaired_bootstrap(
     value = statistic(a.sum(0)) - statistic(b.sum(0))
     resampled_a = [statistic(sums) for sums in _resampled_sums(a, resamples, seed)]
     resampled_b = [statistic(sums) for sums in _resampled_sums(b, resamples, seed + 1)]
-    tails = [0.5 - level / 2, 0.5 + level / 2]
-    limits = np.nanquantile(np.concatenate(resampled_a) - np.concatenate(resampled_b), tails, axis=0)
-    n = min(len(a), len(b))
-    low, high = value + (limits - value) * math.sqrt(n / max(n - 1, 1))
-    return Interval(value, low, high)
+    differences = np.concatenate(resampled_a) - np.concatenate(resampled_b)
+    return _percentile_interval(value, differences, min(len(a), len(b)), level)
