@@ -534,5 +534,6 @@ if __name__ == "__main__":
     try:
         main(sys.argv[1:])
     except ValueError as error:
-        print(f"study.py: error: {error}", file=sys.stderr)
+        asked = "run_all.sh" if sys.argv[1:2] == ["settings"] else "study.py"  # whose options were wrong
+        print(f"{asked}: error: {error}", file=sys.stderr)
         sys.exit(2)
