@@ -6,6 +6,7 @@ micro-batches. Copy this file together with augment.py and data.py.
 
 import functools
 import hashlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -301,7 +302,7 @@ class TrainBatches:
 
 
 class EvalBatches:
-    """Every image of a rank's share once, squashed to img_size, with its targets.
+    """Every image of a rank's share once, squashed to img_size, with its targets, in batches of at most batch_size.
 
     Yields dictionaries: index int64 [b] (entries of the list), images [b, 3, H, W] scaled for the network, and a row
     [b, ...] of each target, all on the device. targets: name -> tensor [N, ...] on the device.
@@ -318,7 +319,9 @@ class EvalBatches:
         dist: Place = ALONE,
     ):
         mine = np.arange(len(images.rows))[dist.rank :: dist.world_size]
-        self.parts = [mine[first : first + batch_size] for first in range(0, len(mine), batch_size)]
+        # As many batches as needed, and all of one size if that is possible.
+        even = math.ceil(len(mine) / math.ceil(len(mine) / batch_size)) if len(mine) else batch_size
+        self.parts = [mine[first : first + even] for first in range(0, len(mine), even)]
         self.targets = targets or {}
         augmentation = Augmentation(img_size, inputs=inputs)
         self.pipeline = Pipeline({"images": images}, augmentation, batch_size, dist.device)

@@ -337,7 +337,7 @@ class Training:
         def evaluate() -> None:
             with torch.no_grad(), self.trainer.precision.autocast():
                 for batch in micro_batches:
-                    self.objective.loss(self.objective.model, batch)
+                    self.objective.loss(self.objective.scoring_network, batch)
 
         return Contestant(evaluate)
 

@@ -14,6 +14,8 @@ from torch import Tensor
 import models
 from models import MaskedAutoencoder
 
+FORWARD = MaskedAutoencoder.forward
+
 
 def explicit_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Compute attention on [B, heads, N, D] as three operations instead of one fused kernel."""
@@ -22,13 +24,13 @@ def explicit_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return weights @ v
 
 
-def permuted_attention(self: models.Attention, x: Tensor) -> Tensor:
+def permuted_attention(self: models.Attention, x: Tensor, first: int = 0) -> Tensor:
     """Do Attention.forward with q, k and v as one permuted view [3, B, heads, N, D], as most public ViTs have it."""
     B, N, D = x.shape
     qkv = self.qkv(x).reshape(B, N, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
     q, k, v = qkv.unbind(0)
-    attended = F.scaled_dot_product_attention(q, k, v)
-    return self.proj(attended.transpose(1, 2).reshape(B, N, D))
+    attended = F.scaled_dot_product_attention(q[:, :, first:], k, v)
+    return self.proj(attended.transpose(1, 2).reshape(B, N - first, D))
 
 
 def gathered_rows(x: Tensor, ids: Tensor) -> Tensor:
@@ -43,8 +45,8 @@ def identity(self: models.PatchEmbed, x: Tensor) -> Tensor:
 
 
 def all_patches_embedded(
-    self: MaskedAutoencoder, images: Tensor, mask_ratio: float, noise: Tensor
-) -> tuple[Tensor, Tensor, None]:
+    self: MaskedAutoencoder, images: Tensor, mask_ratio: float, noise: Tensor, loss_only: bool
+) -> Tensor:
     """Do MaskedAutoencoder.forward with the convolution over all patches, most of which are then dropped."""
     patches = models.patchify(images, self.patch_size)
     visible = self.num_visible(mask_ratio)
@@ -53,14 +55,21 @@ def all_patches_embedded(
     embedded = self.patch_embed.proj(images).flatten(2).transpose(1, 2)
     with mock.patch.object(type(self.patch_embed), "forward", identity):
         latent = self.forward_encoder(models.take_rows(embedded, visible_ids), visible_ids)
-    pred = self.forward_decoder(latent, order)[:, visible:]
-    loss = self.forward_loss(models.take_rows(patches, order[:, visible:]), pred)
-    return loss, pred, None
+    pred = self.forward_decoder(latent, order, masked_only=True)
+    return self.forward_loss(models.take_rows(patches, order[:, visible:]), pred)
+
+
+def all_tokens_in_last_block(
+    self: MaskedAutoencoder, images: Tensor, mask_ratio: float, noise: Tensor, loss_only: bool
+) -> Tensor:
+    """Do MaskedAutoencoder.forward with a last decoder block that computes the visible patches' tokens too."""
+    loss, _, _ = FORWARD(self, images, mask_ratio, noise)
+    return loss
 
 
 def unshuffled_decoder(
-    self: MaskedAutoencoder, images: Tensor, mask_ratio: float, noise: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+    self: MaskedAutoencoder, images: Tensor, mask_ratio: float, noise: Tensor, loss_only: bool
+) -> Tensor:
     """Do MaskedAutoencoder.forward with tokens in image order and a masked mean over the loss of all patches."""
     patches = models.patchify(images, self.patch_size)
     visible = self.num_visible(mask_ratio)
@@ -79,7 +88,7 @@ def unshuffled_decoder(
     target = patches.float()
     mean, std = self.patch_statistics(target)
     loss = (pred.float() - (target - mean) / std).square().mean(-1)
-    return (loss * mask).sum() / mask.sum(), pred, mask
+    return (loss * mask).sum() / mask.sum()
 
 
 class Patch(NamedTuple):
@@ -95,6 +104,7 @@ PATCHES = {
     "q, k, v as one permuted view": Patch(models.Attention, "forward", permuted_attention),
     "rows picked by torch.gather": Patch(models, "take_rows", gathered_rows),
     "all patches embedded by the convolution": Patch(MaskedAutoencoder, "forward", all_patches_embedded),
+    "last decoder block on all tokens": Patch(MaskedAutoencoder, "forward", all_tokens_in_last_block),
     "tokens unshuffled, loss of all patches": Patch(MaskedAutoencoder, "forward", unshuffled_decoder),
 }
 # Settings of torch.optim.AdamW, which the training loop runs fused.

@@ -164,11 +164,24 @@ class Attention(nn.Module):
         B, N, _ = x.shape
         return x.view(B, N, self.num_heads, -1).transpose(1, 2)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        # Three chunks instead of one permuted view: the backward pass then writes the gradient in its final layout.
-        q, k, v = self.qkv(x).chunk(3, dim=-1)
+    def forward(self, x: torch.Tensor, first: int = 0) -> torch.Tensor:
+        """Attend from the tokens of x [B, N, D] from number `first` on to all of them -> [B, N - first, D]."""
+        if first == 0:
+            # Three chunks instead of one permuted view: the backward pass then writes the gradient in its final layout.
+            q, k, v = self.qkv(x).chunk(3, dim=-1)
+        else:
+            q, k, v = self.fewer_queries(x, first)
         attended = F.scaled_dot_product_attention(self.split_heads(q), self.split_heads(k), self.split_heads(v))
-        return self.proj(attended.transpose(1, 2).reshape(x.shape))
+        return self.proj(attended.transpose(1, 2).flatten(2))
+
+    def fewer_queries(self, x: torch.Tensor, first: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Compute queries [B, N - first, D] of the tokens from number `first` on, keys and values [B, N, D] of all."""
+        D = x.shape[-1]
+        query_weight, other_weight = self.qkv.weight.split([D, 2 * D])
+        query_bias, other_bias = self.qkv.bias.split([D, 2 * D])
+        q = F.linear(x[:, first:], query_weight, query_bias)
+        k, v = F.linear(x, other_weight, other_bias).chunk(2, dim=-1)
+        return q, k, v
 
 
 class Mlp(nn.Module):
@@ -193,12 +206,16 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
 
-    def forward(self, x: torch.Tensor, scale: torch.Tensor | None = None) -> torch.Tensor:
-        """Transform x [B, N, D]; scale [B, 2]: factors of the two residual branches (stochastic depth)."""
-        attended = self.attn(self.norm1(x))
+    def forward(self, x: torch.Tensor, scale: torch.Tensor | None = None, first: int = 0) -> torch.Tensor:
+        """Transform x [B, N, D] -> [B, N - first, D].
+
+        scale [B, 2]: factors of the two residual branches (stochastic depth). first: only the tokens from this number on
+        are computed; the others serve as keys and values.
+        """
+        attended = self.attn(self.norm1(x), first)
         if scale is not None:
             attended = attended * scale[:, 0, None, None]
-        x = x + attended
+        x = x[:, first:] + attended
         transformed = self.mlp(self.norm2(x))
         if scale is not None:
             transformed = transformed * scale[:, 1, None, None]
@@ -404,28 +421,32 @@ class MaskedAutoencoder(ViT):
         nn.init.normal_(self.mask_token, std=0.02)
 
     def forward(
-        self, images: torch.Tensor, mask_ratio: float = 0.75, noise: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        self, images: torch.Tensor, mask_ratio: float = 0.75, noise: torch.Tensor | None = None, loss_only: bool = False
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Mask, encode, decode and score images [B, C, H, W] -> (loss, pred [B, L, p*p*C] in image order, mask [B, L]).
 
         noise [B, L] in [0, 1) fixes the masking: the patches of lowest noise stay visible (mask 0), ties broken by position.
-        The loss is the mean squared error over the masked patches, over all of them at mask_ratio 0.
+        The loss is the mean squared error over the masked patches, over all of them at mask_ratio 0. loss_only: give the
+        loss alone, as training does; what only the visible patches' predictions need is then not computed.
         """
         patches = patchify(images, self.patch_size)
         B, L, _ = patches.shape
         visible = self.num_visible(mask_ratio)
         if visible == L:
-            return self.forward_unmasked(patches)
+            loss, pred, mask = self.forward_unmasked(patches)
+            return loss if loss_only else (loss, pred, mask)
         if noise is None:
             noise = torch.rand(B, L, device=images.device)
         order = torch.argsort(noise, dim=1, stable=True)  # [B, L], visible patches first
         visible_ids = order[:, :visible]
-        masked_ids = order[:, visible:]
+        masked = take_rows(patches, order[:, visible:])
         latent = self.forward_encoder(take_rows(patches, visible_ids), visible_ids)
         # Self-attention is permutation-equivariant, so the decoder runs on the shuffled sequence: its features need no
         # unshuffling, and the masked patches, the only ones in the loss, are one slice.
+        if loss_only:
+            return self.forward_loss(masked, self.forward_decoder(latent, order, masked_only=True))
         pred = self.forward_decoder(latent, order)
-        loss = self.forward_loss(take_rows(patches, masked_ids), pred[:, visible:])
+        loss = self.forward_loss(masked, pred[:, visible:])
         restore = torch.argsort(order, dim=1)
         mask = (restore >= visible).to(images.dtype)
         return loss, take_rows(pred, restore), mask
@@ -438,8 +459,14 @@ class MaskedAutoencoder(ViT):
         loss = loss + 0 * self.mask_token.sum()
         return loss, pred, patches.new_zeros(patches.shape[:2])
 
-    def forward_decoder(self, latent: torch.Tensor, order: torch.Tensor | None = None) -> torch.Tensor:
-        """Decode [B, 1 + K, D] -> [B, L, p*p*C]; masked positions are order[:, K:], and the output follows `order`."""
+    def forward_decoder(
+        self, latent: torch.Tensor, order: torch.Tensor | None = None, masked_only: bool = False
+    ) -> torch.Tensor:
+        """Decode [B, 1 + K, D] -> [B, L, p*p*C]; masked positions are order[:, K:], and the output follows `order`.
+
+        masked_only: give the masked patches alone [B, L - K, p*p*C]. In the last block, the other tokens then serve as keys
+        and values only.
+        """
         x = self.decoder_embed(latent)
         positions = self.decoder_pos_embed
         if order is not None:
@@ -449,9 +476,15 @@ class MaskedAutoencoder(ViT):
             rows = F.pad(order + 1, (1, 0))  # row 0 belongs to the class token
             positions = F.embedding(rows, positions[0])
         x = x + positions
-        for block in self.decoder_blocks:
-            x = block(x)
-        return self.decoder_pred(self.decoder_norm(x)[:, 1:])
+        first = latent.shape[1] if masked_only else 1  # the token that the first prediction comes from
+        asked = x.shape[1] - first
+        last = len(self.decoder_blocks) - 1
+        for i, block in enumerate(self.decoder_blocks):
+            if masked_only and i == last:
+                x = block(x, first=first)
+            else:
+                x = block(x)
+        return self.decoder_pred(self.decoder_norm(x)[:, -asked:])
 
     def forward_loss(self, patches: torch.Tensor, pred: torch.Tensor) -> torch.Tensor:
         """Compute the mean squared error of pred [B, K, p*p*C] against the pixels of patches [B, K, p*p*C] in float32."""

@@ -10,6 +10,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,6 +28,27 @@ from weights import ENCODER_KEYS, hash_file, load_pretrained
 
 LARGEST_VALIDATION_BATCH = 256
 VALIDATION_SEED = 20170  # of what pre-training validates with: masks, noise
+
+
+class ScoringNetwork:
+    """A network as validation calls it: compiled for the size of the first batch, plain for another.
+
+    The last batch of a list is often smaller than the others, and compiling for its size would take longer than it.
+    """
+
+    def __init__(self, plain: nn.Module, compiled: nn.Module):
+        self.plain = plain
+        self.compiled = compiled
+        self.batch_size: int | None = None
+
+    def __call__(self, images: Tensor, *others: Any, **options: Any) -> Any:
+        """Call the network on images [B, C, H, W]."""
+        if self.batch_size is None:
+            self.batch_size = len(images)
+        network = self.plain
+        if len(images) == self.batch_size:
+            network = self.compiled
+        return network(images, *others, **options)
 
 
 class Objective:
@@ -48,6 +70,14 @@ class Objective:
     split: Split
     epoch_images: int
     batch_size: int
+    compiled: ScoringNetwork | None = None  # set by the loop if it compiles the model
+
+    @property
+    def scoring_network(self) -> Callable:
+        """Give what validation calls: the model, compiled if the loop does so."""
+        if self.compiled is None:
+            return self.model
+        return self.compiled
 
     @staticmethod
     def add_arguments(parser: Parser) -> None:
@@ -197,7 +227,7 @@ class Pretraining(Objective):
         return scores
 
     def _loss_of_model(self, batch: dict[str, Tensor]) -> Tensor:
-        return self.loss(self.model, batch)
+        return self.loss(self.scoring_network, batch)
 
     def mean_over(
         self, name: str, loss_of: Callable[[dict[str, Tensor]], Tensor], stopping: Callable[[], bool] = lambda: False

@@ -57,8 +57,7 @@ class MaskedPixels(Pretraining):
         return {"noise": uniform(self.model.num_patches)}
 
     def loss(self, network: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-        loss, _, _ = network(batch["images"], self.args.mask_ratio, batch["noise"])
-        return loss
+        return network(batch["images"], self.args.mask_ratio, batch["noise"], loss_only=True)
 
     def validate(self, step: int, stopping: Callable[[], bool]) -> dict[str, float] | None:
         epoch_updates = self.args.epoch_updates or self.epoch_images // self.batch_size

@@ -231,7 +231,7 @@ class Segmentation(Task):
 
     def _score(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         truth = batch["truth"].long()
-        logits = self.model(batch["images"]).float()
+        logits = self.scoring_network(batch["images"]).float()
         loss = F.cross_entropy(logits, truth, reduction="sum").double()
         return {"loss": loss, "counts": confusion(truth, logits.argmax(1)).sum(0)}
 

@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 import engine
 from batches import TrainBatches, share_of_batch
 from engine import Distributed, EngineError, Parser, Precision, Progress, at_least, seed_number
-from objective import Objective
+from objective import Objective, ScoringNetwork
 from runs import RunFolder
 
 OPTIMIZERS = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}
@@ -31,7 +31,14 @@ KEPT_RATES = 1000  # rates that a checkpoint remembers for their median
 
 
 def add_training_arguments(
-    parser: Parser, *, output_dir: str, epochs: int, batch_size: int, warmup_epochs: float, min_lr: float
+    parser: Parser,
+    *,
+    output_dir: str,
+    epochs: int,
+    batch_size: int,
+    warmup_epochs: float,
+    min_lr: float,
+    val_epochs: int = 1,
 ) -> None:
     """Add the flags that all training scripts have; the keyword arguments are the defaults of one script."""
     how = parser.flags("data", role="computation")
@@ -58,6 +65,12 @@ def add_training_arguments(
         type=at_least(1, int),
         help="updates that count as an epoch, for the schedule and between validations (default: one pass over the "
         "data); few images need it to train long enough",
+    )
+    recipe(
+        "--val_epochs",
+        type=at_least(1, int),
+        default=val_epochs,
+        help="epochs between validations; the last epoch is always validated",
     )
     recipe(
         "--batch_size",
@@ -97,7 +110,9 @@ def add_training_arguments(
     how("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     how("--precision", choices=["auto", "bf16", "fp16", "fp32"], default="auto", help="auto: bf16 or fp16 on GPUs")
     how("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the network (default: on GPUs)")
-    how("--save_minutes", type=at_least(0), default=5, help="minutes between checkpoints; 0: one after every epoch")
+    how(
+        "--save_minutes", type=at_least(0), default=5, help="minutes between checkpoints; 0: one after every validation"
+    )
     how("--log_every", type=at_least(1, int), default=50, help="steps between lines of log.jsonl")
     how("--dry_run", action="store_true", help="print the plan of the run and leave")
 
@@ -106,7 +121,8 @@ def add_training_arguments(
 class Plan:
     """How many updates a run makes, and at which rates."""
 
-    epoch_steps: int  # updates of a nominal epoch; validation runs at its end
+    epoch_steps: int  # updates of a nominal epoch
+    val_steps: int  # updates between validations
     total_steps: int
     warmup_steps: int
     batch_size: int
@@ -135,6 +151,7 @@ def plan_run(objective: Objective, args: argparse.Namespace, dist: Distributed) 
     share_of_batch(objective.batch_size, dist.world_size, args.micro_batch_size, images)
     return Plan(
         epoch_steps=epoch_steps,
+        val_steps=args.val_epochs * epoch_steps,
         total_steps=args.epochs * epoch_steps,
         warmup_steps=round(args.warmup_epochs * epoch_steps),
         batch_size=objective.batch_size,
@@ -262,7 +279,10 @@ class Trainer:
         self.flops = objective.flops()
         self.params = [p for group in plan.groups for p in group["params"]]
         self.optimizer = self._make_optimizer()
-        self.network = self._wrap(self.model)
+        compiled = self._compile(self.model)
+        self.network = self._distribute(compiled)
+        if compiled is not self.model:
+            objective.compiled = ScoringNetwork(self.model, compiled)
         self.state = TrainState()
         self.meter = Meter(dist.device)
         self.clock = Clock()
@@ -277,18 +297,21 @@ class Trainer:
         make = OPTIMIZERS[self.args.optimizer]
         return make(groups, lr=self.plan.lr, betas=self.objective.betas, fused=True)
 
-    def _wrap(self, network: nn.Module) -> nn.Module:
-        """Compile the network and let DistributedDataParallel average its gradients, where that applies."""
-        on_gpu = self.dist.device.type == "cuda"
+    def _compile(self, network: nn.Module) -> nn.Module:
+        """Compile the network, by default on GPUs."""
         wanted = self.args.compile
         if wanted is None:
-            wanted = on_gpu
-        if wanted:
-            network = torch.compile(network, dynamic=False)
-        if self.dist.world_size > 1:
-            ids = [self.dist.device] if on_gpu else None
-            network = DistributedDataParallel(network, device_ids=ids, gradient_as_bucket_view=True)
-        return network
+            wanted = self.dist.device.type == "cuda"
+        if not wanted:
+            return network
+        return torch.compile(network, dynamic=False)
+
+    def _distribute(self, network: nn.Module) -> nn.Module:
+        """Let DistributedDataParallel average the gradients of several processes."""
+        if self.dist.world_size == 1:
+            return network
+        ids = [self.dist.device] if self.dist.device.type == "cuda" else None
+        return DistributedDataParallel(network, device_ids=ids, gradient_as_bucket_view=True)
 
     # -- one update ---------------------------------------------------------------------------------------------------
 
@@ -369,7 +392,7 @@ class Trainer:
         number = self.state.step + 1
         is_last = number == self.plan.total_steps
         log_due = is_last or number % self.args.log_every == 0
-        val_due = is_last or number % self.plan.epoch_steps == 0
+        val_due = is_last or number % self.plan.val_steps == 0
         norm = self.train_step(micro_batches, want_norm=log_due)
         self.clock.images += self.plan.batch_size
         if log_due or val_due or self.state.step >= self.next_look:
@@ -378,7 +401,7 @@ class Trainer:
     def _validation_was_interrupted(self) -> bool:
         """Tell whether a stop request broke off the validation that belongs to this step."""
         step = self.state.step
-        if step == 0 or step % self.plan.epoch_steps != 0:
+        if step == 0 or step % self.plan.val_steps != 0:
             return False
         return self.state.last_val is None or self.state.last_val["step"] != step
 

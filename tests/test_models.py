@@ -443,3 +443,41 @@ def test_an_autoencoder_may_predict_other_channels_than_it_reads():
 
 def test_an_autoencoder_has_no_buffers_that_processes_would_broadcast_at_every_step():
     assert list(MaskedAutoencoder(**SMALL).buffers()) == []
+
+
+@pytest.mark.parametrize("decoder_depth", [0, 1, 3])
+@pytest.mark.parametrize("mask_ratio", [0.0, 0.25, 0.75])
+def test_the_loss_alone_equals_the_loss_beside_prediction_and_mask_with_all_gradients(decoder_depth, mask_ratio):
+    sizes = {**SMALL, "decoder_depth": decoder_depth}
+    model = spread(MaskedAutoencoder(**sizes)).double()
+    images = torch.randn(3, 3, 32, 32, dtype=torch.float64)
+    noise = torch.rand(3, 16, dtype=torch.float64)
+    trained = [p for p in model.parameters() if p.requires_grad]
+
+    loss, _, _ = model(images, mask_ratio, noise)
+    expected = torch.autograd.grad(loss, trained, allow_unused=True)
+    alone = model(images, mask_ratio, noise, loss_only=True)
+    found = torch.autograd.grad(alone, trained, allow_unused=True)
+
+    assert abs(alone.item() - loss.item()) <= 1e-14
+    for ours, theirs in zip(found, expected, strict=True):
+        assert (ours is None) == (theirs is None)
+        if ours is not None:
+            torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-15)
+
+
+def test_the_last_block_spares_the_visible_tokens_when_the_loss_is_asked_alone():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model = MaskedAutoencoder(**SMALL)
+    images, noise = torch.randn(2, 3, 32, 32), torch.rand(2, 16)
+    counts = []
+    for loss_only in (False, True):
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            model(images, 0.75, noise, loss_only=loss_only)
+        counts.append(counter.get_total_flops())
+    tokens, spared, dim = 17, 5, 16
+    products = 2 * spared * (dim * dim + dim * dim + 8 * dim * dim)  # queries, projection, MLP
+    attention = 4 * spared * tokens * dim
+    prediction = 2 * 4 * dim * 8 * 8 * 3  # of the visible patches; the class token's was never made
+    assert counts[0] - counts[1] == 2 * (products + attention + prediction)
