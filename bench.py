@@ -25,45 +25,56 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 import baseline
 import bench_choices
+import bench_eager
 import bench_peers
+import bench_products
+import bench_rest
 import finetune
 import pretrain
 from batches import TrainBatches
+from bench_timing import Contestant, Pace, Stopwatch, Timing
 from engine import Distributed, EngineError, Parser, Precision, at_least, hardware_name, launch, peak_flops, setup
 from models import MODELS
-from objective import Objective
+from objective import Objective, TestSetting
 from runs import RunFolder
 from tasks import TASKS
 from trainer import Trainer, plan_run
 
 TRAININGS = ("pretrain", "finetune", "resnet50")
-DEFAULT_TASKS = (*TRAININGS, "data", "study", "scaling")
+DEFAULT_TASKS = (*TRAININGS, "data", "rest", "study", "products", "scaling")
 
 # Variants of a measurement, as the report names them.
 REAL = "this project, real batches"
 SYNTHETIC = "this project, synthetic"
-WHOLE_STUDY = "3 x 150 + 6 x 100 epochs and evaluation"
+EAGER = "facebookresearch/mae-style eager step, synthetic"
+WHOLE_STUDY = "3 x 150 + 6 x 100 epochs, data, validation, tests, starts, checkpoints"
 
-# The paper's study: images through training, and through evaluation (validation after each epoch, then the test set).
+# The paper's study: images through training, validation, decoding and tests, and the starts of nine runs.
 STUDY = {
     "pretrain": 3 * 150 * 25_739,
     "finetune": 5 * 100 * 5_144,
     "resnet50": 100 * 5_144,
-    "pretrain evaluation": 3 * 150 * 2 * 1_016,
-    "finetune evaluation": 5 * (100 * 1_102 + 1_103),
-    "resnet50 evaluation": 100 * 1_102 + 1_103,
+    "pretrain validation": 3 * 150 * 2 * 1_016,
+    "finetune validation": 5 * 100 * 1_102,
+    "resnet50 validation": 100 * 1_102,
+    "decoding": 61_036 + 2 * 7_349,
+    "testing": 6 * 1_103,
+    "starting": 9,
 }
+CHECKPOINT_EVERY = 300  # seconds, as --save_minutes has it
+# Validation images per image of training: what validation after every epoch adds.
+VALIDATED = {"pretrain": 2 * 1_016 / 25_739, "finetune": 1_102 / 5_144, "resnet50": 1_102 / 5_144}
 COLUMNS = (
     "task",
     "variant",
@@ -94,9 +105,11 @@ def get_args_parser() -> Parser:
         nargs="+",
         choices=list(MEASUREMENTS),
         default=DEFAULT_TASKS,
-        help="what to measure; study: from the trainings' rates; choices: pre-training with each choice in it undone;\n"
+        help="what to measure. rest: start, decoding, checkpoints, tests; study: its time from all these rates;\n"
+        "products: the matrix products of a step alone; choices: pre-training with each choice in it undone;\n"
         "objectives: all objectives of pretrain.py (default: all but the last two)",
     )
+    add("--choices", nargs="+", choices=choice_names(), help="with --tasks choices: only these (default: all)")
     add("--quick", action="store_true", help="mae_small, few images and turns: a check that takes two minutes")
     add("--synthetic", action="store_true", help="no real batches: one batch of random pixels, again and again")
     add("--peers", action="store_true", help="also transformers, timm and PIL + torchvision (requirements-dev.txt)")
@@ -110,6 +123,7 @@ def get_args_parser() -> Parser:
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     add("--precision", choices=["auto", "bf16", "fp16", "fp32"], default="auto", help="as in training")
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile all contestants (default: on GPUs)")
+    add("--cuda_graph", action=argparse.BooleanOptionalAction, help="as in training (default: on one GPU, compiled)")
     add("--repeats", type=at_least(1, int), help="turns of each contestant (default 7)")
     add("--data_root", help="photos to read (default: drawn ones in a temporary folder)")
     add("--cache_dir", help="folder of their decoded images (default: a temporary folder)")
@@ -195,104 +209,6 @@ def describe_machine(device: torch.device, peers: bool) -> dict:
 def usable_cores() -> int:
     """Count the cores that this process may run on."""
     return len(os.sched_getaffinity(0))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Timing
-
-
-@dataclass
-class Contestant:
-    """What is timed.
-
-    step: does one step, of any number of images. flops: floating-point operations per image. state_bytes: what the
-    contestant keeps on the device between its turns (weights and optimizer).
-    """
-
-    step: Callable[[], object]
-    flops: float | None = None
-    state_bytes: int = 0
-
-
-class Pace(NamedTuple):
-    """The steps of a turn."""
-
-    steps: int  # timed
-    settle: int  # before them, untimed: they empty queues that filled while others had their turns
-
-
-@dataclass
-class Timing:
-    """The turns of one contestant."""
-
-    contestant: Contestant
-    turns: list[float] = field(default_factory=list)  # seconds of a step
-    memory: int | None = None  # bytes at the peak of its last turn; None on CPUs
-
-    @property
-    def seconds(self) -> float:
-        """The median time of a step."""
-        return median(self.turns)
-
-    def ratio(self, first: "Timing") -> float:
-        """Compare with another contestant's time, by pairs of the same turn."""
-        return median(mine / other for mine, other in zip(self.turns, first.turns, strict=True))
-
-
-class Stopwatch:
-    """Times steps on a device."""
-
-    def __init__(self, device: torch.device, repeats: int, compiled: bool):
-        self.on_gpu = device.type == "cuda"
-        self.repeats = repeats
-        self.usual_pace = Pace(steps=1, settle=0)
-        if compiled:
-            self.usual_pace = Pace(steps=1, settle=2)
-        if self.on_gpu:
-            self.usual_pace = Pace(steps=10, settle=2)
-
-    def seconds(self, step: Callable[[], object], pace: Pace, clock: Callable[[], float] = time.perf_counter) -> float:
-        """Time a step, in seconds of the clock; the device is synchronised before and after."""
-        self._repeat(step, pace.settle)
-        start = clock()
-        self._repeat(step, pace.steps)
-        return (clock() - start) / pace.steps
-
-    def _repeat(self, step: Callable[[], object], times: int) -> None:
-        for _ in range(times):
-            step()
-        if self.on_gpu:
-            torch.cuda.synchronize()
-
-    def take_turns(self, contestants: dict[str, Contestant], pace: Pace) -> dict[str, Timing]:
-        """Time contestants in turns, the order of which changes; gives a timing for each name."""
-        timings = {name: Timing(contestant) for name, contestant in contestants.items()}
-        for name in contestants:  # compilation, allocators and optimizers warm up
-            self._take_turn(timings[name], pace)
-            timings[name].turns.clear()
-        for turn in range(1, self.repeats + 1):
-            for name in order_of_turn(list(contestants), turn):
-                self._take_turn(timings[name], pace)
-        return timings
-
-    def _take_turn(self, timing: Timing, pace: Pace) -> None:
-        contestant = timing.contestant
-        if not self.on_gpu:
-            timing.turns.append(self.seconds(contestant.step, pace))
-            return
-        torch.cuda.reset_peak_memory_stats()
-        others = torch.cuda.memory_allocated() - contestant.state_bytes
-        timing.turns.append(self.seconds(contestant.step, pace))
-        timing.memory = torch.cuda.max_memory_allocated() - others
-
-
-def order_of_turn(names: list[str], turn: int) -> list[str]:
-    """Arrange contestants so that, over the turns, each one comes early and late, and after different ones."""
-    first = turn // 2 % len(names)
-    order = names[first:] + names[:first]
-    if turn % 2 == 1:
-        order.reverse()
-    return order
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -402,7 +318,13 @@ class Workshop:
             f"--device={self.args.device}",
             f"--precision={self.args.precision}",
             "--compile" if self.args.compile else "--no-compile",
+            *self._graph_flags(),
         ]
+
+    def _graph_flags(self) -> list[str]:
+        if self.args.cuda_graph is None:
+            return []
+        return ["--cuda_graph" if self.args.cuda_graph else "--no-cuda_graph"]
 
     def _sized(self, objective: Objective) -> Objective:
         """Let an objective train on four batches or more: a short list is repeated, a long one cut."""
@@ -466,14 +388,22 @@ class Bench:
         count: int,
         pace: Pace | None = None,
         describe: Callable[[Timing, Timing], str] | None = None,
+        apart: bool = False,
     ) -> None:
         """Time contestants of steps of `count` images and record them, with ratios over the first one.
 
-        describe: what a timing and that of the first contestant amount to, for the last column.
+        describe: what a timing and that of the first contestant amount to, for the last column. apart: one contestant
+        after the other, each compiled anew; a compiled step would not notice what another one has replaced.
         """
         if pace is None:
             pace = self.stopwatch.usual_pace
-        timings = self.stopwatch.take_turns(contestants, pace)
+        if apart:
+            timings = {}
+            for name, contestant in contestants.items():
+                torch.compiler.reset()
+                timings |= self.stopwatch.take_turns({name: contestant}, pace)
+        else:
+            timings = self.stopwatch.take_turns(contestants, pace)
         first = next(iter(timings.values()))
         for name, timing in timings.items():
             fields = self.fields_of(timing, first, count)
@@ -529,22 +459,43 @@ def measure_training(bench: Bench, task: str) -> None:
         for name, peer in bench_peers.peers_of(task, training.objective).items():
             peer_training = bench.workshop.training(peer, training.batches)
             contestants[name] = peer_training.contestant(itertools.repeat(micro_batches))
+        if task == "pretrain":
+            contestants[EAGER] = eager_contestant(training, micro_batches)
     bench.compare(task, contestants, count)
     if bench.args.profile:
         profile(bench, task, contestants.get(REAL, contestants[SYNTHETIC]))
-    bench.compare(f"{task} evaluation", {SYNTHETIC: training.evaluation(micro_batches)}, count)
+    bench.compare(f"{task} validation", {SYNTHETIC: training.evaluation(micro_batches)}, count)
+    note_validation(bench, task)
+
+
+def eager_contestant(training: Training, micro_batches: list[dict[str, Tensor]]) -> Contestant:
+    """Make a contestant of the step that most public code has."""
+    own = training.contestant(itertools.repeat(micro_batches))
+    mask_ratio = training.objective.args.mask_ratio
+    step = bench_eager.eager_step(training.objective.model, micro_batches[0], mask_ratio)
+    return dataclasses.replace(own, step=step)
+
+
+def note_validation(bench: Bench, task: str) -> None:
+    """Record what validation after every epoch would add to training."""
+    rows = bench.ledger.rows
+    trained = [row["img_s"] for row in rows if row["task"] == task and row["variant"] in (REAL, SYNTHETIC)]
+    validated = [row["img_s"] for row in rows if row["task"] == f"{task} validation"]
+    share = VALIDATED[task] * trained[-1] / validated[-1]
+    note = f"after every epoch, validation adds {share:.1%} to the time of training"
+    bench.ledger.record(f"{task} validation", "share", model=bench.model_of(task), share=share, note=note)
 
 
 def profile(bench: Bench, task: str, contestant: Contestant) -> None:
-    """Write a chrome trace; print the ten most expensive kernels and record how long the device waits."""
+    """Write a chrome trace; print the most expensive kernels and record how long the device waits."""
     steps = 3
     with torch.profiler.profile() as trace:
         seconds = steps * bench.stopwatch.seconds(contestant.step, Pace(steps, settle=0))
     os.makedirs(bench.args.profile, exist_ok=True)
-    trace.export_chrome_trace(f"{bench.args.profile}/{task}.json")
+    trace.export_chrome_trace(f"{bench.args.profile}/{task}.json.gz")
     events = trace.key_averages()
     order = "self_device_time_total" if bench.on_gpu else "self_cpu_time_total"
-    print(events.table(sort_by=order, row_limit=10, max_name_column_width=50))
+    print(events.table(sort_by=order, row_limit=25, max_name_column_width=50))
     fetching = sum(event.cpu_time_total for event in events if event.key == "wait for data") / 1e6
     note = f"fetching and augmenting a batch takes {fetching / seconds:.1%} of a step"
     if bench.on_gpu:
@@ -574,6 +525,11 @@ def describe_cost(timing: Timing, first: Timing) -> str:
     return "; ".join(parts)
 
 
+def choice_names() -> list[str]:
+    """Name the alternatives that --choices selects from."""
+    return ["compilation", *bench_choices.PATCHES, *bench_choices.OPTIMIZERS]
+
+
 def measure_choices(bench: Bench) -> None:
     """Measure pre-training with each choice in its step undone; all contestants train the same parameters."""
     count = bench.count("pretrain")
@@ -582,17 +538,19 @@ def measure_choices(bench: Bench) -> None:
     source = itertools.repeat(random_pixels(training.batches))
     own = training.contestant(source)
     contestants = {SYNTHETIC: own}
-    name = "not compiled" if bench.args.compile else "torch.compile"
-    contestants[name] = with_other_compilation(workshop, training).contestant(source)
-    for name in bench_choices.PATCHES:
-        step = bench_choices.undone(name, own.step)
-        contestants[name] = Contestant(step, flops=None, state_bytes=own.state_bytes)  # it computes more or less
-    for name in bench_choices.OPTIMIZERS:
-        other = copy.copy(training.trainer)
-        other.optimizer = bench_choices.other_optimizer(name, training.trainer.optimizer)
-        contestants[name] = dataclasses.replace(training, trainer=other).contestant(source)
+    for name in bench.args.choices or choice_names():
+        if name == "compilation":
+            shown = "not compiled" if bench.args.compile else "torch.compile"
+            contestants[shown] = with_other_compilation(workshop, training).contestant(source)
+        elif name in bench_choices.PATCHES:
+            step = bench_choices.undone(name, own.step)
+            contestants[name] = Contestant(step, flops=None, state_bytes=own.state_bytes)  # it computes more or less
+        else:
+            other = copy.copy(training.trainer)
+            other.optimizer = bench_choices.other_optimizer(name, training.trainer.optimizer)
+            contestants[name] = dataclasses.replace(training, trainer=other).contestant(source)
     usual = bench.stopwatch.usual_pace
-    bench.compare("choices", contestants, count, Pace(usual.steps, max(1, usual.settle)))
+    bench.compare("choices", contestants, count, Pace(usual.steps, max(1, usual.settle)), apart=bench.args.compile)
 
 
 def with_other_compilation(workshop: Workshop, training: Training) -> Training:
@@ -659,20 +617,107 @@ def cpu_milliseconds(stopwatch: Stopwatch, job: Callable[[], object]) -> float:
     return 1e3 * median(costs)
 
 
+def measure_products(bench: Bench) -> None:
+    """Measure the step of pre-training beside its matrix products alone."""
+    count = bench.count("pretrain")
+    training = bench.workshop.training(bench.workshop.pretraining("mae", count))
+    micro_batches = random_pixels(training.batches)
+    products = bench_products.ProductsAlone(recorded_products(training, micro_batches), bench.device)
+    contestants = {
+        SYNTHETIC: training.contestant(itertools.repeat(micro_batches)),
+        "its matrix products alone": Contestant(products, products.flops / count),
+    }
+
+    def describe(timing: Timing, first: Timing) -> str:
+        rate = products.flops / timing.seconds / 1e9
+        share = timing.ratio(first)
+        return f"{products.flops / count / 1e9:.2f} GFLOP per image at {rate:,.0f} GFLOP/s, {share:.1%} of the step"
+
+    bench.compare("products", contestants, count, describe=describe)
+
+
+def recorded_products(training: Training, micro_batches: list[dict[str, Tensor]]) -> Counter[bench_products.Product]:
+    """List the matrix products of a step's forward and backward pass."""
+    objective = training.objective
+    with bench_products.Recorder() as recorder:
+        for batch in micro_batches:
+            with training.trainer.precision.autocast():
+                loss = objective.loss(objective.model, batch)
+            loss.backward()
+    training.trainer.optimizer.zero_grad(set_to_none=True)
+    return recorder.counts
+
+
+def measure_rest(bench: Bench) -> None:
+    """Measure what a study's time goes to besides steps: start, decoding, checkpoints, tests."""
+    if bench.args.synthetic:
+        return
+    workshop = bench.workshop
+    record = functools.partial(bench.ledger.record, model=bench.args.model)
+    objective = workshop.pretraining("mae", bench.count("pretrain"))
+    images = sorted(set(objective.split.images))
+    rate = bench_rest.decode_rate(workshop.data_root, images, objective.args.cache_size, workshop.folder)
+    record(
+        "decoding", "rest", img_s=rate, note=f"{len(images[: bench_rest.MOST_DECODED])} photos, {usable_cores()} cores"
+    )
+    seconds = bench_rest.checkpoint_seconds(workshop.training(objective).trainer)
+    record("checkpoint", "rest", seconds=seconds, note=f"{seconds:.2f} s")
+    task = workshop.objective("finetune", bench.count("finetune"))
+    task.model.to(bench.device)
+    precision = Precision(bench.args.precision, bench.device)
+    setting = TestSetting(workshop.data_root, workshop.cache_dir, 64, bench.dist, precision, vars(task.args))
+    rate, count = bench_rest.test_rate(task, setting)
+    record("testing", "rest", img_s=rate, note=f"{count} images, at input and at native size")
+    measure_start(bench)
+
+
+def measure_start(bench: Bench) -> None:
+    """Measure the time from the command of a training to its first step, without and with compiled kernels."""
+    workshop = bench.workshop
+    args = bench.args
+    command = bench_rest.pretrain_command(
+        *(workshop.data_root, workshop.cache_dir), args.model, args.img_size, bench.device.type
+    )
+    kernels = tempfile.mkdtemp(dir=workshop.folder)
+    for variant in ("first time", "again"):
+        run = Path(tempfile.mkdtemp(dir=workshop.folder)) / "run"
+        words = [*command, f"--output_dir={run}", f"--batch_size={bench.count('pretrain')}"]
+        words.append("--compile" if args.compile else "--no-compile")
+        seconds = bench_rest.first_step_seconds(words, run, kernels)
+        note = f"{seconds:.1f} s from the command to the end of the first step"
+        bench.ledger.record("starting", variant, model=args.model, seconds=seconds, img_s=1 / seconds, note=note)
+
+
 def measure_study(bench: Bench) -> None:
     """Project the time of the study from the measured rates; name what is missing instead of guessing."""
-    rates = bench.ledger.rates(REAL)
-    for task, rate in bench.ledger.rates(SYNTHETIC).items():
-        if task.endswith("evaluation"):
-            rates[task] = rate
+    rates = study_rates(bench.ledger.rows)
     missing = sorted(task for task in STUDY if task not in rates)
     hours = None
     if missing:
         note = f"not measured: {', '.join(missing)}"
     else:
-        hours = sum(images / rates[task] for task, images in STUDY.items()) / 3600
-        note = f"{hours:,.2f} hours by the rates above"
+        parts = {task: images / rates[task] / 60 for task, images in STUDY.items()}
+        checkpoints = 60 * sum(parts.values()) / CHECKPOINT_EVERY
+        parts["checkpoints"] = checkpoints / rates["checkpoint"] / 60
+        hours = sum(parts.values()) / 60
+        shown = ", ".join(f"{task} {minutes:.1f}" for task, minutes in parts.items())
+        note = f"{hours:,.2f} hours by the rates above; in minutes: {shown}"
     bench.ledger.record("study", WHOLE_STUDY, model=bench.args.model, hours=hours, note=note)
+
+
+def study_rates(rows: list[dict]) -> dict[str, float]:
+    """Collect how many images, starts or checkpoints a second can be done: part of the study -> its slowest rate."""
+    rates: dict[str, float] = {}
+    for row in rows:
+        task = row["task"]
+        rate = row.get("img_s")
+        if task == "checkpoint":
+            rate = 1 / row["seconds"]
+        if task in TRAININGS and row["variant"] != REAL:
+            continue
+        if rate is not None and task in (*STUDY, "checkpoint"):
+            rates[task] = min(rate, rates.get(task, math.inf))
+    return rates
 
 
 def measure_scaling(bench: Bench) -> None:
@@ -723,6 +768,8 @@ def measure_in_processes(bench: Bench, count: int, world: int) -> None:
 # What --tasks accepts besides the trainings, in the order of measurement: the study comes after all rates.
 OTHER_MEASUREMENTS: dict[str, Callable[[Bench], None]] = {
     "data": measure_data,
+    "rest": measure_rest,
+    "products": measure_products,
     "scaling": measure_scaling,
     "choices": measure_choices,
     "objectives": measure_objectives,

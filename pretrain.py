@@ -32,6 +32,7 @@ class MaskedPixels(Pretraining):
     """Masked Autoencoder: predict the pixels of masked patches from the visible ones (He et al. 2021)."""
 
     name = "mae"
+    recordable = True
 
     @staticmethod
     def add_arguments(parser: Parser) -> None:

@@ -96,6 +96,7 @@ class Segmentation(Task):
         "miou": "mIoU",
     }
     select = "iou"
+    recordable = True
 
     @staticmethod
     def add_arguments(parser: Parser) -> None:

@@ -21,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import engine
 from batches import TrainBatches, share_of_batch
+from cuda_graph import RecordedBackward
 from engine import Distributed, EngineError, Parser, Precision, Progress, at_least, seed_number
 from objective import Objective, ScoringNetwork
 from runs import RunFolder
@@ -281,6 +282,9 @@ class Trainer:
         self.optimizer = self._make_optimizer()
         compiled = self._compile(self.model)
         self.network = self._distribute(compiled)
+        self.recorded = None
+        if self._wants_graph(is_compiled=compiled is not self.model):
+            self.recorded = RecordedBackward(self._backward, self.model)
         if compiled is not self.model:
             objective.compiled = ScoringNetwork(self.model, compiled)
         self.state = TrainState()
@@ -313,6 +317,15 @@ class Trainer:
         ids = [self.dist.device] if self.dist.device.type == "cuda" else None
         return DistributedDataParallel(network, device_ids=ids, gradient_as_bucket_view=True)
 
+    def _wants_graph(self, is_compiled: bool) -> bool:
+        """Decide whether forward and backward pass are recorded as a CUDA graph."""
+        possible = self.dist.device.type == "cuda" and self.dist.world_size == 1 and self.batches.micro_batches == 1
+        if not possible:
+            return False
+        if self.args.cuda_graph is None:
+            return is_compiled and self.objective.recordable
+        return self.args.cuda_graph
+
     # -- one update ---------------------------------------------------------------------------------------------------
 
     def train_step(self, micro_batches: list[dict[str, Tensor]], want_norm: bool) -> Tensor | None:
@@ -332,14 +345,22 @@ class Trainer:
 
     def _accumulate(self, micro_batches: list[dict[str, Tensor]]) -> Tensor:
         """Add the gradients of all micro-batches up; gives their mean loss."""
+        if self.recorded is not None:
+            (batch,) = micro_batches
+            return self.recorded(batch)
         loss_sum = 0.0
         for number, batch in enumerate(micro_batches, start=1):
             with self._gradients_reduced(last=number == len(micro_batches)):
-                with self.precision.autocast():
-                    loss = self.objective.loss(self.network, batch) / len(micro_batches)
-                self.precision.scaler.scale(loss).backward()
+                loss = self._backward(batch, len(micro_batches))
             loss_sum = loss_sum + loss.detach()
         return loss_sum
+
+    def _backward(self, batch: dict[str, Tensor], parts: int = 1) -> Tensor:
+        """Add the gradients of a micro-batch, one of `parts`, to those that are there; gives its share of the loss."""
+        with self.precision.autocast():
+            loss = self.objective.loss(self.network, batch) / parts
+        self.precision.scaler.scale(loss).backward()
+        return loss
 
     def _gradients_reduced(self, last: bool) -> contextlib.AbstractContextManager:
         """Context of a backward pass: processes exchange gradients after the last micro-batch only."""
@@ -356,7 +377,8 @@ class Trainer:
             norm = nn.utils.clip_grad_norm_(self.params, self.args.clip_grad or math.inf)
         scaler.step(self.optimizer)
         scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
+        if self.recorded is None:  # a recorded pass replaces the gradients itself
+            self.optimizer.zero_grad(set_to_none=True)
         if scaler.is_enabled():  # fp16: a step whose gradients overflowed was skipped by the scaler
             self.meter.skipped += ~torch.isfinite(norm)
         return norm
@@ -457,7 +479,7 @@ class Trainer:
             unfinished = self.state.step < self.plan.total_steps
             self.state.seconds = self.clock.seconds()
             if unfinished and (stop or save_due):
-                self._save()
+                self.save()
             if unfinished and stop:
                 self._leave(stop)
 
@@ -538,7 +560,7 @@ class Trainer:
         self.model.train()
         if scores is None:  # stopped halfway: the run continues with this validation
             self.state.seconds = self.clock.seconds()
-            self._save()
+            self.save()
             stop = self.dist.gather_named({"stop": self.stop_signal})["stop"]
             self._leave(int(stop.max()))
         scores = {name: float(value) for name, value in scores.items()}  # checkpoints hold no numbers of NumPy's
@@ -579,7 +601,7 @@ class Trainer:
 
     # -- checkpoints --------------------------------------------------------------------------------------------------
 
-    def _save(self) -> None:
+    def save(self) -> None:
         self.run.save(
             {
                 "model": self.model.state_dict(),

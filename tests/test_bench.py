@@ -11,10 +11,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 import bench
 import bench_choices
+import bench_eager
 import bench_peers
+import bench_products
+import bench_timing
 import models
 from engine import EngineError, setup
 from trainer import Trainer
@@ -33,7 +37,18 @@ def run(folder, *flags):
 def quick(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bench")
     done = run(
-        folder, *TINY, "--profile", "traces", "--tasks", *bench.TRAININGS, "data", "study", "choices", "objectives"
+        folder,
+        *TINY,
+        "--profile",
+        "traces",
+        "--tasks",
+        *bench.TRAININGS,
+        "data",
+        "rest",
+        "study",
+        "products",
+        "choices",
+        "objectives",
     )
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in (folder / "bench.jsonl").read_text().splitlines()]
@@ -44,11 +59,11 @@ def test_quick_measures_every_training_on_both_kinds_of_batches(quick):
     _, rows, _ = quick
     measured = {(r["task"], r["variant"]) for r in rows}
     for task in ("pretrain", "finetune", "resnet50"):
-        assert {(task, bench.SYNTHETIC), (task, bench.REAL), (f"{task} evaluation", bench.SYNTHETIC)} <= measured
+        assert {(task, bench.SYNTHETIC), (task, bench.REAL), (f"{task} validation", bench.SYNTHETIC)} <= measured
     for row in rows:
         assert row["machine"]["versions"]["torch"]
         assert "bench.py" in row["machine"]["command"]
-        if "img_s" in row:
+        if "step_ms" in row:
             assert row["img_s"] == pytest.approx(1e3 * row["batch_size"] / row["step_ms"])
             assert row["mfu"] is None  # no peak is known for a CPU
             assert row["mem_gb"] is None
@@ -57,6 +72,16 @@ def test_quick_measures_every_training_on_both_kinds_of_batches(quick):
 def test_every_choice_in_the_step_is_measured_beside_its_alternative(quick):
     names = [r["variant"] for r in quick[1] if r["task"] == "choices"]
     assert names == [bench.SYNTHETIC, "torch.compile", *bench_choices.PATCHES, *bench_choices.OPTIMIZERS]
+
+
+def test_what_a_study_spends_besides_steps_is_measured(quick):
+    rows = {(r["task"], r["variant"]): r for r in quick[1]}
+    assert rows["decoding", "rest"]["img_s"] > 0
+    assert rows["testing", "rest"]["img_s"] > 0
+    assert rows["checkpoint", "rest"]["seconds"] > 0
+    assert {("starting", "first time"), ("starting", "again")} <= rows.keys()
+    assert "adds" in rows["pretrain validation", "share"]["note"]
+    assert rows["products", "its matrix products alone"]["note"].endswith("of the step")
 
 
 @pytest.mark.parametrize("name", bench_choices.PATCHES)
@@ -113,7 +138,7 @@ def test_what_is_timed_is_the_step_of_the_training_loop(task, workshop, monkeypa
 
 def test_turns_come_in_changing_order():
     names = ["a", "b", "c"]
-    orders = ["".join(bench.order_of_turn(names, turn)) for turn in range(6)]
+    orders = ["".join(bench_timing.order_of_turn(names, turn)) for turn in range(6)]
     assert orders == ["abc", "cba", "bca", "acb", "cab", "bac"]
 
 
@@ -142,7 +167,11 @@ def test_another_optimizer_makes_the_same_update():
 
 def test_quick_profiles_and_prints_a_table(quick):
     folder, rows, output = quick
-    assert {p.name for p in (folder / "traces").iterdir()} == {"pretrain.json", "finetune.json", "resnet50.json"}
+    assert {p.name for p in (folder / "traces").iterdir()} == {
+        "pretrain.json.gz",
+        "finetune.json.gz",
+        "resnet50.json.gz",
+    }
     assert "Self CPU" in output
     assert output.count("| pretrain | ") == 3
     assert any(r["variant"] == "profile" and "of a step" in r["note"] for r in rows)
@@ -150,10 +179,50 @@ def test_quick_profiles_and_prints_a_table(quick):
 
 def test_the_study_is_projected_from_the_rates_of_the_same_run(quick):
     _, rows, _ = quick
-    rates = {r["task"]: r["img_s"] for r in rows if r["variant"] == bench.REAL}
-    rates |= {r["task"]: r["img_s"] for r in rows if r["task"].endswith("evaluation")}
+    rates = bench.study_rates(rows)
     (study,) = [r for r in rows if r["task"] == "study"]
-    assert study["hours"] == pytest.approx(sum(n / rates[k] for k, n in bench.STUDY.items()) / 3600)
+    seconds = sum(number / rates[part] for part, number in bench.STUDY.items())
+    seconds += seconds / bench.CHECKPOINT_EVERY / rates["checkpoint"]
+    assert study["hours"] == pytest.approx(seconds / 3600)
+    starts = [r["img_s"] for r in rows if r["task"] == "starting"]
+    assert rates["starting"] == min(starts)
+
+
+def test_a_rate_of_training_counts_in_the_study_only_if_batches_were_real():
+    rows = [
+        {"task": "pretrain", "variant": bench.SYNTHETIC, "img_s": 9.0},
+        {"task": "pretrain", "variant": bench.REAL, "img_s": 7.0},
+        {"task": "pretrain validation", "variant": bench.SYNTHETIC, "img_s": 20.0},
+        {"task": "checkpoint", "variant": "rest", "seconds": 0.5},
+        {"task": "data", "variant": "anything", "img_s": 1.0},
+    ]
+    assert bench.study_rates(rows) == {"pretrain": 7.0, "pretrain validation": 20.0, "checkpoint": 2.0}
+
+
+def test_the_products_of_a_step_are_those_that_its_operations_count(workshop):
+    training = workshop.training(workshop.pretraining("mae", 2))
+    counts = bench.recorded_products(training, bench.random_pixels(training.batches))
+    with FlopCounterMode(display=False) as counter:
+        loss = training.objective.loss(training.objective.model, bench.random_pixels(training.batches)[0])
+        loss.backward()
+    found = counter.get_flop_counts()["Global"]
+    expected = sum(flops for operator, flops in found.items() if "attention" not in str(operator))
+    alone = bench_products.ProductsAlone(counts, torch.device("cpu"))
+    assert alone.flops == expected
+    alone()
+
+
+def test_the_eager_step_of_public_code_computes_the_same_loss_from_the_same_weights():
+    torch.manual_seed(0)
+    model = models.build_mae("mae_tiny", img_size=64)
+    batch = {"images": torch.randn(3, 3, 64, 64), "noise": torch.rand(3, 16)}
+    step = bench_eager.eager_step(model, batch, mask_ratio=0.75)
+    ours = model(batch["images"], 0.75, batch["noise"], loss_only=True)
+    theirs = step.network(batch["images"], 0.75, batch["noise"])
+    torch.testing.assert_close(theirs, ours, rtol=1e-5, atol=1e-6)
+    before = [p.detach().clone() for p in step.params]
+    step()
+    assert any((p != old).any() for p, old in zip(step.params, before, strict=True))
 
 
 def test_the_study_without_rates_is_unmeasured_and_never_estimated(tmp_path):
@@ -161,7 +230,7 @@ def test_the_study_without_rates_is_unmeasured_and_never_estimated(tmp_path):
     assert done.returncode == 0, done.stderr
     (row,) = [json.loads(line) for line in (tmp_path / "bench.jsonl").read_text().splitlines()]
     assert row["hours"] is None
-    assert "not measured: finetune, finetune evaluation, pretrain" in row["note"]
+    assert "not measured: decoding, finetune, finetune validation, pretrain" in row["note"]
 
 
 def test_peers_are_measured_beside_this_project_and_imported_only_when_asked(tmp_path):
@@ -171,7 +240,7 @@ def test_peers_are_measured_beside_this_project_and_imported_only_when_asked(tmp
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in (tmp_path / "bench.jsonl").read_text().splitlines()]
     names = {r["variant"] for r in rows}
-    assert {"transformers ViTMAE (SDPA), synthetic", "timm ViT, linear head, synthetic"} <= names
+    assert {"transformers ViTMAE (SDPA), synthetic", bench.EAGER, "timm ViT, linear head, synthetic"} <= names
     assert rows[0]["machine"]["versions"]["transformers"]
     code = "import bench, sys; print({'timm', 'transformers'} & set(sys.modules))"
     plain = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)

@@ -1,0 +1,71 @@
+"""tests/gpu.sh runs every part at tiny size on a CPU, and says in one line what is wrong."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+
+
+def gpu_script(*words, **env):
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = os.environ | {"PATH": path, "TORCHDYNAMO_DISABLE": "1", "OMP_NUM_THREADS": "1"} | env
+    command = ["bash", str(ROOT / "tests/gpu.sh"), *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=900)
+
+
+@pytest.fixture(scope="module")
+def rehearsal(tmp_path_factory):
+    """Every part but the tests, which the suite runs anyway."""
+    folder = tmp_path_factory.mktemp("gpu")
+    done = gpu_script(
+        "--rehearse", "--output", folder / "out", "products", "choices", "study", CHOICES="rows picked by torch.gather"
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder / "out"
+
+
+def test_a_rehearsal_leaves_measurements_logs_and_a_report_of_them(rehearsal):
+    rows = [json.loads(line) for line in (rehearsal / "bench.jsonl").read_text().splitlines()]
+    assert [row["task"] for row in rows] == ["products", "products", "choices", "choices"]
+    assert rows[-1]["variant"] == "rows picked by torch.gather"
+    assert "its matrix products alone" in (rehearsal / "BENCHMARKS.md").read_text()
+    summary = (rehearsal / "summary.txt").read_text().splitlines()
+    assert [line.split(" after")[0] for line in summary] == ["== products: done", "== choices: done", "== study: done"]
+
+
+def test_a_rehearsed_study_ends_in_its_report(rehearsal):
+    assert (rehearsal / "study/report/report.html").exists()
+    assert "The study is finished" in (rehearsal / "study.log").read_text()
+
+
+def test_a_failed_part_stops_no_other_and_is_named_at_the_end(tmp_path):
+    done = gpu_script("--rehearse", "--output", tmp_path, "choices", CHOICES="no such choice")
+    assert done.returncode == 1
+    assert done.stderr.strip().endswith(f"gpu.sh: failed: choices; logs in {tmp_path}")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["everything"], "unknown part everything; parts are tests train products scaling choices study"),
+        (["--output"], "--output needs a folder"),
+    ],
+)
+def test_wrong_use_ends_in_one_line(words, message):
+    done = gpu_script(*words)
+    assert done.returncode == 2
+    assert done.stderr == f"gpu.sh: error: {message}\n"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_the_rehearsal_is_offered(tmp_path):
+    done = gpu_script("--output", tmp_path / "out", "train")
+    assert done.returncode == 2
+    assert "torch sees no GPU; --rehearse runs the same" in done.stderr
+    assert not (tmp_path / "out").exists()
