@@ -29,6 +29,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from small_models import relative_error
 from small_runs import drawn_root, log, mae_checkpoint, on_two_processes, run, words_of
@@ -64,9 +65,9 @@ LEAST = {
 }
 
 # A network by name -> the script that trains it, and its flags: four updates an epoch, all of them logged.
-COMMON = "--img_size 64 --cache_size 64 --batch_size 8 --epochs 1 --warmup_epochs 0 --log_every 1 --no-compile"
+COMMON = "--img_size 64 --cache_size 64 --batch_size 8 --epochs 1 --epoch_updates 4 --warmup_epochs 0 --log_every 1"
 RECIPES = {
-    "pretrain": ("pretrain", "--model mae_least --num_images 16 --epoch_updates 4 --blr 1e-2"),
+    "pretrain": ("pretrain", "--model mae_least --num_images 16 --blr 1e-2"),
     "finetune": ("finetune", "--model mae_least --drop_path 0.3 --blr 1e-2 --keep last"),
     "resnet50": ("baseline", "--model resnet50 --blr 1e-3 --keep last"),
 }
@@ -133,7 +134,7 @@ def without_tf32(monkeypatch):
 def command(network: str, files: Files, folder: Path, *more) -> tuple:
     """Give the script of a network and its flags; those in `more` count."""
     script, recipe = RECIPES[network]
-    flags = [COMMON, recipe, *files.flags, "--device", DEVICE, "--output_dir", folder]
+    flags = [COMMON, recipe, *files.flags, "--no-compile --device", DEVICE, "--output_dir", folder]
     if script == "finetune":
         flags += ["--init", files.init]
     return script, *flags, *more
@@ -187,10 +188,10 @@ def weights_of(made: Trainer) -> dict[str, torch.Tensor]:
     return {name: tensor.cpu().clone() for name, tensor in made.model.state_dict().items()}
 
 
-def trained(network: str, files: Files, folder: Path, *more) -> Training:
-    """Train a network for three updates, without validation or files."""
+def trained(network: str, files: Files, folder: Path, updates: int, *more) -> Training:
+    """Train a network for some updates, without validation or files."""
     made = trainer_of(network, files, folder, *more)
-    with contextlib.closing(made.batches.run(0, 3)) as steps:
+    with contextlib.closing(made.batches.run(0, updates)) as steps:
         return train_steps(made, steps)
 
 
@@ -223,20 +224,23 @@ def distance(found: dict, expected: dict, start: dict) -> float:
 
 
 class Tolerance(NamedTuple):
-    """How far two trainings may differ: in losses and norms relatively, in weights as a share of their way."""
+    """How far two trainings of some updates may differ: relatively, and in their weights as a share of their way."""
 
+    updates: int
     loss: float
     norm: float
     distance: float
+    statistics: float = 0.0
 
 
 def assert_alike(found: Training, expected: Training, start: dict, tolerance: Tolerance) -> None:
+    assert len(found.losses) == len(expected.losses) == tolerance.updates
     assert found.losses == pytest.approx(expected.losses, rel=tolerance.loss)
     assert found.norms == pytest.approx(expected.norms, rel=tolerance.norm)
     assert distance(found.weights, expected.weights, start) < tolerance.distance
     for name, tensor in expected.weights.items():
         if is_statistic(name):
-            assert relative_error(found.weights[name].double(), tensor.double()) < tolerance.norm, name
+            assert relative_error(found.weights[name].double(), tensor.double()) < tolerance.statistics, name
 
 
 # -- Augmentation -------------------------------------------------------------------------------------------------------
@@ -335,16 +339,21 @@ def test_the_same_displacement_deforms_images_and_masks_alike(with_tf32):
 
 
 def test_deformed_photos_agree_within_half_a_step_but_at_their_outline(with_tf32):
-    coarse = torch.rand(8, 3, SIZE // 8, SIZE // 8)
-    photos = 255 * torch.nn.functional.interpolate(coarse, size=SIZE, mode="bilinear")
+    coarse = torch.rand(8, 3, SIZE // 16, SIZE // 16)
+    photos = 255 * F.interpolate(coarse, size=SIZE, mode="bilinear")
+    draws = torch.rand(8, 2, SIZE, SIZE)
 
     def deform(images: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
         return augment.deform(images, augment.elastic_displacement(draws, ELASTIC))
 
-    ours, expected = on_both(deform, photos, torch.rand(8, 2, SIZE, SIZE))
+    ours, expected = on_both(deform, photos, draws)
     difference = (ours - expected).abs()
-    assert difference.mean() < 0.05
-    assert (difference > 0.5).float().mean() < 0.01, "the outline is as steep as black beside white"
+    # The outline is as steep as black beside white: there even a hundredth of a pixel counts.
+    outside = 1 - deform(torch.ones(8, 1, SIZE, SIZE), draws)
+    inside = F.max_pool2d(outside, kernel_size=3, stride=1, padding=1) < 1e-4
+    assert difference[inside.expand_as(difference)].max() < 0.5
+    assert inside.float().mean() > 0.8
+    assert (difference > 0.5).float().mean() < 0.03
 
 
 AUGMENTATIONS = {
@@ -383,20 +392,24 @@ def test_images_kept_on_the_device_give_the_same_batches_to_the_bit(options, fil
 
 # Float32 has seven digits, and sums in another order agree in six of them. Adam divides each gradient by its size, so
 # that the rounding of the smallest ones becomes steps in another direction: that of the keys' biases, which is zero but
-# for rounding, and of a few others. ResNet-50's BatchNorm over 32 values enlarges every difference.
+# for rounding, and of a few others. With noise of 1e-5 on the results of all layers on a CPU, losses differ by 1e-7, norms
+# by 2e-6 and weights by 0.006 of their way. ResNet-50 enlarges rounding: a millionth of its ReLUs switch, which changes
+# the gradient by the root of that, and BatchNorm divides by the spread of 32 values. With noise of 1e-6 its first norm
+# differs by 0.003, its statistics by 1e-4 and its weights by 0.23 of their way, and the second update knows nothing more.
 TOLERANCES = {
-    "pretrain": Tolerance(1e-4, 1e-3, 0.05),
-    "finetune": Tolerance(1e-4, 1e-3, 0.05),
-    "resnet50": Tolerance(1e-3, 1e-2, 0.2),
+    "pretrain": Tolerance(updates=3, loss=2e-5, norm=2e-4, distance=0.03),
+    "finetune": Tolerance(updates=3, loss=2e-5, norm=2e-4, distance=0.03),
+    "resnet50": Tolerance(updates=1, loss=1e-4, norm=0.03, distance=0.5, statistics=2e-3),
 }
 
 
 @pytest.mark.parametrize("network", RECIPES)
 def test_training_in_float32_is_that_of_the_cpu(network, files, without_tf32, tmp_path):
+    tolerance = TOLERANCES[network]
     start = weights_of(trainer_of(network, files, tmp_path / "start", "--device cpu"))
-    expected = trained(network, files, tmp_path / "cpu", "--device cpu --precision fp32")
-    found = trained(network, files, tmp_path / "gpu", "--precision fp32")
-    assert_alike(found, expected, start, TOLERANCES[network])
+    expected = trained(network, files, tmp_path / "cpu", tolerance.updates, "--device cpu --precision fp32")
+    found = trained(network, files, tmp_path / "gpu", tolerance.updates, "--precision fp32")
+    assert_alike(found, expected, start, tolerance)
 
 
 @pytest.mark.parametrize("network", TRANSFORMERS)
@@ -414,8 +427,8 @@ def test_validation_in_float32_is_that_of_the_cpu(network, files, without_tf32, 
 @pytest.mark.parametrize(("network", "tolerance"), [("pretrain", 0.03), ("finetune", 0.03), ("resnet50", 0.1)])
 def test_bfloat16_trains_like_float32(network, tolerance, files, tmp_path):
     # bfloat16 has 8 bits, 0.4 % a rounding, and losses are means over thousands of roundings.
-    expected = trained(network, files, tmp_path / "fp32", "--precision fp32")
-    found = trained(network, files, tmp_path / "bf16", "--precision bf16")
+    expected = trained(network, files, tmp_path / "fp32", 2, "--precision fp32")
+    found = trained(network, files, tmp_path / "bf16", 2, "--precision bf16")
     assert found.losses == pytest.approx(expected.losses, rel=tolerance)
 
 
@@ -442,10 +455,11 @@ def test_fp16_updates_that_overflow_are_skipped_and_counted_and_training_goes_on
 
 @pytest.mark.parametrize("network", TRANSFORMERS)
 def test_accumulation_gives_the_same_weights(network, files, without_tf32, tmp_path):
+    tolerance = TOLERANCES[network]
     start = weights_of(trainer_of(network, files, tmp_path / "start"))
-    expected = trained(network, files, tmp_path / "whole", "--precision fp32")
-    found = trained(network, files, tmp_path / "parts", "--precision fp32 --micro_batch_size 2")
-    assert_alike(found, expected, start, TOLERANCES[network])
+    expected = trained(network, files, tmp_path / "whole", tolerance.updates, "--precision fp32")
+    found = trained(network, files, tmp_path / "parts", tolerance.updates, "--precision fp32 --micro_batch_size 2")
+    assert_alike(found, expected, start, tolerance)
 
 
 # -- No step waits for the device ---------------------------------------------------------------------------------------
@@ -474,8 +488,8 @@ def waiting_refused():
 
 
 def train_without_waiting(made: Trainer) -> None:
-    """Make four updates that must not wait, after two that may: they make tables and choose kernels."""
-    with contextlib.closing(made.batches.run(0, 6)) as batches:
+    """Make three updates that must not wait, after two that may: they make tables and choose kernels."""
+    with contextlib.closing(made.batches.run(0, 5)) as batches:
         for _ in range(2):
             made.train_step(next(batches), want_norm=True)
         with waiting_refused():
@@ -491,7 +505,7 @@ def test_no_update_waits_for_the_device(name, cache_device, files, tmp_path):
     store = made.batches.examples.images
     assert (store.tensor is not None) == (ON_GPU and cache_device == "cuda")
     train_without_waiting(made)
-    assert made.state.step == 6
+    assert made.state.step == 5
     assert math.isfinite(made.meter.losses.item())
 
 
@@ -526,12 +540,13 @@ def compiler(monkeypatch):
 
 @pytest.mark.parametrize("network", TRANSFORMERS)
 def test_a_compiled_network_trains_like_the_same_one_without(network, files, compiler, without_tf32, tmp_path):
+    tolerance = TOLERANCES[network]
     start = weights_of(trainer_of(network, files, tmp_path / "start"))
-    expected = trained(network, files, tmp_path / "plain", "--precision fp32")
+    expected = trained(network, files, tmp_path / "plain", tolerance.updates, "--precision fp32")
     made = trainer_of(network, files, tmp_path / "compiled", "--precision fp32 --compile")
     assert made.network is not made.model
-    found = train_steps(made, list(made.batches.run(0, 3)))
-    assert_alike(found, expected, start, TOLERANCES[network])
+    found = train_steps(made, list(made.batches.run(0, tolerance.updates)))
+    assert_alike(found, expected, start, tolerance)
 
 
 def test_a_compiled_network_in_bfloat16_repeats_itself_to_the_bit_and_never_waits(files, compiler, tmp_path):
@@ -582,7 +597,11 @@ def stop_and_resume(network: str, files: Files, folder: Path, *more) -> tuple[Pa
 
 
 # Sequences of 17 tokens, and of 197 as in the study.
-REPEATABLE = ["--precision fp32 --img_size 64", "--precision bf16 --img_size 64", "--precision bf16 --img_size 224"]
+REPEATABLE = [
+    "--precision fp32 --img_size 64",
+    "--precision bf16 --img_size 64",
+    "--precision bf16 --img_size 224 --batch_size 4",
+]
 
 
 @pytest.mark.parametrize("more", REPEATABLE)
@@ -625,11 +644,13 @@ os._exit(0)
 def test_two_processes_give_the_result_of_one(network, files, without_tf32, tmp_path):
     if network == "resnet50" and not ON_GPU:
         pytest.skip("CPU processes cannot share BatchNorm's statistics")
+    tolerance = TOLERANCES[network]
+    more = ("--precision fp32 --epoch_updates", tolerance.updates)
     start = weights_of(trainer_of(network, files, tmp_path / "start"))
-    expected = train(network, files, tmp_path / "one", "--precision fp32")
-    script, *flags = command(network, files, tmp_path / "two", "--precision fp32")
+    expected = train(network, files, tmp_path / "one", *more)
+    script, *flags = command(network, files, tmp_path / "two", *more)
     on_two_processes(ON_TWO.format(script=script, least=LEAST), *words_of(flags))
-    assert_alike(result_of(tmp_path / "two"), result_of(expected), start, TOLERANCES[network])
+    assert_alike(result_of(tmp_path / "two"), result_of(expected), start, tolerance)
 
 
 # -- Testing ------------------------------------------------------------------------------------------------------------
