@@ -393,13 +393,13 @@ def test_images_kept_on_the_device_give_the_same_batches_to_the_bit(options, fil
 # Float32 has seven digits, and sums in another order agree in six of them. Adam divides each gradient by its size, so
 # that the rounding of the smallest ones becomes steps in another direction: that of the keys' biases, which is zero but
 # for rounding, and of a few others. With noise of 1e-5 on the results of all layers on a CPU, losses differ by 1e-7, norms
-# by 2e-6 and weights by 0.006 of their way. ResNet-50 enlarges rounding: a millionth of its ReLUs switch, which changes
-# the gradient by the root of that, and BatchNorm divides by the spread of 32 values. With noise of 1e-6 its first norm
-# differs by 0.003, its statistics by 1e-4 and its weights by 0.23 of their way, and the second update knows nothing more.
+# by 2e-6 and weights by 0.006 of their way. ResNet-50 enlarges rounding: some of its ReLUs switch, which changes the
+# gradient by the root of their share, and BatchNorm divides by the spread of 32 values. With the same noise its first loss
+# differs by 5e-6, the norm by 0.03, the statistics by 1e-3 and the weights by 0.43 of their way; later updates say nothing.
 TOLERANCES = {
     "pretrain": Tolerance(updates=3, loss=2e-5, norm=2e-4, distance=0.03),
     "finetune": Tolerance(updates=3, loss=2e-5, norm=2e-4, distance=0.03),
-    "resnet50": Tolerance(updates=1, loss=1e-4, norm=0.03, distance=0.5, statistics=2e-3),
+    "resnet50": Tolerance(updates=1, loss=1e-4, norm=0.1, distance=0.7, statistics=5e-3),
 }
 
 
@@ -684,17 +684,17 @@ def test_records_in_float32_are_those_of_the_cpu(segmenter, files, without_tf32,
     # Logits agree to 1e-5, so only pixels between two equally likely classes may change theirs.
     for name in ("counts", "counts_native"):
         assert found[name].sum() == expected[name].sum()
-        assert share_moved(found[name], expected[name]) < 1e-3
+        assert share_moved(found[name], expected[name]) < 2e-4
     for name in ("boundary", "boundary_native"):
-        assert share_moved(found[name], expected[name]) < 1e-2
+        assert share_moved(found[name], expected[name]) < 2e-3
 
 
 def test_records_in_bfloat16_are_close_to_those_of_the_cpu_in_float32(segmenter, files, tmp_path):
     expected = records_of(segmenter, files, tmp_path / "cpu", "--device cpu --precision fp32")
     found = records_of(segmenter, files, tmp_path / "gpu", "--device", DEVICE, "--precision", "bf16")
-    assert found["loss_sum"].sum() == pytest.approx(expected["loss_sum"].sum(), rel=0.02)
+    assert found["loss_sum"].sum() == pytest.approx(expected["loss_sum"].sum(), rel=0.005)
     for name in ("counts", "counts_native"):
-        assert share_moved(found[name], expected[name]) < 0.03
+        assert share_moved(found[name], expected[name]) < 0.01
 
 
 def test_masks_of_photos_are_those_of_the_cpu(segmenter, files, tmp_path):
@@ -716,4 +716,4 @@ def test_masks_of_photos_are_those_of_the_cpu(segmenter, files, tmp_path):
         expected = np.array(Image.open(tmp_path / "on_cpu" / f"{photo.stem}_mask.png"))
         found = np.array(Image.open(tmp_path / f"on_{DEVICE}" / f"{photo.stem}_mask.png"))
         assert found.shape == expected.shape
-        assert (found != expected).mean() < 0.01  # products in TF32 round logits to three digits
+        assert (found != expected).mean() < 0.005  # products in TF32 round logits to three digits
