@@ -17,7 +17,6 @@ import importlib
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import NamedTuple
 from unittest import mock
 
@@ -104,7 +103,7 @@ def make_trainer(case: Case, dist: Distributed, folders: Folders) -> Trainer:
     args = arguments(case, folders)
     objective = make_objective(case, args, dist)
     plan = plan_run(objective, args, dist)
-    run = SimpleNamespace(dir=folders.run_dir)
+    run = mock.Mock(dir=folders.run_dir)
     batches = objective.open(run)
     return Trainer(objective, plan, run, batches, Precision(args.precision, dist.device), args, dist)
 
@@ -291,6 +290,8 @@ class Watch(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if func is torch.ops.prim.device.default:  # a look at tensor.device
+            return func(*args, **kwargs)
         name = func.overloadpacket.__name__
         tensors = tensors_of((args, kwargs))
         if any(tensor.device == GPU for tensor in tensors) or kwargs.get("device") == GPU:
@@ -451,7 +452,7 @@ def first_batch(case: Case, folders: Folders) -> dict[str, Tensor]:
     with small_network():
         dist = Distributed(0, 0, 1, torch.device("cpu"))
         objective = make_objective(case, arguments(case, folders), dist)
-        batches = objective.open(SimpleNamespace(dir=folders.run_dir))
+        batches = objective.open(mock.Mock(dir=folders.run_dir))
         with contextlib.closing(batches.run(0, 1)) as steps:
             return next(steps)[0]
 
@@ -474,7 +475,7 @@ def check_gradients(case: Case, folders: Folders) -> None:
 
 
 def check_graphs(case: Case, folders: Folders) -> None:
-    """Make two steps of a case on the CPU through torch.compile, which must find whole graphs, and the same ones twice."""
+    """Train and validate twice on the CPU through torch.compile: whole graphs, and no new ones the second time."""
     compile_whole = torch.compile
 
     def whole(network: nn.Module, **options: object) -> Callable:
@@ -487,7 +488,9 @@ def check_graphs(case: Case, folders: Folders) -> None:
             trainer = make_trainer(compiled, Distributed(0, 0, 1, torch.device("cpu")), folders)
             with contextlib.closing(trainer.batches.run(0, 2)) as steps:
                 trainer.train_step(next(steps), want_norm=True)
+                trainer._validate()
                 with torch._dynamo.config.patch(error_on_recompile=True):
                     trainer.train_step(next(steps), want_norm=True)
+                    trainer._validate()
     finally:
         torch._dynamo.reset()
