@@ -171,8 +171,8 @@ def convert(module: nn.Module, change: Callable[[Tensor], Tensor], recurse: bool
 def clear_caches() -> None:
     """Empty the caches of all functions of the project."""
     for module in list(sys.modules.values()):
-        path = Path(getattr(module, "__file__", None) or "/")
-        if not path.is_relative_to(REPOSITORY) or "site-packages" in path.parts:
+        file = getattr(module, "__file__", None) or ""
+        if not file.startswith(str(REPOSITORY)) or "site-packages" in file:
             continue
         for value in list(vars(module).values()):
             if hasattr(value, "cache_clear"):
@@ -281,7 +281,7 @@ class Watch(TorchDispatchMode):
     is going on. products: how many of its matrix products were seen.
     """
 
-    def __init__(self, pinned: set[StorageWeakRef], warm_up: bool):
+    def __init__(self, pinned: set[StorageWeakRef], warm_up: bool = False):
         super().__init__()
         self.pinned = pinned
         self.warm_up = warm_up

@@ -13,15 +13,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 from fake_cuda import (
+    GPU,
     Case,
     Folders,
     HostWaits,
     NoGradient,
+    Watch,
     WrongDevice,
     WrongPrecision,
     check_gradients,
     check_graphs,
     check_training,
+    fake_cuda,
 )
 from small_runs import REPOSITORY, drawn_root
 from torch import Tensor, nn
@@ -360,6 +363,73 @@ def test_faults_are_reported(folders, monkeypatch, fault):
     fault.inject(monkeypatch)
     with pytest.raises(fault.error, match=fault.message):
         fault.check(fault.case, folders)
+
+
+# -- Single operations --------------------------------------------------------------------------------------------------
+
+WAITING = {
+    "item": lambda x: x.sum().item(),
+    "truth": lambda x: bool(x.any()),
+    "list": lambda x: x.tolist(),
+    "number": lambda x: float(x[0]),
+    "equal": lambda x: torch.equal(x, x),
+    "nonzero": lambda x: x.nonzero(),
+    "where": lambda x: torch.where(x > 0),
+    "masked_select": lambda x: x.masked_select(x > 0),
+    "mask": lambda x: x[x > 0],
+    "put_by_mask": lambda x: x.index_put_((x > 0,), x),
+    "unique": lambda x: x.unique(),
+    "bincount": lambda x: torch.bincount(x.long()),
+    "repeat": lambda x: x.repeat_interleave(x.long()),
+    "cpu": lambda x: x.cpu(),
+    "unsafe_cpu": lambda x: x.to("cpu", non_blocking=True),
+    "copy_to_host": lambda x: torch.zeros(4).copy_(x),
+    "constant": lambda x: torch.tensor([1.0, 2.0], device=x.device),
+    "new_tensor": lambda x: x.new_tensor([1.0, 2.0]),
+    "blocking_copy": lambda x: torch.zeros(4).pin_memory().to(x.device),
+    "pageable_copy": lambda x: torch.zeros(4).to(x.device, non_blocking=True),
+    "copy_from_host": lambda x: x.copy_(torch.zeros(4)),
+    "assignment": lambda x: x.__setitem__(slice(2), torch.zeros(2)),
+    "assigned_number": lambda x: x.__setitem__(0, 1.0),
+    "host_index": lambda x: x[torch.arange(2)],
+    "put_by_host_index": lambda x: x.index_put_((torch.arange(2),), x[:2]),
+    "list_index": lambda x: x[[0, 2]],
+}
+FREE = {
+    "masked_fill": lambda x: x.masked_fill(x > 0, 0.0),
+    "fill_by_mask": lambda x: x.__setitem__(x > 0, 0.0),
+    "fill_slice": lambda x: x.__setitem__(slice(2), 1.0),
+    "fill_place": lambda x: x[0].fill_(1.0),
+    "choice": lambda x: torch.where(x > 0, x, 0.0),
+    "index": lambda x: x[torch.arange(2, device=x.device)],
+    "repeat": lambda x: x.repeat_interleave(x.long(), output_size=8),
+    "new": lambda x: torch.zeros(4, device=x.device) + torch.full_like(x, 2.0),
+    "random": lambda x: torch.rand(4, device=x.device),
+    "host": lambda x: torch.zeros(4)[torch.arange(2)].sum(),
+    "locked_copy": lambda x: torch.zeros(4).pin_memory()[:2].to(x.device, non_blocking=True),
+    "cast": lambda x: x.double().to(torch.bfloat16),
+}
+
+
+@pytest.fixture
+def numbers() -> Iterator[tuple[Tensor, Watch]]:
+    """Give four numbers on the device and who watches over them."""
+    with fake_cuda() as gpu:
+        yield torch.zeros(4, device=GPU), Watch(gpu.pinned)
+
+
+@pytest.mark.parametrize("operation", WAITING.values(), ids=WAITING)
+def test_operations_that_make_the_host_wait_are_refused(numbers, operation):
+    x, watching = numbers
+    with watching, pytest.raises(HostWaits):
+        operation(x)
+
+
+@pytest.mark.parametrize("operation", FREE.values(), ids=FREE)
+def test_operations_that_run_on_the_device_alone_are_allowed(numbers, operation):
+    x, watching = numbers
+    with watching:
+        operation(x)
 
 
 # -- What the checks leave behind ---------------------------------------------------------------------------------------
