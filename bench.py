@@ -54,6 +54,8 @@ from trainer import Trainer, plan_run
 TRAININGS = ("pretrain", "finetune", "resnet50")
 DEFAULT_TASKS = (*TRAININGS, "data", "rest", "study", "products", "scaling")
 
+PEERS = ("eager", "transformers", "timm", "pil")
+
 # Variants of a measurement, as the report names them.
 REAL = "this project, real batches"
 SYNTHETIC = "this project, synthetic"
@@ -112,7 +114,12 @@ def get_args_parser() -> Parser:
     add("--choices", nargs="+", choices=choice_names(), help="with --tasks choices: only these (default: all)")
     add("--quick", action="store_true", help="mae_small, few images and turns: a check that takes two minutes")
     add("--synthetic", action="store_true", help="no real batches: one batch of random pixels, again and again")
-    add("--peers", action="store_true", help="also transformers, timm and PIL + torchvision (requirements-dev.txt)")
+    add(
+        "--peers",
+        nargs="*",
+        choices=PEERS,
+        help="also other projects (requirements-dev.txt), all or those named; eager: the step of most public code",
+    )
     add("--model", choices=list(MODELS), help="default mae_base (--quick: mae_small)")
     add(
         "--batch_size",
@@ -142,6 +149,10 @@ def resolve(args: argparse.Namespace, on_gpu: bool) -> argparse.Namespace:
         resolved.repeats = 2 if args.quick else 7
     if args.compile is None:
         resolved.compile = on_gpu
+    if args.peers is None:
+        resolved.peers = ()
+    elif not args.peers:
+        resolved.peers = PEERS
     return resolved
 
 
@@ -190,13 +201,12 @@ class Ledger:
         return {row["task"]: row["img_s"] for row in self.rows if row["variant"] == variant}
 
 
-def describe_machine(device: torch.device, peers: bool) -> dict:
+def describe_machine(device: torch.device, peers: Iterable[str]) -> dict:
     """Collect what a measurement depends on besides its flags; EngineError if a peer is not installed."""
     versions = {"python": platform.python_version()}
     for package in ("torch", "torchvision"):
         versions[package] = importlib.metadata.version(package)
-    if peers:
-        versions |= bench_peers.package_versions()
+    versions |= bench_peers.package_versions(peers)
     return {
         "device": hardware_name(device),
         "cores": usable_cores(),
@@ -455,12 +465,11 @@ def measure_training(bench: Bench, task: str) -> None:
     contestants = {SYNTHETIC: training.contestant(itertools.repeat(micro_batches))}
     if not bench.args.synthetic:
         contestants[REAL] = training.on_real_batches()
-    if bench.args.peers:
-        for name, peer in bench_peers.peers_of(task, training.objective).items():
-            peer_training = bench.workshop.training(peer, training.batches)
-            contestants[name] = peer_training.contestant(itertools.repeat(micro_batches))
-        if task == "pretrain":
-            contestants[EAGER] = eager_contestant(training, micro_batches)
+    for name, peer in bench_peers.peers_of(task, training.objective, bench.args.peers).items():
+        peer_training = bench.workshop.training(peer, training.batches)
+        contestants[name] = peer_training.contestant(itertools.repeat(micro_batches))
+    if task == "pretrain" and "eager" in bench.args.peers:
+        contestants[EAGER] = eager_contestant(training, micro_batches)
     bench.compare(task, contestants, count)
     if bench.args.profile:
         profile(bench, task, contestants.get(REAL, contestants[SYNTHETIC]))
@@ -573,7 +582,7 @@ def measure_data(bench: Bench) -> None:
     host_jobs = {}
     cpu = torch.device("cpu")
     host = pretraining_batches(bench, count, cpu)
-    if bench.args.peers:
+    if "pil" in bench.args.peers:
         files = [f"{bench.workshop.data_root}/{image}" for image in host.examples.images.images]
         photos = bench_peers.photos_for(files, bench.args.img_size, count)
         in_workers = bench_peers.loader_batches(photos, count, cores)
@@ -690,7 +699,7 @@ def measure_start(bench: Bench) -> None:
 
 def measure_study(bench: Bench) -> None:
     """Project the time of the study from the measured rates; name what is missing instead of guessing."""
-    rates = study_rates(bench.ledger.rows)
+    rates = study_rates(rows_like_these(bench))
     missing = sorted(task for task in STUDY if task not in rates)
     hours = None
     if missing:
@@ -703,6 +712,18 @@ def measure_study(bench: Bench) -> None:
         shown = ", ".join(f"{task} {minutes:.1f}" for task, minutes in parts.items())
         note = f"{hours:,.2f} hours by the rates above; in minutes: {shown}"
     bench.ledger.record("study", WHOLE_STUDY, model=bench.args.model, hours=hours, note=note)
+
+
+def rows_like_these(bench: Bench) -> list[dict]:
+    """Collect what this invocation and earlier ones have written for the same device, networks and input size."""
+    rows = []
+    for row in read_rows(bench.args.output):
+        same_device = row["machine"]["device"] == bench.ledger.machine["device"]
+        same_model = row.get("model") in (bench.args.model, "resnet50", None)
+        same_size = row.get("img_size") in (bench.args.img_size, None)
+        if same_device and same_model and same_size:
+            rows.append(row)
+    return rows
 
 
 def study_rates(rows: list[dict]) -> dict[str, float]:

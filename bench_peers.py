@@ -3,7 +3,7 @@
 import importlib.metadata
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -18,10 +18,12 @@ from objective import Objective
 PACKAGES = ("transformers", "timm")
 
 
-def package_versions() -> dict[str, str]:
-    """Look up the versions of the other projects; EngineError if one is not installed."""
+def package_versions(peers: Iterable[str]) -> dict[str, str]:
+    """Look up the versions of the packages among the peers; EngineError if one is not installed."""
     versions = {}
     for package in PACKAGES:
+        if package not in peers:
+            continue
         try:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
@@ -114,11 +116,11 @@ class Peer(Objective):
         return self._flops
 
 
-def peers_of(task: str, own: Objective) -> dict[str, Peer]:
-    """Build the contestants of an objective by name; none for tasks that have no peers."""
-    if task == "pretrain":
+def peers_of(task: str, own: Objective, names: Iterable[str]) -> dict[str, Peer]:
+    """Build the contestants of an objective among the named peers; none for tasks that have no peers."""
+    if task == "pretrain" and "transformers" in names:
         return pretraining_peers(own)
-    if task == "finetune":
+    if task == "finetune" and "timm" in names:
         return segmentation_peers(own)
     return {}
 

@@ -37,14 +37,14 @@ if [ -n "$REHEARSE" ]; then
   BENCH+=(--device cpu --no-compile --model mae_tiny --img_size 32 --batch_size 2)
   REPEATS=(--repeats 1)
 fi
-PEERS=()
+PEERS=(--peers eager pil)
 if "$PYTHON" -c 'import timm, transformers' 2> /dev/null; then PEERS=(--peers); fi
 
 tests() { # numerics, synchronisation, precision, compilation, accumulation, resume
   REHEARSE=$REHEARSE "$PYTHON" -m pytest tests/test_gpu.py -q -p no:cacheprovider --durations=10 -n 4 --dist worksteal
 }
 train() { # steps on synthetic and real batches beside peers, validation, profiles, data path, all else, the study's time
-  "${BENCH[@]}" "${REPEATS[@]}" ${PEERS[@]+"${PEERS[@]}"} --profile "$OUTPUT/profile" \
+  "${BENCH[@]}" "${REPEATS[@]}" "${PEERS[@]}" --profile "$OUTPUT/profile" \
     --tasks pretrain finetune resnet50 data rest study
 }
 products() { "${BENCH[@]}" "${REPEATS[@]}" --tasks products; }

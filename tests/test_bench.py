@@ -145,7 +145,8 @@ def test_turns_come_in_changing_order():
 def test_a_missing_peer_is_named_with_the_command_that_installs_it(monkeypatch):
     monkeypatch.setattr(bench_peers, "PACKAGES", ("no-such-package",))
     with pytest.raises(EngineError, match="no-such-package, which is not installed; `pip install"):
-        bench.describe_machine(torch.device("cpu"), peers=True)
+        bench.describe_machine(torch.device("cpu"), peers=["eager", "no-such-package"])
+    assert "no-such-package" not in bench.describe_machine(torch.device("cpu"), peers=["eager"])["versions"]
 
 
 def test_another_optimizer_makes_the_same_update():
@@ -201,10 +202,10 @@ def test_a_rate_of_training_counts_in_the_study_only_if_batches_were_real():
 
 def test_the_products_of_a_step_are_those_that_its_operations_count(workshop):
     training = workshop.training(workshop.pretraining("mae", 2))
-    counts = bench.recorded_products(training, bench.random_pixels(training.batches))
+    micro_batches = bench.random_pixels(training.batches)
+    counts = bench.recorded_products(training, micro_batches)
     with FlopCounterMode(display=False) as counter:
-        loss = training.objective.loss(training.objective.model, bench.random_pixels(training.batches)[0])
-        loss.backward()
+        training.objective.loss(training.objective.model, micro_batches[0]).backward()
     found = counter.get_flop_counts()["Global"]
     expected = sum(flops for operator, flops in found.items() if "attention" not in str(operator))
     alone = bench_products.ProductsAlone(counts, torch.device("cpu"))

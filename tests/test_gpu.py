@@ -717,3 +717,37 @@ def test_masks_of_photos_are_those_of_the_cpu(segmenter, files, tmp_path):
         found = np.array(Image.open(tmp_path / f"on_{DEVICE}" / f"{photo.stem}_mask.png"))
         assert found.shape == expected.shape
         assert (found != expected).mean() < 0.005  # products in TF32 round logits to three digits
+
+
+# -- CUDA graphs --------------------------------------------------------------------------------------------------------
+
+
+@needs_gpu
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("network", TRANSFORMERS)
+def test_a_recorded_pass_trains_to_the_same_bits_as_a_launched_one(network, precision, files, without_tf32, tmp_path):
+    flags = ("--precision", precision, "--clip_grad", 1)
+    launched = trained(network, files, tmp_path / "launched", 3, *flags, "--no-cuda_graph")
+    recorded = trained(network, files, tmp_path / "recorded", 3, *flags, "--cuda_graph")
+    assert_same(recorded.weights, launched.weights)
+    assert recorded.losses == pytest.approx(launched.losses, rel=1e-6)
+    assert recorded.norms == pytest.approx(launched.norms, rel=1e-6)
+
+
+@needs_gpu
+def test_recording_leaves_no_trace_in_the_statistics_of_batch_normalisation(files, without_tf32, tmp_path):
+    launched = trained("resnet50", files, tmp_path / "launched", 1, "--no-cuda_graph")
+    recorded = trained("resnet50", files, tmp_path / "recorded", 1, "--cuda_graph")
+    for name, tensor in launched.weights.items():
+        if is_statistic(name):
+            assert relative_error(recorded.weights[name].double(), tensor.double()) < 5e-3, name
+
+
+@needs_gpu
+def test_a_recorded_pass_sees_each_batch_and_accumulation_is_never_recorded(files, tmp_path):
+    made = trainer_of("pretrain", files, tmp_path / "run", "--cuda_graph")
+    with contextlib.closing(made.batches.run(0, 2)) as steps:
+        (first,), (second,) = list(steps)
+    losses = [made.recorded(batch).item() for batch in (first, second, first)]
+    assert losses[0] == losses[2] != losses[1]
+    assert trainer_of("pretrain", files, tmp_path / "parts", "--cuda_graph --micro_batch_size 4").recorded is None
