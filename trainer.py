@@ -112,6 +112,12 @@ def add_training_arguments(
     how("--precision", choices=["auto", "bf16", "fp16", "fp32"], default="auto", help="auto: bf16 or fp16 on GPUs")
     how("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the network (default: on GPUs)")
     how(
+        "--cuda_graph",
+        action=argparse.BooleanOptionalAction,
+        help="record forward and backward pass once and replay them (default: with --compile on one GPU, where the "
+        "objective allows it); never under accumulation",
+    )
+    how(
         "--save_minutes", type=at_least(0), default=5, help="minutes between checkpoints; 0: one after every validation"
     )
     how("--log_every", type=at_least(1, int), default=50, help="steps between lines of log.jsonl")
