@@ -130,7 +130,7 @@ def get_args_parser() -> Parser:
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     add("--precision", choices=["auto", "bf16", "fp16", "fp32"], default="auto", help="as in training")
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile all contestants (default: on GPUs)")
-    add("--cuda_graph", action=argparse.BooleanOptionalAction, help="as in training (default: on one GPU, compiled)")
+    add("--cuda_graph", action=argparse.BooleanOptionalAction, default=False, help="as in training")
     add("--repeats", type=at_least(1, int), help="turns of each contestant (default 7)")
     add("--data_root", help="photos to read (default: drawn ones in a temporary folder)")
     add("--cache_dir", help="folder of their decoded images (default: a temporary folder)")
@@ -328,13 +328,8 @@ class Workshop:
             f"--device={self.args.device}",
             f"--precision={self.args.precision}",
             "--compile" if self.args.compile else "--no-compile",
-            *self._graph_flags(),
+            "--cuda_graph" if self.args.cuda_graph else "--no-cuda_graph",
         ]
-
-    def _graph_flags(self) -> list[str]:
-        if self.args.cuda_graph is None:
-            return []
-        return ["--cuda_graph" if self.args.cuda_graph else "--no-cuda_graph"]
 
     def _sized(self, objective: Objective) -> Objective:
         """Let an objective train on four batches or more: a short list is repeated, a long one cut."""
@@ -677,11 +672,15 @@ def measure_rest(bench: Bench) -> None:
     setting = TestSetting(workshop.data_root, workshop.cache_dir, 64, bench.dist, precision, vars(task.args))
     rate, count = bench_rest.test_rate(task, setting)
     record("testing", "rest", img_s=rate, note=f"{count} images, at input and at native size")
-    measure_start(bench)
+    measure_start(bench, len(images))
 
 
-def measure_start(bench: Bench) -> None:
-    """Measure the time from the command of a training to its first step, without and with compiled kernels."""
+def measure_start(bench: Bench, images: int) -> None:
+    """Measure the time from the command of a training to its first step, without and with compiled kernels.
+
+    images: how many there are to train on.
+    """
+    count = min(bench.count("pretrain"), images)
     workshop = bench.workshop
     args = bench.args
     command = bench_rest.pretrain_command(
@@ -690,7 +689,7 @@ def measure_start(bench: Bench) -> None:
     kernels = tempfile.mkdtemp(dir=workshop.folder)
     for variant in ("first time", "again"):
         run = Path(tempfile.mkdtemp(dir=workshop.folder)) / "run"
-        words = [*command, f"--output_dir={run}", f"--batch_size={bench.count('pretrain')}"]
+        words = [*command, f"--output_dir={run}", f"--batch_size={count}"]
         words.append("--compile" if args.compile else "--no-compile")
         seconds = bench_rest.first_step_seconds(words, run, kernels)
         note = f"{seconds:.1f} s from the command to the end of the first step"

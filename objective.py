@@ -64,7 +64,7 @@ class Objective:
     scores = {"loss": "loss"}  # what validate() returns: key -> words for the report
     select: str | None = None  # the score whose highest value picks the weights; None: the last epoch's
     keep_best = True  # False: keep the last epoch's weights, whatever their score
-    recordable = False  # True: loss() depends on batch, parameters and buffers alone, so a CUDA graph may replay it
+    recordable = False  # True: loss() depends on batch, parameters and buffers alone, so --cuda_graph may replay it
     betas = (0.9, 0.95)  # of the optimizer
     memory_format = torch.contiguous_format
     model: nn.Module

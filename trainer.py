@@ -114,8 +114,9 @@ def add_training_arguments(
     how(
         "--cuda_graph",
         action=argparse.BooleanOptionalAction,
-        help="record forward and backward pass once and replay them (default: with --compile on one GPU, where the "
-        "objective allows it); never under accumulation",
+        default=False,
+        help="record forward and backward pass once and replay them, for hosts that launch kernels more slowly than "
+        "the GPU runs them; one GPU, no accumulation, objectives that allow it",
     )
     how(
         "--save_minutes", type=at_least(0), default=5, help="minutes between checkpoints; 0: one after every validation"
@@ -289,7 +290,7 @@ class Trainer:
         compiled = self._compile(self.model)
         self.network = self._distribute(compiled)
         self.recorded = None
-        if self._wants_graph(is_compiled=compiled is not self.model):
+        if self._wants_graph():
             self.recorded = RecordedBackward(self._backward, self.model)
         if compiled is not self.model:
             objective.compiled = ScoringNetwork(self.model, compiled)
@@ -323,14 +324,10 @@ class Trainer:
         ids = [self.dist.device] if self.dist.device.type == "cuda" else None
         return DistributedDataParallel(network, device_ids=ids, gradient_as_bucket_view=True)
 
-    def _wants_graph(self, is_compiled: bool) -> bool:
-        """Decide whether forward and backward pass are recorded as a CUDA graph."""
-        possible = self.dist.device.type == "cuda" and self.dist.world_size == 1 and self.batches.micro_batches == 1
-        if not possible:
-            return False
-        if self.args.cuda_graph is None:
-            return is_compiled and self.objective.recordable
-        return self.args.cuda_graph
+    def _wants_graph(self) -> bool:
+        """Tell whether forward and backward pass are recorded as a CUDA graph."""
+        one_gpu = self.dist.device.type == "cuda" and self.dist.world_size == 1
+        return self.args.cuda_graph and one_gpu and self.batches.micro_batches == 1 and self.objective.recordable
 
     # -- one update ---------------------------------------------------------------------------------------------------
 
