@@ -32,7 +32,15 @@ def get_args_parser(task: str = "segment") -> Parser:
     network("--model", choices=["resnet50", "mae", *MODELS], required=True, help="mae is mae_base")
     network("--weights", help="resnet50 only: imagenet (downloads torchvision's), or a file with torchvision's keys")
     network("--drop_path", type=at_least(0), default=0.1, help="stochastic depth of the last encoder block (MAE)")
-    add_training_arguments(parser, output_dir="runs/baseline", epochs=100, batch_size=64, warmup_epochs=5, min_lr=1e-6)
+    add_training_arguments(
+        parser,
+        output_dir="runs/baseline",
+        epochs=100,
+        batch_size=64,
+        warmup_epochs=5,
+        min_lr=1e-6,
+        val_epochs=3,  # after every epoch, validation would cost 7 % of the training
+    )
     network = parser.flags("optimisation", role="network")
     network("--blr", type=at_least(0), help="lr = blr * batch_size / 256 (default: MAE 1e-3, ResNet-50 2e-3)")
     network(

@@ -68,15 +68,15 @@ STUDY = {
     "finetune": 5 * 100 * 5_144,
     "resnet50": 100 * 5_144,
     "pretrain validation": 3 * 150 * 2 * 1_016,
-    "finetune validation": 5 * 100 * 1_102,
-    "resnet50 validation": 100 * 1_102,
+    "finetune validation": 5 * 34 * 1_102,
+    "resnet50 validation": 34 * 1_102,
     "decoding": 61_036 + 2 * 7_349,
     "testing": 6 * 1_103,
     "starting": 9,
 }
 CHECKPOINT_EVERY = 300  # seconds, as --save_minutes has it
-# Validation images per image of training: what validation after every epoch adds.
-VALIDATED = {"pretrain": 2 * 1_016 / 25_739, "finetune": 1_102 / 5_144, "resnet50": 1_102 / 5_144}
+# Validation images per image of training, with the scripts' --val_epochs.
+VALIDATED = {"pretrain": 2 * 1_016 / 25_739, "finetune": 1_102 / (3 * 5_144), "resnet50": 1_102 / (3 * 5_144)}
 COLUMNS = (
     "task",
     "variant",
@@ -481,12 +481,12 @@ def eager_contestant(training: Training, micro_batches: list[dict[str, Tensor]])
 
 
 def note_validation(bench: Bench, task: str) -> None:
-    """Record what validation after every epoch would add to training."""
+    """Record what validation adds to the training of the study."""
     rows = bench.ledger.rows
     trained = [row["img_s"] for row in rows if row["task"] == task and row["variant"] in (REAL, SYNTHETIC)]
     validated = [row["img_s"] for row in rows if row["task"] == f"{task} validation"]
     share = VALIDATED[task] * trained[-1] / validated[-1]
-    note = f"after every epoch, validation adds {share:.1%} to the time of training"
+    note = f"validation adds {share:.1%} to the time of training"
     bench.ledger.record(f"{task} validation", "share", model=bench.model_of(task), share=share, note=note)
 
 
@@ -531,7 +531,7 @@ def describe_cost(timing: Timing, first: Timing) -> str:
 
 def choice_names() -> list[str]:
     """Name the alternatives that --choices selects from."""
-    return ["compilation", *bench_choices.PATCHES, *bench_choices.OPTIMIZERS]
+    return ["compilation", "cuda_graph", *bench_choices.PATCHES, *bench_choices.OPTIMIZERS]
 
 
 def measure_choices(bench: Bench) -> None:
@@ -546,6 +546,11 @@ def measure_choices(bench: Bench) -> None:
         if name == "compilation":
             shown = "not compiled" if bench.args.compile else "torch.compile"
             contestants[shown] = with_other_compilation(workshop, training).contestant(source)
+        elif name == "cuda_graph":
+            if bench.on_gpu:
+                contestants["forward and backward pass as a CUDA graph"] = recorded(workshop, training).contestant(
+                    source
+                )
         elif name in bench_choices.PATCHES:
             step = bench_choices.undone(name, own.step)
             contestants[name] = Contestant(step, flops=None, state_bytes=own.state_bytes)  # it computes more or less
@@ -555,6 +560,16 @@ def measure_choices(bench: Bench) -> None:
             contestants[name] = dataclasses.replace(training, trainer=other).contestant(source)
     usual = bench.stopwatch.usual_pace
     bench.compare("choices", contestants, count, Pace(usual.steps, max(1, usual.settle)), apart=bench.args.compile)
+
+
+def recorded(workshop: Workshop, training: Training) -> Training:
+    """Set the same training up with --cuda_graph, on the same weights and the same optimizer."""
+    objective = copy.copy(training.objective)
+    objective.args = copy.copy(objective.args)
+    objective.args.cuda_graph = True
+    other = workshop.training(objective, training.batches)
+    other.trainer.optimizer = training.trainer.optimizer
+    return other
 
 
 def with_other_compilation(workshop: Workshop, training: Training) -> Training:

@@ -43,6 +43,7 @@ DEMO_SEGMENT = {
     **DEMO_SIZE,
     "epochs": 7,
     "epoch_updates": 80,
+    "val_epochs": 1,
     "batch_size": 4,
     "blr": "128e-3",
     "warmup_epochs": 0.7,

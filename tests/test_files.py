@@ -49,6 +49,11 @@ assert batch["images"].shape == (1, 3, 8, 8)
 (batch,) = batches.EvalBatches(store, img_size=8, batch_size=1)
 assert batch["index"].tolist() == [0]
 """,
+    "cuda_graph": """
+import cuda_graph
+import torch
+assert cuda_graph.RecordedBackward(lambda batch: None, torch.nn.Linear(1, 1)).graph is None
+""",
     "metrics": """
 import metrics
 mean, low, high = metrics.t_interval([1.0, 2.0, 3.0])
@@ -77,7 +82,8 @@ MAY_IMPORT = {
     "runs": {"engine"},
     "splits": {"data"},
     "batches": {"augment", "data"},
-    "trainer": {"batches", "engine", "objective", "runs"},
+    "cuda_graph": set(),
+    "trainer": {"batches", "cuda_graph", "engine", "objective", "runs"},
 }
 TRAINING = ("pretrain", "finetune", "baseline")
 AFTER_TRAINING = {"evaluate", "report", "figures", "study", "bench"}
