@@ -25,7 +25,7 @@ from arms import RESNET
 from study import PlanLine, read_lines
 
 HERE = Path(__file__).resolve().parent
-LISTS = ("first", "second", "side_by_side", "tests", "finished_tests")
+LISTS = ("first", "second", "side_by_side", "alone", "others", "tests", "finished_tests")
 START_SECONDS = 20  # in which a run that is to start has started
 STOPPED_BY = {signal.SIGINT: 130, signal.SIGTERM: 143}
 
@@ -67,11 +67,16 @@ def list_folders(study: Path, plan: list[PlanLine], which: str) -> list[str]:
     """List folders of runs, relative to the study's for --run; those of tests as paths.
 
     which: first (runs that depend on no other), second (those that start from one of these), side_by_side (all, in the order
-    that leaves no core idle), tests (whatever is tested), or finished_tests (those of them that are finished).
+    that leaves no GPU idle), alone (those that a CPU makes with nothing beside them), others (side_by_side without these),
+    tests (whatever is tested), or finished_tests (those of them that are finished).
     """
-    if which == "side_by_side":
+    if which == "alone":
+        return [line.folder for line in plan if takes_much_memory(line)]
+    if which in ("side_by_side", "others"):
         # Parents before those that start from them; ResNet-50 takes longest next to pre-training, so it begins early.
-        lines = sorted(plan, key=lambda line: (bool(line.parent), line.seed, line.arm != RESNET.name))
+        lines = sorted(plan, key=lambda line: (bool(line.parent), line.seed, not takes_much_memory(line)))
+        if which == "others":
+            lines = [line for line in lines if not takes_much_memory(line)]
         return [line.folder for line in lines]
     if which == "first":
         return [line.folder for line in plan if not line.parent]
@@ -81,6 +86,11 @@ def list_folders(study: Path, plan: list[PlanLine], which: str) -> list[str]:
     if which == "finished_tests":
         tested = [folder for folder in tested if (folder / "metrics.json").exists()]
     return [str(folder) for folder in tested]
+
+
+def takes_much_memory(line: PlanLine) -> bool:
+    """Tell whether a run of the demo takes as much memory as three others: 1.8 GB of ResNet-50 against 0.6 GB."""
+    return line.arm == RESNET.name
 
 
 def is_finished(files: Files, command: str) -> bool:

@@ -2,7 +2,7 @@
 
     python check_plan.py --demo --objective denoise          # the options of run_all.sh, which calls this
 
-Prints nothing and ends with 0 if all is well, else with one line and exit code 2.
+Prints how many GPUs torch sees and ends with 0 if all is well, else with one line and exit code 2.
 """
 
 import sys
@@ -39,7 +39,7 @@ def check_command(line: PlanLine) -> None:
 
 
 def main(words: list[str]) -> None:
-    """Check the GPUs and every command of a study."""
+    """Check the GPUs and every command of a study, and print the number of GPUs: to ask again would import torch again."""
     args = read_args(words, "run_all.sh")
     gpus = torch.cuda.device_count()
     if args.gpus and args.gpus > gpus:
@@ -47,6 +47,7 @@ def main(words: list[str]) -> None:
     args.on_gpus = False
     for line in make_plan(args, paper_sizes=False):
         check_command(line)
+    print(gpus)
 
 
 if __name__ == "__main__":

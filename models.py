@@ -21,7 +21,6 @@ The networks that are fine-tuned share one call, `network(images, drop_path=None
 (height, width), `num_classes` and `fresh_keys`: prefixes of the state-dict keys that are never taken from a checkpoint.
 """
 
-import copy
 from typing import Any
 
 import torch
@@ -654,45 +653,105 @@ class Classifier(ViT):
 # ResNet-50
 
 
+class Bottleneck(nn.Module):
+    """A residual block of three convolutions, the second of which takes the stride, as in torchvision."""
+
+    def __init__(self, in_channels: int, channels: int, stride: int) -> None:
+        super().__init__()
+        out_channels = 4 * channels
+        self.conv1 = nn.Conv2d(in_channels, channels, kernel_size=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.conv2 = nn.Conv2d(channels, channels, kernel_size=3, stride=stride, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.conv3 = nn.Conv2d(channels, out_channels, kernel_size=1, bias=False)
+        self.bn3 = nn.BatchNorm2d(out_channels)
+        self.downsample = nn.Sequential()  # the identity
+        if in_channels != out_channels:
+            self.downsample.append(nn.Conv2d(in_channels, out_channels, kernel_size=1, stride=stride, bias=False))
+            self.downsample.append(nn.BatchNorm2d(out_channels))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map features [B, C, H, W] to [B, 4 * channels, H / stride, W / stride]."""
+        residual = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        residual = F.relu(self.bn2(self.conv2(residual)), inplace=True)
+        residual = self.bn3(self.conv3(residual))
+        residual += self.downsample(x)
+        return F.relu(residual, inplace=True)
+
+
+class ResNet50Backbone(nn.Module):
+    """ResNet-50 up to its last stage, with torchvision's keys and, for a seed, its random weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 64, kernel_size=7, stride=2, padding=3, bias=False)
+        self.bn1 = nn.BatchNorm2d(64)
+        self.layer1 = self.make_stage(64, 64, blocks=3, stride=1)
+        self.layer2 = self.make_stage(256, 128, blocks=4, stride=2)
+        self.layer3 = self.make_stage(512, 256, blocks=6, stride=2)
+        self.layer4 = self.make_stage(1024, 512, blocks=3, stride=2)
+        # torchvision draws a classifier before it draws these weights; left out, they would be others.
+        nn.Linear(2048, 1000)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    @staticmethod
+    def make_stage(in_channels: int, channels: int, blocks: int, stride: int) -> nn.Sequential:
+        """Make the blocks of one resolution."""
+        stage = nn.Sequential(Bottleneck(in_channels, channels, stride))
+        for _ in range(blocks - 1):
+            stage.append(Bottleneck(4 * channels, channels, stride=1))
+        return stage
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Compute feature maps [B, 2048, H/32, W/32] of images [B, 3, H, W]."""
+        x = F.relu(self.bn1(self.conv1(images)), inplace=True)
+        x = F.max_pool2d(x, kernel_size=3, stride=2, padding=1)
+        return self.layer4(self.layer3(self.layer2(self.layer1(x))))
+
+
 class ResNet50(nn.Module):
-    """torchvision's ResNet-50 without its fully connected layer, with random weights: the base of the two baselines."""
+    """ResNet-50 without its fully connected layer, with random weights: the base of the two baselines."""
 
     fresh_keys: tuple[str, ...] = ()
     num_features = 2048  # channels of the last stage
 
     def __init__(self, img_size: int | tuple[int, int] = 224) -> None:
         super().__init__()
-        from torchvision.models import resnet50  # imported here so that the other networks need torch alone
-
         self.img_size = as_image_size(img_size)
-        self.backbone = resnet50(weights=None)
-        del self.backbone.fc
-
-    def forward_features(self, images: torch.Tensor) -> torch.Tensor:
-        """Compute feature maps [B, 2048, H/32, W/32] of images [B, 3, H, W]."""
-        net = self.backbone
-        x = net.maxpool(net.relu(net.bn1(net.conv1(images))))
-        return net.layer4(net.layer3(net.layer2(net.layer1(x))))
+        self.backbone = ResNet50Backbone()
 
     def flops(self, training: bool = True, mask_ratio: float = 0.0) -> float:
-        """Count floating-point operations per image as `ViT.flops` does, by a run on the meta device.
+        """Count floating-point operations per image as `ViT.flops` does, a pixel of the feature maps like a token.
 
         mask_ratio is part of the common signature; without patches only 0 is possible. Raises ValueError otherwise.
         """
-        from torch.utils.flop_counter import FlopCounterMode
-
         if mask_ratio != 0:
             raise ValueError(f"ResNet-50 masks no patches: mask_ratio must be 0, got {mask_ratio}")
-        height, width = self.img_size
-        network = copy.deepcopy(self).to("meta").eval()
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
-            network(torch.zeros(1, 3, height, width, device="meta"))
-        forward = counter.get_total_flops()
-        if not training:
-            return forward
-        output_pixels = ((height + 1) // 2) * ((width + 1) // 2)  # the first convolution has a stride of 2
-        first_layer = 2 * self.backbone.conv1.weight.numel() * output_pixels
-        return 3 * forward - first_layer
+        height, width = halve(*self.img_size)
+        first_layer = matrix_product_flops(self.backbone.conv1, height * width)
+        height, width = halve(height, width)
+        forward = first_layer + matrix_product_flops(self.backbone.layer1, height * width)
+        for stage in (self.backbone.layer2, self.backbone.layer3, self.backbone.layer4):
+            before = height * width
+            height, width = halve(height, width)
+            pixels = height * width
+            forward += matrix_product_flops(stage, pixels)
+            forward += matrix_product_flops(stage[0].conv1, before - pixels)  # it comes before the stride
+        forward += self.head_flops(height, width)
+        if training:
+            return 3 * forward - first_layer
+        return forward
+
+    def head_flops(self, height: int, width: int) -> float:
+        """Count the forward operations of the layers that follow the last feature maps."""
+        raise NotImplementedError
+
+
+def halve(height: int, width: int) -> tuple[int, int]:
+    """Compute the size after a layer with a stride of 2."""
+    return (height + 1) // 2, (width + 1) // 2
 
 
 class ResNet50Segmenter(ResNet50):
@@ -732,7 +791,16 @@ class ResNet50Segmenter(ResNet50):
 
     def forward(self, images: torch.Tensor, drop_path: None = None) -> torch.Tensor:
         """Predict class logits [B, num_classes, H, W] of images [B, 3, H, W]; drop_path is accepted and ignored."""
-        return self.decoder(self.forward_features(images))
+        return self.decoder(self.backbone(images))
+
+    def head_flops(self, height: int, width: int) -> float:
+        """Count the forward operations of the decoder."""
+        total = matrix_product_flops(self.decoder[0], height * width)
+        for layer in self.decoder:
+            if isinstance(layer, nn.ConvTranspose2d):
+                total += matrix_product_flops(layer, height * width)  # at each pixel of its input
+                height, width = 2 * height, 2 * width
+        return total
 
 
 class ResNet50Classifier(ResNet50):
@@ -747,8 +815,12 @@ class ResNet50Classifier(ResNet50):
 
     def forward(self, images: torch.Tensor, drop_path: None = None) -> torch.Tensor:
         """Predict class logits [B, num_classes] of images [B, 3, H, W]; drop_path is accepted and ignored."""
-        pooled = self.backbone.avgpool(self.forward_features(images)).flatten(1)
+        pooled = F.adaptive_avg_pool2d(self.backbone(images), 1).flatten(1)
         return self.head(pooled)
+
+    def head_flops(self, height: int, width: int) -> float:
+        """Count the forward operations of the linear layer."""
+        return matrix_product_flops(self.head, 1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -11,14 +11,15 @@ NNODES=${NNODES:-1} NODE_RANK=${NODE_RANK:-0}
 case $NNODES$NODE_RANK in *[!0-9]*) refuse "NNODES and NODE_RANK must be numbers, got '$NNODES' and '$NODE_RANK'" ;; esac
 [ "$NNODES" -le 1 ] || [ -n "${MASTER_ADDR:-}" ] || refuse "with NNODES=$NNODES set MASTER_ADDR to the address of node 0"
 settings=$("$SYSTEM" "$HERE/study.py" settings "$@") || exit
-eval "$settings" # DATA_ROOT, OUTPUT, CACHE, GPUS, JOBS, CPU_JOBS, CPU_THREADS, DRAWN, DRY, TASK, REFERENCE, TITLE
+eval "$settings" # DATA_ROOT, OUTPUT, CACHE, GPUS, JOBS, CPU_JOBS, CPU_THREADS, CPU_CORES, DRAWN, DRY, TASK, REFERENCE, TITLE
 
 if [ "$DRY" = 1 ]; then # nothing is installed to show commands
   PYTHON=$HERE/.venv/bin/python; [ -x "$PYTHON" ] || PYTHON=$SYSTEM
   [ -n "$GPUS" ] || GPUS=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())' 2> /dev/null) || GPUS=0
 else
   . "$HERE/setup.sh" || exit 1
-  [ -n "$GPUS" ] || GPUS=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())') || exit 1
+  found=$("$PYTHON" "$HERE/check_plan.py" "$@") || exit # before anything is written
+  [ -n "$GPUS" ] || GPUS=${found##*$'\n'} # its last line
 fi
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -28,6 +29,7 @@ DEVICE=()
 if [ "$GPUS" = 0 ]; then
   DEVICE=(--device cpu)
   JOBS=$CPU_JOBS
+  THREADS_ALONE=${OMP_NUM_THREADS:-$CPU_CORES}
   # With all threads each, two trainings slow one another many times.
   if [ "$JOBS" -gt 1 ]; then export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$CPU_THREADS}; fi
   # Keep freed memory for the next step instead of returning it to the system and clearing it anew.
@@ -118,7 +120,7 @@ once() { # once NAME PURPOSE MARKER COMMAND...: run it, unless this very command
   if [ "$DRY" = 0 ]; then printf '%q ' "$@" > "$record"; fi
 }
 
-train() { # train FOLDER...: trainings of the plan, parents before those that start from them, JOBS at a time
+train() { # train FOLDER...: trainings of the plan, parents before those that start from them, AT_ONCE or JOBS at a time
   local folder status watcher how=("$PYTHON" "$HERE/carry_out.py" "$OUTPUT" --plan "$TABLE" --launch "$(printf '%q ' "${LAUNCH[@]}")")
   how+=(--flags "${DEVICE[*]-}")
   [ "$DRY" = 0 ] || how+=(--dry_run)
@@ -134,10 +136,11 @@ train() { # train FOLDER...: trainings of the plan, parents before those that st
     done
     return
   fi
+  [ "$#" -gt 0 ] || return 0
   leave_if_asked before "the next runs"
   "$PYTHON" "$HERE/status.py" "$OUTPUT" --watch --jobs "$JOBS" < /dev/null &
   watcher=$!
-  printf '%s\0' "$@" | JOB_GPUS=$GPUS exec setsid xargs -0 -n 1 -P "$JOBS" --process-slot-var=JOB_SLOT "${how[@]}" --quiet --wait --run &
+  printf '%s\0' "$@" | JOB_GPUS=$GPUS exec setsid xargs -0 -n 1 -P "${AT_ONCE:-$JOBS}" --process-slot-var=JOB_SLOT "${how[@]}" --quiet --wait --run &
   CHILD=-$!
   await "$!" || FAILED=1 # a failed run stops no other
   kill "$watcher" 2> /dev/null
@@ -157,7 +160,6 @@ evaluate() { # evaluate FOLDER...: score finished runs on the test images, unles
 
 echo "study: $TITLE, $([ "$GPUS" -gt 0 ] && echo "$GPUS GPU(s)" || echo CPU), $JOBS run(s) at a time, output $OUTPUT"
 if [ "$DRY" = 0 ]; then
-  "$PYTHON" "$HERE/check_plan.py" "$@" || exit # before anything is written
   if [ "$NODE_RANK" = 0 ] && command -v flock > /dev/null; then
     mkdir -p "$OUTPUT" && exec 9>> "$OUTPUT/.lock" || exit 1
     flock -n 9 || refuse "another run_all.sh works in $(printf '%q' "$OUTPUT"); wait for it or choose another --output"
@@ -179,7 +181,13 @@ if [ "$JOBS" = 1 ]; then
   mapfile -d '' -t SECOND < <(folders second)
   train "${FIRST[@]}"
   train "${SECOND[@]}"
-else # as soon as a core or GPU is free; a run waits for the one that it starts from
+elif [ "$GPUS" = 0 ]; then
+  mapfile -d '' -t ALONE < <(folders alone) # with nothing beside it, its memory is not added to that of others
+  mapfile -d '' -t OTHERS < <(folders others)
+  # Passive: threads that wait for one another leave the core to whatever else runs on this machine.
+  AT_ONCE=1 OMP_NUM_THREADS=$THREADS_ALONE OMP_WAIT_POLICY=passive train "${ALONE[@]}"
+  train "${OTHERS[@]}"
+else # as soon as a GPU is free; a run waits for the one that it starts from
   mapfile -d '' -t ALL < <(folders side_by_side)
   train "${ALL[@]}"
 fi

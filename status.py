@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from arms import Arm, find_arm
-from carry_out import Files, is_held, read_plan
+from carry_out import Files, is_held, read_plan, takes_much_memory
 from study import PlanLine
 
 PURPOSES = {
@@ -127,17 +127,18 @@ def seconds_left(runs: list[Progress], jobs: int) -> float | None:
     usual = seconds_of_kinds(runs)
     if not usual:
         return None
-    total = 0.0
+    alone = 0.0
+    side_by_side = []
     for run in runs:
         if run.state in ("finished", "failed"):
             continue
         done = run.step / run.updates if run.updates else 0.0
-        total += (1 - done) * usual[run.kind]
-    return total / min(jobs, max(1, count_open(runs)))
-
-
-def count_open(runs: list[Progress]) -> int:
-    return sum(run.state not in ("finished", "failed") for run in runs)
+        seconds = (1 - done) * usual[run.kind]
+        if takes_much_memory(run.line):
+            alone += seconds
+        else:
+            side_by_side.append(seconds)
+    return alone + sum(side_by_side) / max(1, min(jobs, len(side_by_side)))
 
 
 def show_seconds(seconds: float | None) -> str:

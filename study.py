@@ -308,7 +308,7 @@ def get_args_parser(prog: str) -> PlanParser:
         type=int,
         metavar="N",
         help="runs at the same time, each on its own GPU or with its share of the CPU's cores (default: 1, each over "
-        "all GPUs; demo on a CPU: one for each core)",
+        "all GPUs; demo on a CPU: one for each core); on a CPU, ResNet-50 comes first and alone, for its memory",
     )
     add("--seeds", nargs="+", default=["0"], metavar="SEED", help="repeat the study with these seeds (default: 0)")
     add("--sweep", action="append", choices=SWEEPS, help="also run this sweep; may be given twice")
@@ -497,6 +497,7 @@ def shell_settings(args: argparse.Namespace) -> str:
         "JOBS": "" if args.jobs is None else str(args.jobs),
         "CPU_JOBS": str(cpu_jobs(args)),
         "CPU_THREADS": str(max(1, num_cores() // cpu_jobs(args))),
+        "CPU_CORES": str(num_cores()),
         "DRAWN": str(int(args.drawn)),
         "DRY": str(int(args.dry_run)),
         "TASK": args.task,

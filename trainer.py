@@ -7,6 +7,7 @@ a due checkpoint and the first non-finite step, so no process ever acts alone.
 
 import argparse
 import contextlib
+import inspect
 import math
 import signal
 import statistics
@@ -260,6 +261,19 @@ class Clock:
         self.window += time.monotonic() - start
 
 
+def without_compiler(kind: type[torch.optim.Optimizer]) -> type[torch.optim.Optimizer]:
+    """Make an optimizer class whose methods do the same without importing torch's compiler.
+
+    torch wraps these methods so that its compiler passes them over; at the first call the wrappers import the compiler,
+    which takes 2 s and 150 MB also where nothing is compiled. What they wrap is in their attribute __wrapped__, as
+    functools.wraps leaves it; a method that is not wrapped stays as it is.
+    """
+    names = ("add_param_group", "zero_grad", "state_dict", "load_state_dict")
+    methods = {name: inspect.unwrap(getattr(kind, name)) for name in names}
+    methods["step"] = torch.no_grad()(inspect.unwrap(kind.step))  # its wrapper switches gradients off as well
+    return type(kind.__name__, (kind,), methods)
+
+
 class Trainer:
     """Trains an objective's network inside a run folder, from its last checkpoint if it has one.
 
@@ -287,7 +301,9 @@ class Trainer:
         self.flops = objective.flops()
         self.params = [p for group in plan.groups for p in group["params"]]
         self.optimizer = self._make_optimizer()
-        compiled = self._compile(self.model)
+        compiled = self.model
+        if self._compiles():
+            compiled = torch.compile(self.model, dynamic=False)
         self.network = self._distribute(compiled)
         self.recorded = None
         if self._wants_graph():
@@ -306,16 +322,15 @@ class Trainer:
         for group in self.plan.groups:
             groups.append({key: value for key, value in group.items() if key != "names"})
         make = OPTIMIZERS[self.args.optimizer]
+        if not self._compiles():
+            make = without_compiler(make)
         return make(groups, lr=self.plan.lr, betas=self.objective.betas, fused=True)
 
-    def _compile(self, network: nn.Module) -> nn.Module:
-        """Compile the network, by default on GPUs."""
-        wanted = self.args.compile
-        if wanted is None:
-            wanted = self.dist.device.type == "cuda"
-        if not wanted:
-            return network
-        return torch.compile(network, dynamic=False)
+    def _compiles(self) -> bool:
+        """Tell whether the network is compiled: as --compile says, by default on GPUs."""
+        if self.args.compile is None:
+            return self.dist.device.type == "cuda"
+        return self.args.compile
 
     def _distribute(self, network: nn.Module) -> nn.Module:
         """Let DistributedDataParallel average the gradients of several processes."""

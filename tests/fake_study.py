@@ -35,8 +35,10 @@ stops = []
 signal.signal(signal.SIGTERM, lambda number, frame: stops.append(number))
 folder.mkdir(parents=True, exist_ok=True)
 with open(folder / "starts", "a") as file:
-    file.write(json.dumps({"words": sys.argv[1:], "pid": os.getpid(), "gpus": os.environ.get("CUDA_VISIBLE_DEVICES")}))
-    file.write("\\n")
+    start = {"words": sys.argv[1:], "pid": os.getpid()}
+    start["gpus"] = os.environ.get("CUDA_VISIBLE_DEVICES")
+    start["threads"] = os.environ.get("OMP_NUM_THREADS")
+    file.write(json.dumps(start) + "\\n")
 print(folder.name, "says hello", flush=True)
 wanted = json.loads(os.environ.get("FAKE", "{}")).get(folder.name, 0)
 end = time.monotonic() + 60

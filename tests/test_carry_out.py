@@ -224,6 +224,14 @@ def test_lists_are_in_the_order_of_the_plan(study):
     assert carry_out.list_folders(study, lines, "finished_tests") == []
 
 
+def test_resnet50_begins_early_on_gpus_and_is_alone_on_a_cpu(study):
+    lines = [*make_plan(study), plan_line(study, "baseline", "resnet50")]
+    resnet = "seed0/baseline_resnet50"
+    assert carry_out.list_folders(study, lines, "side_by_side") == [resnet, PARENT, ALONE, CHILD]
+    assert carry_out.list_folders(study, lines, "alone") == [resnet]
+    assert carry_out.list_folders(study, lines, "others") == [PARENT, ALONE, CHILD]
+
+
 def test_wrong_use_is_one_line_and_exit_code_2(scripts, study, tmp_path):
     _, err = carry(scripts, study, "seed0/no_such", code=2)
     assert err == "carry_out.py: error: the plan has no run 'seed0/no_such'\n"

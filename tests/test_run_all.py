@@ -258,14 +258,14 @@ def test_a_plan_survives_being_written_whatever_its_folders_are_called(tmp_path)
     assert words[words.index("--output_dir") + 1] == f"{name}/seed0/pretrain_animal"
 
 
-def start_fake(folder: Path, *args, fake: dict) -> subprocess.Popen:
+def start_fake(folder: Path, *args, fake: dict, **env: str) -> subprocess.Popen:
     """Start a demo whose trainings behave as `fake` says, see fake_study.TRAINING."""
     make_scripts(folder)
     (folder / "runs/demo").mkdir(parents=True, exist_ok=True)  # which the true prepare.py makes
     (folder / "runs/demo/release").touch()
     command = ["bash", "run_all.sh", "--demo", "--gpus", "0", *args]
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, cwd=folder, env=environment(fake), **options)
+    return subprocess.Popen(command, cwd=folder, env=environment(fake, **env), **options)
 
 
 @pytest.mark.parametrize("end", [0, 143])
@@ -285,7 +285,7 @@ def test_a_stop_request_stops_the_study_even_if_the_stage_ends_well(number, code
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_stop_request_reaches_all_runs_side_by_side(number, code, tmp_path):
-    first = ("baseline_resnet50", "pretrain_animal")
+    first = ("pretrain_animal", "pretrain_non_animal")
     process = start_fake(tmp_path, "--jobs", "2", fake=dict.fromkeys(first, "wait 143"))
     study = tmp_path / "runs/demo"
     wait_for(lambda: all((study / "seed0" / name / "starts").exists() for name in first), process)
@@ -293,8 +293,26 @@ def test_a_stop_request_reaches_all_runs_side_by_side(number, code, tmp_path):
     out, err = finish(process)
     assert process.returncode == code, out + err
     assert [(study / "seed0" / name / "stops").read_text() for name in first] == ["1", "1"]
-    assert sorted(path.name for path in (study / "seed0").iterdir()) == sorted(first)
+    assert sorted(path.name for path in (study / "seed0").iterdir()) == ["baseline_resnet50", *first]
     assert not list((study / "logs").glob("*.failed"))
+
+
+@pytest.mark.parametrize(
+    ("set_by_user", "alone"), [({}, str(len(os.sched_getaffinity(0)))), ({"OMP_NUM_THREADS": "3"}, "3")]
+)
+def test_resnet50_is_trained_alone_on_all_cores_of_a_cpu(set_by_user, alone, tmp_path):
+    process = start_fake(tmp_path, "--jobs", "2", fake={"baseline_resnet50": "wait 143"}, **set_by_user)
+    study = tmp_path / "runs/demo"
+    wait_for((study / "seed0/baseline_resnet50/starts").exists, process)
+    process.terminate()
+    finish(process)
+    assert [path.name for path in (study / "seed0").iterdir()] == ["baseline_resnet50"]
+    process = start_fake(tmp_path, "--jobs", "2", fake={}, **set_by_user)
+    out, err = finish(process)
+    assert process.returncode == 0, out + err
+    assert starts(study, "seed0/baseline_resnet50")[-1]["threads"] == alone
+    others = set_by_user.get("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // 2)))
+    assert starts(study, "seed0/pretrain_animal")[0]["threads"] == others
 
 
 def test_a_failed_run_stops_no_other_and_is_named_at_the_end(tmp_path):

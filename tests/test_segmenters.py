@@ -408,6 +408,11 @@ def test_resnet50_counts_the_products_that_torch_counts_at_its_own_size():
     assert model.backbone.conv1.weight.device.type == "cpu"
 
 
+def test_a_resnet50_classifier_of_an_odd_size_counts_what_torch_counts():
+    model = build_classifier("resnet50", num_classes=5, img_size=(50, 75)).eval()
+    assert model.flops(training=False) == counted_products(model, torch.randn(1, 3, 50, 75))
+
+
 def test_resnet50_masks_nothing():
     with pytest.raises(ValueError, match="mask_ratio"):
         build_segmenter("resnet50", img_size=64).flops(mask_ratio=0.75)
@@ -426,6 +431,17 @@ def test_a_resnet50_classifier_equals_torchvisions_network():
     images = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
         assert torch.equal(model(images), peer(images))
+
+
+def test_a_seed_gives_resnet50_the_weights_of_torchvisions():
+    from torchvision.models import resnet50
+
+    torch.manual_seed(0)
+    ours = build_segmenter("resnet50", img_size=64).backbone.state_dict()
+    torch.manual_seed(0)
+    theirs = resnet50(weights=None).state_dict()
+    assert list(ours) == [key for key in theirs if not key.startswith("fc.")]
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
 def test_a_resnet50_classifier_takes_the_backbone_of_a_segmenter():

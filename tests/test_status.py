@@ -7,10 +7,11 @@ import sys
 import time
 
 import pytest
-from fake_study import DEADLINE, ROOT, files_of, finish, make_plan
+from fake_study import DEADLINE, ROOT, files_of, finish, make_plan, plan_line
 
 import status
 from carry_out import read_plan
+from study import write_lines
 
 PARENT = "seed0/pretrain_animal"
 CHILD = "seed0/finetune_animal"
@@ -146,6 +147,15 @@ def test_the_time_left_is_computed_from_runs_of_the_same_kind(study):
     for folder in (CHILD, ALONE):
         finished(study, folder)
     assert left(study) == 0
+
+
+def test_resnet50_is_not_divided_among_the_runs_side_by_side(study):
+    lines = [*make_plan(study), plan_line(study, "baseline", "resnet50")]
+    (study / "study.tsv").write_text(write_lines(lines))
+    begin(study, "seed0/baseline_resnet50", updates=100, lines=[(10, 10.0)])
+    for folder in (PARENT, CHILD, ALONE):
+        begin(study, folder, updates=100, lines=[(50, 50.0)])
+    assert left(study, jobs=2) == pytest.approx(90 + 3 * 50 / 2)
 
 
 def test_failed_runs_take_no_more_time(study):
