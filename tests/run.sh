@@ -6,5 +6,6 @@ REQUIREMENTS=requirements-dev.txt
 . ./setup.sh
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check .
+export REHEARSE=${REHEARSE-1} # the tests for GPUs run on the CPU
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # files of tests run side by side
 exec "$PYTHON" -m pytest tests -q --durations=10 -p no:cacheprovider -n auto --maxprocesses 4 --dist loadfile "$@"

@@ -62,7 +62,7 @@ def tuned(flags, tmp_path_factory):
         *flags,
         "--output_dir",
         folder,
-        "--epochs 4 --batch_size 8 --warmup_epochs 1.5 --blr 3e-2 --log_every 1",
+        "--epochs 4 --val_epochs 1 --batch_size 8 --warmup_epochs 1.5 --blr 3e-2 --log_every 1",
     )
     return folder, text
 
@@ -190,6 +190,12 @@ def test_end_to_end_every_tensor_trains_but_the_mask_token(tuned, init):
     before, after = (torch.load(p, weights_only=True)["model"] for p in (init, tuned[0] / "model.pt"))
     assert set(before) == set(after)
     assert [k for k in before if torch.equal(before[k], after[k])] == ["mask_token"]
+
+
+def test_validation_runs_every_third_epoch_and_after_the_last_unless_told_otherwise(flags, tmp_path):
+    schedule = "--epochs 7 --epoch_updates 1 --batch_size 4 --warmup_epochs 0"
+    run("finetune", *flags, "--output_dir", tmp_path / "run", schedule)
+    assert [line["epoch"] for line in log(tmp_path / "run", "val")] == [3, 6, 7]
 
 
 def test_the_weights_kept_are_those_of_the_best_validation_iou(flags, tuned):

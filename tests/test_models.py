@@ -476,8 +476,7 @@ def test_the_last_block_spares_the_visible_tokens_when_the_loss_is_asked_alone()
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             model(images, 0.75, noise, loss_only=loss_only)
         counts.append(counter.get_total_flops())
-    tokens, spared, dim = 17, 5, 16
+    spared, dim = 5, 16
     products = 2 * spared * (dim * dim + dim * dim + 8 * dim * dim)  # queries, projection, MLP
-    attention = 4 * spared * tokens * dim
     prediction = 2 * 4 * dim * 8 * 8 * 3  # of the visible patches; the class token's was never made
-    assert counts[0] - counts[1] == 2 * (products + attention + prediction)
+    assert counts[0] - counts[1] == 2 * (products + prediction)  # torch does not count attention on a CPU
