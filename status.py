@@ -26,8 +26,9 @@ PURPOSES = {
     "finetune": "learning to outline pets after pre-training on {images}",
     "baseline": "learning to outline pets from random weights ({label})",
 }
-# How long a run takes compared with the others, until one of its kind has begun: roughly the demo's on two cores.
-USUAL = {("pretrain", ""): 2.4, ("train", ""): 1.0, ("train", "resnet50"): 2.1}
+# How long a run takes compared with the others, until one of its kind has begun: roughly the demo's on two
+# cores, which ResNet-50 has both of.
+USUAL = {("pretrain", ""): 2.4, ("train", ""): 1.0, ("train", "resnet50"): 1.3}
 QUIET_SECONDS = 15  # between lines where there is no terminal
 STALE_SECONDS = 300  # without a new line in its log a run is taken for stopped
 
