@@ -6,13 +6,16 @@ tensor on the GPU.
 """
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
 import os
 import shlex
 import shutil
+import stat
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -25,6 +28,9 @@ from PIL import Image
 MAX_PIXELS = 89_478_485  # above this Pillow warns of a decompression bomb; photographs stay far below
 MAX_UNREADABLE = 0.01  # share of the images that may be left out
 CHUNK = 128  # rows decoded, written and flushed together while the cache is built
+
+# What Pillow warns of while it decodes names no file; what matters of it is told by DataError.
+warnings.filterwarnings("ignore", module=r"PIL(\.|$)")
 
 ORIENTATION_TAG = 0x0112  # in the EXIF data
 UPRIGHT = {
@@ -67,6 +73,10 @@ def seeded_rng(*key: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(sequence))
 
 
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # what file systems without locks answer
+NOT_ALLOWED = (errno.EACCES, errno.EPERM, errno.EROFS)
+
+
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
     """Hold an exclusive lock on a file, which is created if missing; the system releases it after a kill.
@@ -79,10 +89,20 @@ def locked(path: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
     except OSError as error:
-        name = show_path(path if error.filename is None else error.filename)
-        reason = error if error.strerror is None else error.strerror
-        advice = "free some space or choose another --cache_dir, then repeat the command"
-        raise DataError(f"cannot write {name}: {reason}; what was complete is kept: {advice}", 1) from None
+        raise DataError(_explain_write(error, path), 1) from None
+
+
+def _explain_write(error: OSError, path: Path) -> str:
+    """Say why a file of the cache cannot be written, and what to do."""
+    name = show_path(path if error.filename is None else error.filename)
+    reason = error if error.strerror is None else error.strerror
+    if error.errno in NO_LOCKS:
+        return f"cannot lock {name}: {reason}; choose a --cache_dir on a file system that has locks (flock)"
+    if error.errno in NOT_ALLOWED:
+        owner = "what is missing in it cannot be added"
+        return f"cannot write {name}: {reason}; {owner}: choose another --cache_dir, or ask its owner to complete it"
+    advice = "free some space or choose another --cache_dir, then repeat the command"
+    return f"cannot write {name}: {reason}; what was complete is kept: {advice}"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -93,6 +113,7 @@ def locked(path: Path) -> Iterator[None]:
 def _opened(path: str | Path) -> Iterator[Image.Image]:
     """Open an image; any error while it is open becomes a DataError that names the file."""
     try:
+        _require_file(path)
         with Image.open(path) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise Image.DecompressionBombError
@@ -102,6 +123,13 @@ def _opened(path: str | Path) -> Iterator[Image.Image]:
     except Exception as error:  # decoders raise anything from OSError to struct.error on damaged files
         reason = " ".join(_reason(error, path).split())
         raise DataError(f"{show_path(path)}: cannot be read: {reason}") from None
+
+
+def _require_file(path: str | Path) -> None:
+    """Raise DataError for what is no file: reading from a pipe or device would never end."""
+    mode = os.stat(path).st_mode
+    if stat.S_ISFIFO(mode) or stat.S_ISCHR(mode) or stat.S_ISBLK(mode) or stat.S_ISSOCK(mode):
+        raise DataError(f"{show_path(path)}: cannot be read: it is a pipe or device, not a file")
 
 
 def _reason(error: Exception, path: str | Path) -> str:
@@ -131,10 +159,13 @@ def _turn_upright(image: Image.Image, tagged: Image.Image) -> Image.Image:
 
 
 def _scale_grey(image: Image.Image) -> Image.Image:
-    """Convert 16 and 32 bit grey to 8 bit, where Pillow would clip to white."""
+    """Convert 16 and 32 bit grey to 8 bit, where Pillow would clip to white; fractions up to 1 are shares of white."""
     grey = np.asarray(image, dtype=np.float32)
-    if image.mode.startswith("I;16") or grey.max(initial=0) > 255:
+    highest = grey.max(initial=0, where=np.isfinite(grey))
+    if image.mode.startswith("I;16") or highest > 255:
         grey = grey * (255 / 65535)
+    elif image.mode == "F" and highest <= 1:
+        grey = grey * 255
     grey = np.nan_to_num(grey).clip(0, 255).round()
     return Image.fromarray(grey.astype(np.uint8))
 
@@ -186,6 +217,15 @@ def _check_trimap_size(trimap: Image.Image, image: Image.Image, path: str | Path
         allowed.append((image.height, image.width))
     message = f"{trimap.width} x {trimap.height}, but its image is {image.width} x {image.height}"
     require(trimap.size in allowed, f"{show_path(path)}: {message}")
+
+
+def can_open(path: str | Path) -> bool:
+    """Tell whether a file begins as an image does; its pixels are not read."""
+    try:
+        with _opened(path):
+            return True
+    except DataError:
+        return False
 
 
 def trimap_path(image: str) -> str:
@@ -299,11 +339,11 @@ class _CacheFiles:
         mtime_ns = 0
         for path in self.sources(key):
             try:
-                stat = os.stat(path)
-            except OSError:
+                source = os.stat(path)
+            except (OSError, ValueError):  # a name with NUL is no name of a file
                 return MISSING
-            num_bytes += stat.st_size
-            mtime_ns += stat.st_mtime_ns
+            num_bytes += source.st_size
+            mtime_ns += source.st_mtime_ns
         return Stamp(num_bytes, mtime_ns)
 
     def read_index(self) -> tuple[list[CacheEntry], int]:
@@ -379,26 +419,36 @@ def build_cache(
     """
     files = _CacheFiles(data_root, kind, cache_dir, cache_size)
     keys = list(dict.fromkeys(images))
-    with locked(files.index):
-        entries, index_bytes = files.read_index()
-        latest = {entry.key: entry for entry in entries}
-        todo = [key for key in keys if _is_outdated(key, latest.get(key), files)]
-        _require_space(files, todo, latest)
-        if todo:
-            with open(files.rows, "ab") as rows, open(files.index, "ab") as index:
-                rows.truncate(len(entries) * files.row_bytes)  # cut off what a kill left half written
-                index.truncate(index_bytes)
-                writer = _CacheWriter(rows, index, latest)
-                _decode_and_write(files, todo, writer, workers, progress)
+    entries, _ = files.read_index()
+    latest = {entry.key: entry for entry in entries}
+    if _find_outdated(files, keys, latest):  # what is complete may be someone else's: it is read without a lock
+        with locked(files.index):
+            entries, index_bytes = files.read_index()
+            latest = {entry.key: entry for entry in entries}
+            todo = _find_outdated(files, keys, latest)
+            _require_space(files, todo, latest)
+            if todo:  # nothing, if another process has decoded it meanwhile
+                with open(files.rows, "ab") as rows, open(files.index, "ab") as index:
+                    rows.truncate(len(entries) * files.row_bytes)  # cut off what a kill left half written
+                    index.truncate(index_bytes)
+                    writer = _CacheWriter(rows, index, latest)
+                    _decode_and_write(files, todo, writer, workers, progress)
     _require_readable(files, [latest[key] for key in keys])
 
 
-def _is_outdated(key: str, entry: CacheEntry | None, files: _CacheFiles) -> bool:
-    """Say whether a row has to be decoded: it is missing, its source changed, or it failed before.
+def _find_outdated(files: _CacheFiles, keys: list[str], latest: dict[str, CacheEntry]) -> list[str]:
+    """List the keys whose rows have to be decoded."""
+    return [key for key in keys if _is_outdated(key, latest.get(key), files)]
 
-    What failed is tried again, for the cause may be gone.
-    """
-    return entry is None or entry.error is not None or entry.stamp != files.stamp(key)
+
+def _is_outdated(key: str, entry: CacheEntry | None, files: _CacheFiles) -> bool:
+    """Say whether a row has to be decoded: it is missing, its source changed, or the cause of its failure is gone."""
+    if entry is None or entry.stamp != files.stamp(key):
+        return True
+    if entry.error is None:
+        return False
+    _, again = files.decode(key)
+    return again != entry
 
 
 def _require_space(files: _CacheFiles, todo: list[str], latest: dict[str, CacheEntry]) -> None:

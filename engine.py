@@ -71,11 +71,20 @@ def explain(error: BaseException) -> Failure | None:
         return Failure(f"the disk is full ({error.filename or error}); free some space and repeat the command", 1)
     if hasattr(error, "exit_code"):
         return Failure(str(error), error.exit_code)
+    if isinstance(error, RuntimeError) and _lost_a_peer(error):
+        return Failure("another process of this run has ended; repeat the command to go on", 1)
     if isinstance(error, (NotADirectoryError, IsADirectoryError, FileExistsError)) and error.filename:
         return Failure(f"{error.filename}: {error.strerror}", 2)  # the path given is of the wrong kind
     if isinstance(error, OSError) and error.filename:
         return Failure(f"{error.filename}: {error.strerror}", 1)
     return None
+
+
+def _lost_a_peer(error: RuntimeError) -> bool:
+    """Tell whether a collective failed, as it does in those that outlive a killed process."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return False
+    return isinstance(error, torch.distributed.DistError) or "gloo" in str(error)
 
 
 def launch(main: Callable[[argparse.Namespace], object], parser: argparse.ArgumentParser) -> None:
@@ -133,6 +142,18 @@ ROLES = {
 }
 
 
+class HelpFormatter(argparse.HelpFormatter):
+    """Help that states the default of every flag which has one, unless its own words do."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text = action.help or ""
+        default = action.default
+        has_none = default is None or default is False or default == argparse.SUPPRESS
+        if has_none or not action.option_strings or "default" in text:
+            return text
+        return f"{text} (default: %(default)s)"
+
+
 class Parser(argparse.ArgumentParser):
     """An argument parser that knows the role of each flag (see ROLES) and answers wrong use in one line.
 
@@ -142,6 +163,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, *args: Any, **options: Any):
         options.setdefault("allow_abbrev", False)  # --output would be taken for --output_dir
+        options.setdefault("formatter_class", HelpFormatter)
         self._titled_groups = {}
         self._roles = {}
         super().__init__(*args, **options)

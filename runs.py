@@ -98,7 +98,7 @@ class RunFolder:
         if not path.exists():
             return
         try:
-            before = json.loads(path.read_text())["experiment"]
+            before = dict(json.loads(path.read_text())["experiment"])
         except (ValueError, KeyError, TypeError):
             raise EngineError(f"{path} cannot be read; choose another --output_dir or delete it") from None
         now = json.loads(json.dumps(self.config["experiment"]))
@@ -130,9 +130,12 @@ class RunFolder:
         self._lock = open(self.dir / ".lock", "w")  # noqa: SIM115 (held as long as the process lives, freed by any death)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             busy = f"another process is training in {self.dir}"
             raise EngineError(f"{busy}; wait for it or choose another --output_dir") from None
+        except OSError as error:
+            problem = f"{self.dir} cannot be locked ({error.strerror})"
+            raise EngineError(f"{problem}; choose an --output_dir on a file system that has locks (flock)", 1) from None
 
     def log(self, event: str, **fields: object) -> None:
         """Append one object to log.jsonl (first process only)."""

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from faults import allow_writing, forbid_writing, open_folder, without_rights
 from PIL import Image, ImageOps
 
 import data
@@ -400,3 +401,91 @@ def test_a_photo_that_is_replaced_renews_the_row_of_its_trimap(tmp_path):
         data.build_cache(tmp_path, [key], kind="trimap", cache_dir=tmp_path / "c", cache_size=8)
         store = data.ImageStore(tmp_path, [key], kind="trimap", cache_dir=tmp_path / "c", cache_size=8)
         assert store.gather([0])[0, 0, 0, 0] == first
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is no file, and a cache that belongs to someone else
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+def test_a_pipe_or_device_in_the_place_of_a_photo_is_refused_by_name_and_nothing_waits_for_it(tmp_path, kind):
+    key = "oxford-iiit-pet/images/a.jpg"
+    (tmp_path / key).parent.mkdir(parents=True)
+    if kind == "pipe":
+        os.mkfifo(tmp_path / key)
+    else:
+        (tmp_path / key).symlink_to("/dev/zero")
+    words = r"a\.jpg: cannot be read: it is a pipe or device, not a file"
+    with pytest.raises(data.DataError, match=words):
+        data.read_image(tmp_path / key)
+    with pytest.raises(data.DataError, match=words):
+        data.read_trimap(tmp_path / data.trimap_path(key), tmp_path / key)
+    with pytest.raises(data.DataError, match=words):
+        data.build_cache(tmp_path, [key], cache_dir=tmp_path / "c", cache_size=8)
+
+
+def test_a_name_that_no_file_can_have_is_reported_as_a_missing_photo(tmp_path):
+    with pytest.raises(data.DataError, match="1 of 1 images cannot be used") as error:
+        data.build_cache(tmp_path, ["a\0b.jpg"], cache_dir=tmp_path / "c", cache_size=8)
+    assert "\n" not in str(error.value)
+
+
+READ = "import sys, data\ntry:\n    data.read_image(sys.argv[1])\nexcept data.DataError as error:\n    print(error)"
+
+
+def test_an_enormous_photo_is_told_in_our_words_alone(tmp_path):
+    Image.new("1", (10_000, 10_000)).save(tmp_path / "bomb.png")
+    command = [sys.executable, "-c", READ, str(tmp_path / "bomb.png")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(data.__file__).parent)
+    assert done.stderr == "" and done.stdout.endswith("more than 89,478,485 pixels, refused\n")
+
+
+def test_a_floating_point_photo_of_shares_is_not_read_as_black(tmp_path):
+    ramp = np.linspace(0, 1, 256, dtype=np.float32).reshape(16, 16)
+    Image.fromarray(ramp).save(tmp_path / "shares.tiff")
+    got = np.asarray(data.read_image(tmp_path / "shares.tiff")).astype(int)
+    assert np.abs(got - np.arange(256).reshape(16, 16, 1)).max() <= 1
+    ramp[0, 0], ramp[0, 1] = np.inf, np.nan
+    Image.fromarray(ramp).save(tmp_path / "odd.tiff")
+    odd = np.asarray(data.read_image(tmp_path / "odd.tiff")).astype(int)
+    assert odd[0, 0, 0] == 255 and odd[0, 1, 0] == 0 and np.array_equal(odd[1:], got[1:])
+
+
+@pytest.fixture
+def others_cache():
+    """A complete cache, one of its photos unreadable, in a folder that belongs to someone else -> (root, images, cache)."""
+    with open_folder() as folder:
+        root = folder / "root"
+        images = [draw_photo(root / f"{i}.jpg", i) for i in range(150)]
+        (root / "7.jpg").write_bytes(b"no photo")
+        data.build_cache(root, images, cache_dir=folder / "cache", cache_size=8)
+        forbid_writing(folder / "cache")
+        yield root, images, folder / "cache"
+        allow_writing(folder / "cache")
+
+
+def test_a_complete_cache_of_someone_else_is_used(others_cache):
+    root, images, cache = others_cache
+    with without_rights():
+        data.build_cache(root, images, cache_dir=cache, cache_size=8)
+        store, _ = rows(root, images, cache, size=8)
+    assert len(store) == 149 and store.dropped == ["7.jpg"]
+
+
+def test_an_incomplete_cache_of_someone_else_is_refused_without_a_word_of_disk_space(others_cache):
+    root, images, cache = others_cache
+    draw_photo(root / "new.jpg", 1)
+    with without_rights(), pytest.raises(data.DataError, match=r"cannot write .*Permission denied.*owner") as error:
+        data.build_cache(root, [*images, "new.jpg"], cache_dir=cache, cache_size=8)
+    assert error.value.exit_code == 1 and "space" not in str(error.value)
+
+
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_named_as_the_cause(photos, tmp_path, monkeypatch, code):
+    def no_locks(*_):
+        raise OSError(code, os.strerror(code))
+
+    root, images = photos
+    monkeypatch.setattr(data.fcntl, "flock", no_locks)
+    with pytest.raises(data.DataError, match=r"cannot lock .*\.jsonl.*--cache_dir on a file system that has locks"):
+        data.build_cache(root, images[:2], cache_dir=tmp_path / "c", cache_size=8)
