@@ -20,13 +20,16 @@ import data
 import splits
 from engine import EngineError, Parser, Precision, at_least, launch, setup, write_atomic
 from metrics import PET
-from objective import Task, TestSetting, pets_source
+from objective import Task, TestSetting
 from segmentation import REFERENCES, Segmentation, predict, reference_records, summary_of
 from tasks import TASKS
 from weights import load_model
 
 # Colours of the file values 0 to 3: unused, pet, background, border; told apart by colour-blind readers.
 PALETTE = [0, 0, 0, 230, 159, 0, 0, 0, 0, 86, 180, 233]
+
+
+REFERENCE_BATCH = 64  # images at a time, of predictors that look at none
 
 
 def load_network(path: Path, device: torch.device) -> tuple[torch.nn.Module, dict]:
@@ -108,9 +111,10 @@ def main_test(args: argparse.Namespace) -> None:
 
 def main_reference(args: argparse.Namespace) -> None:
     """Score what any network should beat."""
-    device = setup(args.device).device
-    source = pets_source(vars(args))
-    records = reference_records(args.data_root, args.img_size, device, source, args.trimap_resize)
+    dist = setup(args.device)
+    precision = Precision("fp32", dist.device)
+    setting = TestSetting(args.data_root, args.cache_dir, REFERENCE_BATCH, dist, precision, vars(args))
+    records = reference_records(setting, args.img_size)
     write_arrays(Path(args.output), records)
     for name in REFERENCES:
         print(f"{name}: {summary_of(records[f'counts_{name}'])}")
@@ -169,7 +173,8 @@ def main_predict(args: argparse.Namespace) -> None:
         used.add(stem)
         write_prediction(image, classes, stem)
         share = 100 * (classes == PET).mean()
-        print(f"{path}: pet {share:.1f} % of the pixels -> {stem}_mask.png, {stem}_overlay.png")
+        outputs = ", ".join(data.show_path(f"{stem}_{end}.png") for end in ("mask", "overlay"))
+        print(f"{data.show_path(path)}: pet {share:.1f} % of the pixels -> {outputs}")
     if failed:
         raise EngineError(f"{failed} of {len(args.images)} images could not be read", 1)
 

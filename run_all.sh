@@ -86,7 +86,7 @@ run() { # run NAME PURPOSE COMMAND...: run it with its output in a log, and on t
   if [ -n "$QUIET" ]; then
     PYTHONUNBUFFERED=1 "$@" >> "$log" 2>&1 &
   else
-    PYTHONUNBUFFERED=1 "$@" > >(exec tee -ia "$log") 2>&1 &
+    PYTHONUNBUFFERED=1 "$@" > >(trap '' TERM; exec tee -ia "$log") 2>&1 & # tee outlives a request to the whole group
   fi
   CHILD=$!
   await "$CHILD"
@@ -160,7 +160,12 @@ if [ "$DRY" = 0 ]; then
   "$PYTHON" "$HERE/check_plan.py" "$@" || exit # before anything is written
   if [ "$NODE_RANK" = 0 ] && command -v flock > /dev/null; then
     mkdir -p "$OUTPUT" && exec 9>> "$OUTPUT/.lock" || exit 1
-    flock -n 9 || refuse "another run_all.sh works in $(printf '%q' "$OUTPUT"); wait for it or choose another --output"
+    flock -n -E 1 9
+    case $? in
+      0) ;;
+      1) refuse "another run_all.sh works in $(printf '%q' "$OUTPUT"); wait for it or choose another --output" ;;
+      *) refuse "$(printf '%q' "$OUTPUT") cannot be locked; choose an --output on a file system that has locks (flock)" ;;
+    esac
   fi
 fi
 DATA=(--data_root "$DATA_ROOT" --cache_dir "$CACHE" ${DEVICE[@]+"${DEVICE[@]}"})
@@ -172,6 +177,9 @@ TABLE=$OUTPUT/study.tsv
 [ "$DRY" = 0 ] || TABLE=$(mktemp)
 "$PYTHON" "$HERE/study.py" plan "$@" > "$TABLE.$$" || { status=$?; rm -f "$TABLE.$$"; exit "$status"; }
 mv "$TABLE.$$" "$TABLE" || exit
+
+# What is decoded now lies in the cache when the trainings ask for it. On the screen also where runs are QUIET: it says how long it takes.
+QUIET="" run read "reading all photos and trimaps that the study needs" "$PYTHON" "$HERE/read_data.py" "$OUTPUT"
 
 folders() { "$PYTHON" "$HERE/carry_out.py" "$OUTPUT" --plan "$TABLE" --list "$1"; } # separated by NUL
 if [ "$JOBS" = 1 ]; then

@@ -258,13 +258,13 @@ def test_a_plan_survives_being_written_whatever_its_folders_are_called(tmp_path)
     assert words[words.index("--output_dir") + 1] == f"{name}/seed0/pretrain_animal"
 
 
-def start_fake(folder: Path, *args, fake: dict) -> subprocess.Popen:
+def start_fake(folder: Path, *args, fake: dict, **more) -> subprocess.Popen:
     """Start a demo whose trainings behave as `fake` says, see fake_study.TRAINING."""
     make_scripts(folder)
     (folder / "runs/demo").mkdir(parents=True, exist_ok=True)  # which the true prepare.py makes
     (folder / "runs/demo/release").touch()
     command = ["bash", "run_all.sh", "--demo", "--gpus", "0", *args]
-    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, **more}
     return subprocess.Popen(command, cwd=folder, env=environment(fake), **options)
 
 
@@ -281,6 +281,28 @@ def test_a_stop_request_stops_the_study_even_if_the_stage_ends_well(number, code
     assert (study / "seed0/pretrain_animal/metrics.json").exists() == (end == 0)
     assert (study / "seed0/pretrain_animal/stops").read_text() == "1"
     assert not (study / "seed0/pretrain_non_animal").exists()
+
+
+@pytest.mark.parametrize("script", ["read_data.py", "evaluate.py", "report.py"])
+@pytest.mark.parametrize(("to_group", "number", "code"), [
+    (False, signal.SIGTERM, 143),
+    (False, signal.SIGINT, 130),
+    (True, signal.SIGTERM, 143),
+    (True, signal.SIGINT, 130),
+])  # fmt: skip
+def test_a_stop_request_is_not_lost_in_a_stage_that_ends_well_all_the_same(to_group, number, code, script, tmp_path):
+    process = start_fake(tmp_path, "--jobs", "1", fake={script: "wait"}, start_new_session=True)
+    wait_for((tmp_path / f"{script}.started").exists, process)
+    if to_group:
+        os.killpg(process.pid, number)
+    else:
+        process.send_signal(number)
+    out, err = finish(process)
+    assert process.returncode == code, out + err
+    stage = "read" if script == "read_data.py" else script.removesuffix(".py")
+    assert f"stopped after {stage}" in err
+    assert f"{script} ends well" in out, "its last words reach the screen and the log"
+    assert f"{script} ends well" in (tmp_path / f"runs/demo/logs/{stage}.log").read_text()
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
