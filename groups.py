@@ -15,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from arms import LABEL_FRACTION, PRETRAIN_ANIMAL, SCHEDULE, Arm, ArmKey, audited_flags, in_table_order
+from blocks import literal
 from records import MAE, SEGMENT, SIZES, RunRecord, Setting, load_run
 from study import PlanLine, read_lines
 
@@ -101,6 +102,7 @@ class Study:
         for run in self.runs:
             if not run.problem and not run.log:
                 self.notes.append(f"`{run.name}` has no log.jsonl: no curves")
+        self._name_unreadable()
         self.arms = {run.key: run.arm for run in self.runs}
         self.groups = {key: self._group(key) for key in self.arms}
         self._compare_arms()
@@ -180,6 +182,16 @@ class Study:
                 continue
             if run.config["experiment"].get("init") != sibling.config["experiment"].get("init"):
                 run.problem = f"not comparable: it started from other weights than `{sibling.name}`"
+
+    def _name_unreadable(self) -> None:
+        """Name the images that runs left out because they could not be read, each once."""
+        found: dict[str, list[RunRecord]] = {}
+        for run in self.runs:
+            for image in (*run.metrics.get("unreadable", ()), *map(str, run.test.get("unreadable", ()))):
+                found.setdefault(image, []).append(run)
+        for image, runs in found.items():
+            others = f" and {len(runs) - 1} more runs" if len(runs) > 1 else ""
+            self.notes.append(f"{literal(image)} could not be read: left out by `{runs[0].name}`{others}")
 
     def _group(self, key: ArmKey) -> list[list[RunRecord]]:
         """Sort the usable runs of an arm into groups of equal settings, the largest first."""

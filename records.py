@@ -288,7 +288,9 @@ def check_log(log: list, config: dict) -> None:
 def check_metrics(metrics: object, run: RunRecord) -> None:
     """Refuse metrics without the scores that the report shows."""
     check_numbers(metrics, (), "metrics.json")
-    for name in ("seconds", "img_s", "mfu", "mem_gb"):
+    if not isinstance(metrics.get("unreadable", []), list):
+        raise RecordError(f"metrics.json: unreadable is {metrics['unreadable']!r} instead of a list"[:120])
+    for name in ("seconds", "img_s", "mfu", "mem_gb", "n_train", "n_unique"):
         if metrics.get(name) is not None:
             check_numbers(metrics, [name], "metrics.json")
     if run.stage == "pretrain":

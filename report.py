@@ -164,11 +164,9 @@ def default_title(tasks: list[str]) -> str:
 
 
 def data_title(study: Study) -> str:
-    """Name the data sets, as the first run that recorded them did."""
-    for run in study.runs:
-        if "data" in run.config:
-            return run.config["data"]["title"]
-    return "unknown data"
+    """Name the data sets, as the runs recorded them: those of pre-training first."""
+    titles = [run.config["data"]["title"] for run in study.runs if "data" in run.config]
+    return " and ".join(dict.fromkeys(titles)) or "unknown data"
 
 
 def data_counts(study: Study) -> str:
@@ -260,8 +258,8 @@ def what_arms_saw(study: Study, page: Page) -> None:
         rows.append(
             {
                 "arm": arm.label,
-                "images": config["n_train"],
-                "unique": config["n_unique"],
+                "images": runs[0].metrics.get("n_train", config["n_train"]),
+                "unique": runs[0].metrics.get("n_unique", config["n_unique"]),
                 "updates": config["updates"],
                 "epochs": config["args"].get("epochs"),
                 "batch": config.get("batch_size"),
@@ -329,7 +327,7 @@ def task_differences(page: Page, task: str, comparisons: list[Comparison]) -> No
     for comparison in comparisons:
         each = []
         for value, image in zip(comparison.values, comparison.images, strict=True):
-            each.append(f"{value:+.2f} [{image.low:+.2f}, {image.high:+.2f}]")
+            each.append(image._replace(value=value).points(2))
         rows.append(
             {
                 "label": comparison.label,
