@@ -10,6 +10,7 @@ stop request (SIGTERM, Ctrl-C) is passed on, so that the training writes a check
 import argparse
 import contextlib
 import fcntl
+import json
 import os
 import shlex
 import shutil
@@ -25,7 +26,7 @@ from arms import RESNET
 from study import PlanLine, read_lines
 
 HERE = Path(__file__).resolve().parent
-LISTS = ("first", "second", "side_by_side", "tests", "finished_tests")
+LISTS = ("first", "second", "side_by_side", "tests", "untested")
 START_SECONDS = 20  # in which a run that is to start has started
 STOPPED_BY = {signal.SIGINT: 130, signal.SIGTERM: 143}
 
@@ -67,7 +68,7 @@ def list_folders(study: Path, plan: list[PlanLine], which: str) -> list[str]:
     """List folders of runs, relative to the study's for --run; those of tests as paths.
 
     which: first (runs that depend on no other), second (those that start from one of these), side_by_side (all, in the order
-    that leaves no core idle), tests (whatever is tested), or finished_tests (those of them that are finished).
+    that leaves no core idle), tests (whatever is tested), or untested (those of them that are finished and not tested yet).
     """
     if which == "side_by_side":
         # Parents before those that start from them; ResNet-50 takes longest next to pre-training, so it begins early.
@@ -78,8 +79,8 @@ def list_folders(study: Path, plan: list[PlanLine], which: str) -> list[str]:
     if which == "second":
         return [line.folder for line in plan if line.parent]
     tested = [study / line.folder for line in plan if line.stage != "pretrain"]
-    if which == "finished_tests":
-        tested = [folder for folder in tested if (folder / "metrics.json").exists()]
+    if which == "untested":
+        tested = [folder for folder in tested if (folder / "metrics.json").exists() and not is_tested(folder)]
     return [str(folder) for folder in tested]
 
 
@@ -90,11 +91,33 @@ def is_finished(files: Files, command: str) -> bool:
     return files.command.read_bytes() == os.fsencode(command)  # as text, a carriage return would be read as another
 
 
+def read_entry(path: Path, *keys: str) -> object:
+    """Read an entry of a JSON file; None where there is none, or the file is missing or damaged."""
+    try:
+        value = json.loads(path.read_text())
+        for key in keys:
+            value = value[key]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return value
+
+
 def is_stale(files: Files) -> bool:
-    """Tell whether the weights that a run starts from are newer than the run."""
+    """Tell whether a run started from other weights than there are now; by hashes, for clocks may be wrong."""
     if files.parent is None or not files.config.exists() or not files.parent.exists():
         return False
+    now = read_entry(files.parent, "files", "model.pt")
+    then = read_entry(files.config, "experiment", "init")
+    if now and then:
+        return now != then
     return files.parent.stat().st_mtime_ns > files.config.stat().st_mtime_ns
+
+
+def is_tested(folder: Path) -> bool:
+    """Tell whether the test records of a run are of its weights."""
+    weights = read_entry(folder / "metrics.json", "files", "model.pt")
+    tested = read_entry(folder / "test.json", "weights")
+    return tested is not None and tested == weights and (folder / "test.npz").exists()
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ import contextlib
 import errno
 import fcntl
 import hashlib
+import itertools
 import json
 import os
 import shlex
@@ -16,6 +17,7 @@ import shutil
 import stat
 import sys
 import warnings
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -292,10 +294,14 @@ class Stamp(NamedTuple):
 
 
 MISSING = Stamp(-1, -1)
+CACHE_FORMAT = b"2 "  # part of the files' names: caches of an earlier format are neither read nor changed
 
 
 class CacheEntry(NamedTuple):
-    """One line of a cache's index: what the row of the same number was made from. On disk a JSON list."""
+    """One line of a cache's index: what the row of the same number was made from.
+
+    On disk a JSON list after its own checksum, so that no change of a bit goes unnoticed.
+    """
 
     key: str  # path of the image, relative to the data root
     width: int  # of the original, in pixels; 0 if it cannot be read
@@ -303,6 +309,12 @@ class CacheEntry(NamedTuple):
     num_bytes: int
     mtime_ns: int
     error: str | None  # why the source cannot be read; its row holds zeros
+    row_checksum: int  # CRC-32 of the row
+
+    def line(self) -> bytes:
+        """Write the entry as a line of the index."""
+        content = json.dumps(self).encode()
+        return b"%08x %s\n" % (zlib.crc32(content), content)
 
     @property
     def stamp(self) -> Stamp:
@@ -316,7 +328,7 @@ class _CacheFiles:
         good = kind in ("image", "trimap") and size >= 1
         require(good, f"no cache of kind {kind!r} and size {size}; kinds are image and trimap, sizes 1 or more")
         location = os.path.abspath(data_root).encode(errors="surrogateescape")
-        digest = hashlib.sha256(location).hexdigest()[:12]
+        digest = hashlib.sha256(CACHE_FORMAT + location).hexdigest()[:12]
         channels = 3 if kind == "image" else 1
         self.root = Path(data_root)
         self.kind = kind
@@ -369,9 +381,10 @@ class _CacheFiles:
         try:
             image = self._read(key)
         except DataError as error:
-            return np.zeros(self.shape, np.uint8), CacheEntry(key, 0, 0, *stamp, str(error))
-        entry = CacheEntry(key, image.width, image.height, *stamp, None)
-        return self._make_row(image), entry
+            row = np.zeros(self.shape, np.uint8)
+            return row, CacheEntry(key, 0, 0, *stamp, str(error), zlib.crc32(row))
+        row = self._make_row(image)
+        return row, CacheEntry(key, image.width, image.height, *stamp, None, zlib.crc32(row))
 
     def _read(self, key: str) -> Image.Image:
         sources = self.sources(key)
@@ -388,13 +401,11 @@ class _CacheFiles:
 
 
 def _parse_entry(line: bytes) -> CacheEntry | None:
-    """Parse a line of the index; None if it is torn."""
-    if not line.endswith(b"\n"):
+    """Parse a line of the index; None if it is torn or damaged."""
+    checksum, _, content = line.removesuffix(b"\n").partition(b" ")
+    if not line.endswith(b"\n") or checksum != b"%08x" % zlib.crc32(content):
         return None
-    try:
-        return CacheEntry(*json.loads(line))
-    except (ValueError, TypeError):
-        return None
+    return CacheEntry(*json.loads(content))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -487,14 +498,17 @@ class _CacheWriter:
         self.index = index
         self.latest = latest  # key -> its last entry, kept up to date
         self.pending = []  # entries whose rows may not have reached the disk yet
-        self.errors = []
+        self.notes = []  # what a person must know
 
     def add(self, row: np.ndarray, entry: CacheEntry) -> None:
         """Append a row; one that failed before is written again only if it fares differently."""
+        before = self.latest.get(entry.key)
         if entry.error is not None:
-            if self.latest.get(entry.key) == entry:
+            if before == entry:
                 return
-            self.errors.append(entry.error)
+            self.notes.append(f"left out: {entry.error}")
+        elif before is not None and before.error is None and before.row_checksum != entry.row_checksum:
+            self.notes.append(f"changed: {show_path(entry.key)} has other pixels than when it was decoded before")
         self.latest[entry.key] = entry
         self.rows.write(row)
         self.pending.append(entry)
@@ -503,7 +517,7 @@ class _CacheWriter:
         """Bring everything to the disk, rows before their entries, so that no entry lacks its row after a kill."""
         _flush_to_disk(self.rows)
         for entry in self.pending:
-            self.index.write(json.dumps(entry).encode() + b"\n")
+            self.index.write(entry.line())
         _flush_to_disk(self.index)
         self.pending = []
 
@@ -529,8 +543,8 @@ def _decode_and_write(
                     bar.update(1)
                 writer.add(row, entry)
             writer.flush()
-    for error in writer.errors:  # only in the process that decoded; the others read them from the index
-        print(f"left out: {error}", file=sys.stderr)
+    for note in writer.notes:  # only in the process that decoded; the others read errors from the index
+        print(note, file=sys.stderr)
 
 
 def _decode_ahead(pool: ThreadPoolExecutor, files: _CacheFiles, todo: list[str]) -> Iterator[Iterable]:
@@ -552,7 +566,8 @@ class ImageStore:
 
     `.images`: the entries kept. `.dropped`: the unreadable ones. `.rows` int64 [N]: entry -> unique image. `.sizes` float32
     [U, 2]: original (height, width) of the unique images. `.size`: side of the rows in pixels. `.tensor` uint8
-    [U, C, S, S] on the device, or None. Raises DataError if an image is not in the cache or has changed since.
+    [U, C, S, S] on the device, or None. `.checksum`: of the pixels and their names. Raises DataError if an
+    image is not in the cache or has changed since, or if a row is damaged.
     """
 
     def __init__(
@@ -580,6 +595,7 @@ class ImageStore:
         self.size = cache_size
 
         cache_rows = [latest[key] for key in good]
+        self.checksum = _hash_pixels([entries[row] for row in cache_rows])
         sizes = [(entries[row].height, entries[row].width) for row in cache_rows]
         self.sizes = np.array(sizes, np.float32).reshape(-1, 2)
         self._cache_rows = np.array(cache_rows, np.int64)  # unique image -> row of the cache
@@ -588,8 +604,23 @@ class ImageStore:
         self.tensor = None
         if good:
             self._map = np.memmap(files.rows, np.uint8, "r", shape=(len(entries), *files.shape))
+            self._require_intact(files, [entries[row] for row in cache_rows])
             if on_device:
                 self.tensor = self._copy_to(device)
+
+    def _require_intact(self, files: _CacheFiles, entries: list[CacheEntry]) -> None:
+        """Raise DataError if a row is not what was written: a disk, or a person, has changed it."""
+
+        def find_damaged(start: int) -> list[str]:
+            part = slice(start, start + CHUNK)
+            pairs = zip(self._cache_rows[part], entries[part], strict=True)
+            return [entry.key for row, entry in pairs if zlib.crc32(self._map[row]) != entry.row_checksum]
+
+        with ThreadPoolExecutor(num_cores()) as pool:  # a few GB/s; what is read here lies in memory afterwards
+            damaged = list(itertools.chain.from_iterable(pool.map(find_damaged, range(0, len(entries), CHUNK))))
+        if damaged:
+            problem = f"{len(damaged):,} of {len(entries):,} rows are damaged, first that of {show_path(damaged[0])}"
+            raise DataError(f"{show_path(files.rows)}: {problem}; delete this file and repeat the command", 1)
 
     def _copy_to(self, device: str | torch.device) -> torch.Tensor:
         """Copy all rows -> uint8 [U, C, S, S] on the device, in chunks to spare the host's memory."""
@@ -615,6 +646,14 @@ class ImageStore:
         # mode="raise" would copy twice.
         np.take(self._map, self._cache_rows[rows], axis=0, out=out.numpy(), mode="clip")
         return out
+
+
+def _hash_pixels(entries: list[CacheEntry]) -> str:
+    """Compute what tells the pixels of one list from others, by the checksums of their rows."""
+    digest = hashlib.sha256()
+    for entry in entries:
+        digest.update(json.dumps([entry.key, entry.width, entry.height, entry.row_checksum]).encode())
+    return digest.hexdigest()
 
 
 def _require_current(files: _CacheFiles, keys: list[str], entries: list[CacheEntry], latest: dict[str, int]) -> None:

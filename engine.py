@@ -12,6 +12,7 @@ Copy this one file to use it. It works as a single process and under `torchrun` 
 import argparse
 import contextlib
 import errno
+import hashlib
 import importlib.metadata
 import json
 import math
@@ -59,6 +60,9 @@ def first_line(error: BaseException) -> str:
     return type(error).__name__
 
 
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a full disk, a full share of it, a limit on files
+
+
 def explain(error: BaseException) -> Failure | None:
     """Turn an error that a user can cause into a message and an exit code; None marks a defect of the program."""
     if isinstance(error, KeyboardInterrupt):
@@ -67,7 +71,7 @@ def explain(error: BaseException) -> Failure | None:
         return Failure("interrupted", 130)
     if isinstance(error, torch.OutOfMemoryError):
         return Failure(f"out of device memory; lower --micro_batch_size ({first_line(error)})", 1)
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+    if isinstance(error, OSError) and error.errno in NO_SPACE:
         return Failure(f"the disk is full ({error.filename or error}); free some space and repeat the command", 1)
     if hasattr(error, "exit_code"):
         return Failure(str(error), error.exit_code)
@@ -607,7 +611,24 @@ def strict_json(content: object) -> object:
     return content
 
 
+def checksum(content: dict) -> str:
+    """Compute what tells a changed JSON object from the one that was written."""
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+
+
 def write_json(path: Path, content: dict) -> None:
-    """Write strict JSON atomically."""
-    text = json.dumps(strict_json(content), indent=1) + "\n"
+    """Write strict JSON atomically, with its checksum as the last entry."""
+    content = strict_json(content)
+    text = json.dumps({**content, "checksum": checksum(content)}, indent=1) + "\n"
     write_atomic(path, lambda file: file.write(text.encode()))
+
+
+def read_json(path: Path) -> dict:
+    """Read what write_json wrote. Raises EngineError for a damaged file; one without a checksum is taken as it is."""
+    try:
+        content = json.loads(path.read_text())
+    except ValueError:
+        content = None
+    if not isinstance(content, dict) or content.pop("checksum", None) not in (None, checksum(content)):
+        raise EngineError(f"{path} is damaged; bring it back, or move its folder away and repeat the command", 1)
+    return content

@@ -16,7 +16,7 @@ import numpy as np
 
 from arms import LABEL_FRACTION, PRETRAIN_ANIMAL, SCHEDULE, Arm, ArmKey, audited_flags, in_table_order
 from blocks import literal
-from records import MAE, SEGMENT, SIZES, RunRecord, Setting, load_run
+from records import MAE, SEGMENT, SIZES, RecordError, RunRecord, Setting, check_file, load_run
 from study import PlanLine, read_lines
 
 
@@ -96,6 +96,7 @@ class Study:
         self.by_folder = {run.name: run for run in self.runs}
         self._check_test_images()
         self._check_parents()
+        self._check_pixels()
         for run in self.runs:
             if run.problem:
                 self.notes.append(f"`{run.name}` is {run.problem}")
@@ -183,6 +184,16 @@ class Study:
             if run.config["experiment"].get("init") != sibling.config["experiment"].get("init"):
                 run.problem = f"not comparable: it started from other weights than `{sibling.name}`"
 
+    def _check_pixels(self) -> None:
+        """Leave out runs whose images were others than those of most runs with the same list."""
+        pixels: dict[tuple, Counter] = {}
+        known = [run for run in self.runs if not run.problem and "pixels" in run.metrics]
+        for run in known:
+            pixels.setdefault(image_list(run), Counter())[run.metrics["pixels"]] += 1
+        for run in known:
+            if run.metrics["pixels"] != most_common(pixels[image_list(run)]):
+                run.problem = "not comparable: images of its list had other pixels than for its siblings"
+
     def _name_unreadable(self) -> None:
         """Name the images that runs left out because they could not be read, each once."""
         found: dict[str, list[RunRecord]] = {}
@@ -228,13 +239,16 @@ class Study:
             if changes:
                 self.notes.append(f"all of `{arm.title}` has other settings than `{usual[0].arm.title}` ({changes})")
 
-    def _load(self, name: str, consequence: str) -> dict[str, np.ndarray]:
+    def _load(self, name: str, consequence: str, files: dict[str, str]) -> dict[str, np.ndarray]:
         """Load a file of arrays below the study; what is missing or damaged is named, and {} returned."""
         try:
+            check_file(self.path / name, files)
             with np.load(self.path / name, allow_pickle=False) as arrays:
                 return dict(arrays)
         except FileNotFoundError:
             state = "missing"
+        except RecordError as error:
+            state = f"unreadable ({error})"
         except Exception as error:
             state = f"unreadable ({type(error).__name__})"
         self.notes.append(f"`{name}` is {state}, {consequence}")
@@ -248,7 +262,7 @@ class Study:
             runs = self.main(key)
             if not runs or runs[0].kind != kind or arm.sweep:
                 continue
-            arrays = self._load(f"{runs[0].name}/{name}", "so its pictures are not shown")
+            arrays = self._load(f"{runs[0].name}/{name}", "so its pictures are not shown", runs[0].files)
             if arrays:
                 found.append(Pictures(arm, arrays))
         return found
@@ -259,7 +273,7 @@ class Study:
         if tasks and SEGMENT not in tasks:
             return {}
         tested = [run.test for run in self.runs if run.test and run.kind == SEGMENT]
-        reference = self._load("reference.npz", "so trivial predictors are not shown")
+        reference = self._load("reference.npz", "so trivial predictors are not shown", {})
         if not reference or not tested:
             return reference
         for name in ("ids", "img_size"):
@@ -269,6 +283,11 @@ class Study:
                 )
                 return {}
         return reference
+
+
+def image_list(run: RunRecord) -> tuple:
+    """Name what decides which pixels a run is trained on."""
+    return run.config["experiment"].get("train"), run.config["args"].get("cache_size")
 
 
 def test_list(run: RunRecord) -> tuple[str, ...]:

@@ -25,7 +25,7 @@ from data import ImageStore
 from engine import Distributed, EngineError, Parser, Precision, Progress, at_least
 from runs import RunFolder
 from splits import Split
-from weights import ENCODER_KEYS, hash_file, load_pretrained
+from weights import ENCODER_KEYS, identify, load_pretrained
 
 LARGEST_VALIDATION_BATCH = 256
 VALIDATION_SEED = 20170  # of what pre-training validates with: masks, noise
@@ -602,7 +602,7 @@ def load_init(model: nn.Module, path: str | None, dist: Distributed) -> str | No
     report = load_pretrained(model, path)
     if dist.is_main:
         print(f"init: {report}", flush=True)
-    return hash_file(path)
+    return identify(path)
 
 
 def open_store(

@@ -101,13 +101,6 @@ run() { # run NAME PURPOSE COMMAND...: run it with its output in a log, and on t
   leave_if_asked after "$name"
 }
 
-newer() { # is file $1 there, and no older than the files after it?
-  local marker=$1 other; shift
-  [ -e "$marker" ] || return 1
-  for other in "$@"; do [ "$other" -nt "$marker" ] && return 1; done
-  return 0
-}
-
 once() { # once NAME PURPOSE MARKER COMMAND...: run it, unless this very command has made the marker before
   local name=$1 purpose=$2 marker=$3 record="$OUTPUT/logs/$1.command"; shift 3
   if [ "$DRY" = 0 ] && [ -e "$marker" ] && [ "$(cat "$record" 2> /dev/null)" = "$(printf '%q ' "$@")" ]; then
@@ -145,10 +138,8 @@ train() { # train FOLDER...: trainings of the plan, parents before those that st
   leave_if_asked after "the runs above"
 }
 
-evaluate() { # evaluate FOLDER...: score finished runs on the test images, unless all are scored
-  local tested=1 dir
-  for dir in "$@"; do newer "$dir/test.npz" "$dir/model.pt" || tested=0; done
-  if [ "$tested" = 1 ] && [ "$DRY" = 0 ]; then echo "== evaluate: finished before, skipped"; return; fi
+evaluate() { # evaluate FOLDER...: score finished runs on the test images
+  if [ "$#" = 0 ]; then echo "== evaluate: finished before, skipped"; return; fi
   run evaluate "scoring each network once on the test images" "$PYTHON" "$HERE/evaluate.py" test "${DATA[@]}" "$@"
 }
 
@@ -192,8 +183,8 @@ else # as soon as a core or GPU is free; a run waits for the one that it starts 
   train "${ALL[@]}"
 fi
 [ "$NODE_RANK" = 0 ] || exit 0
-mapfile -d '' -t TESTED < <(folders "$([ "$DRY" = 1 ] && echo tests || echo finished_tests)")
-[ "${#TESTED[@]}" = 0 ] || evaluate "${TESTED[@]}"
+mapfile -d '' -t UNTESTED < <(folders "$([ "$DRY" = 1 ] && echo tests || echo untested)")
+evaluate ${UNTESTED[@]+"${UNTESTED[@]}"}
 if [ "$TASK" = segment ]; then
   once reference "scoring predictors that look at no image" "$OUTPUT/reference.npz" "$PYTHON" "$HERE/evaluate.py" reference "${DATA[@]}" $REFERENCE --output "$OUTPUT/reference.npz"
 fi

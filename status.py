@@ -68,7 +68,7 @@ def last_step(log: Path) -> tuple[int, float]:
         try:
             entry = json.loads(text)
             return int(entry["step"]), float(entry["seconds"])
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, OverflowError):
             continue
     return 0, 0.0
 
@@ -84,7 +84,7 @@ def read_progress(study: Path, line: PlanLine) -> Progress:
         return progress
     try:
         progress.updates = int(json.loads(files.config.read_text())["updates"])
-    except (ValueError, KeyError, TypeError, OSError):
+    except (ValueError, KeyError, TypeError, OverflowError, OSError):
         return progress
     progress.step, progress.seconds = last_step(files.folder / "log.jsonl")
     if files.metrics.exists():
@@ -161,7 +161,7 @@ def summary(runs: list[Progress], jobs: int) -> str:
         parts.append(f"{failed} failed")
     for run in runs:
         if run.state == "running":
-            share = 100 * run.step / run.updates
+            share = 100 * run.step / max(1, run.updates)
             parts.append(f"{run.purpose} ({share:.0f} %)")
     left = seconds_left(runs, jobs)
     about = "" if left is None else "about "

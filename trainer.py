@@ -604,7 +604,9 @@ def train(objective: Objective, args: argparse.Namespace, dist: Distributed) -> 
     if dist.is_main:
         print_plan(objective, plan, config)
     train_batches = objective.open(run)
-    images = train_batches.examples.images
+    examples = train_batches.examples
+    images = examples.images
+    run.bind(**{name: store.checksum for name, store in examples.stores().items()})
     if images.dropped and dist.is_main:
         planned = len(objective.split.images)
         print(f"note: {planned - len(images)} of {planned} images cannot be read and is left out", flush=True)
@@ -614,6 +616,7 @@ def train(objective: Objective, args: argparse.Namespace, dist: Distributed) -> 
     metrics |= objective.finish()
     metrics |= {key: config[key] for key in ("script", "kind", "hardware")}
     metrics |= {"n_train": len(images), "n_unique": len(set(images.images)), "unreadable": images.dropped}
+    metrics["pixels"] = images.checksum
     logged = ("best", "last", "predict_zero", "updates", "seconds")
     run.log("done", **{key: value for key, value in metrics.items() if key in logged})
     run.finish(objective.export(trainer.weights), metrics)

@@ -130,11 +130,15 @@ def test_the_index_is_a_json_list_for_each_row_and_ends_at_the_first_damaged_lin
         data.build_cache(root, images[:4], **options)
     (index,) = (tmp_path / "c").glob("*.jsonl")
     whole = content(tmp_path / "c")
-    lines = [json.loads(line) for line in index.read_text().splitlines()]
+    texts = [line.split(" ", 1) for line in index.read_text().splitlines()]
+    assert all(int(checksum, 16) == zlib.crc32(content.encode()) for checksum, content in texts)
+    lines = [json.loads(content) for _, content in texts]
     stat = (root / "1.jpg").stat()
-    assert lines[1] == ["1.jpg", 41, 30, stat.st_size, stat.st_mtime_ns, None]
+    row = next((tmp_path / "c").glob("*.u8")).read_bytes()[192:384]
+    assert lines[1] == ["1.jpg", 41, 30, stat.st_size, stat.st_mtime_ns, None, zlib.crc32(row)]
     assert lines[2][:4] == ["2.jpg", 0, 0, 0] and lines[2][5].endswith("the file is empty")
-    for damage in (b"[1, 2]\n", b"7\n", b"{}\n", b'"text"\n'):
+    other_width = whole[index.name].splitlines(True)[1].replace(b"41", b"43")
+    for damage in (b"[1, 2]\n", b"7\n", b"{}\n", b'"text"\n', b"[]\n", b"null\n", b'"abcdefg"\n', other_width):
         index.write_bytes(b"".join(whole[index.name].splitlines(True)[:1]) + damage)
         with pytest.raises(data.DataError, match="1 of 4 images"):
             data.build_cache(root, images[:4], **options)
@@ -489,3 +493,19 @@ def test_a_file_system_without_locks_is_named_as_the_cause(photos, tmp_path, mon
     monkeypatch.setattr(data.fcntl, "flock", no_locks)
     with pytest.raises(data.DataError, match=r"cannot lock .*\.jsonl.*--cache_dir on a file system that has locks"):
         data.build_cache(root, images[:2], cache_dir=tmp_path / "c", cache_size=8)
+
+
+def test_a_changed_bit_in_the_rows_is_noticed_before_any_use(photos, tmp_path):
+    root, images = photos
+    data.build_cache(root, images[:5], cache_dir=tmp_path / "c", cache_size=8)
+    [path] = (tmp_path / "c").glob("*.u8")
+    whole = path.read_bytes()
+    path.write_bytes(whole[:200] + bytes([whole[200] ^ 1]) + whole[201:])
+    words = r"\.u8: 1 of 5 rows are damaged, first that of 1\.jpg; delete this file and repeat the command"
+    with pytest.raises(data.DataError, match=words) as error:
+        rows(root, images[:5], tmp_path / "c", size=8)
+    assert error.value.exit_code == 1
+    assert len(rows(root, images[2:5], tmp_path / "c", size=8)[0]) == 3
+    path.unlink()
+    data.build_cache(root, images[:5], cache_dir=tmp_path / "c", cache_size=8)
+    assert path.read_bytes() == whole

@@ -124,6 +124,7 @@ def test_records_hold_each_test_image_once_with_all_of_its_pixels(root, folder):
         "loss_sum": (n,),
         "img_size": (),
         "ids": (n,),
+        "unreadable": (0,),
     }
     assert {k: r[k].shape for k in r} == shapes
     for name in ("counts", "counts_native", "boundary", "boundary_native", "pixels"):
