@@ -20,6 +20,7 @@ from comparisons import Estimate
 from groups import Study
 from metrics import bootstrap, image_iou, image_iou_each, scores, t_interval
 from report import get_args_parser, main
+from study import read_lines, write_lines
 from tables import show
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -500,7 +501,8 @@ def test_a_reference_of_other_images_is_not_shown(two_seeds):
 
 def test_a_run_that_is_listed_twice_is_no_second_seed(two_seeds):
     table = two_seeds / "study.tsv"
-    table.write_text(table.read_text() + table.read_text().splitlines()[1] + "\n")
+    lines = read_lines(table.read_text())
+    table.write_text(write_lines([*lines, lines[0]]))
     done = run_report(two_seeds)
     assert done.returncode == 2 and "lists seed0/pretrain_animal twice" in done.stderr
 

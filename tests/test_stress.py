@@ -11,7 +11,7 @@ import pytest
 import torch
 from fault_world import World, seal_run
 from faults import open_folder
-from small_runs import SMALL, drawn_root, mae_checkpoint, metrics, refusal
+from small_runs import SMALL, drawn_root, mae_checkpoint, metrics, refusal, run
 from stress import FAILURES, campaign
 from study_folder import write_study
 
