@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from arms import RESNET
-from study import PlanLine, read_lines
+from study import PlanLine, PlanParser, one_line, read_lines
 
 HERE = Path(__file__).resolve().parent
 LISTS = ("first", "second", "side_by_side", "tests", "untested")
@@ -280,7 +280,7 @@ def explain_failure(name: str, files: Files, words: list[str], code: int, second
 
 def get_args_parser() -> argparse.ArgumentParser:
     """Make the parser."""
-    parser = argparse.ArgumentParser("carry_out.py", description="Carry out one line of a study's plan")
+    parser = PlanParser("carry_out.py", allow_abbrev=False, description="Carry out one line of a study's plan")
     parser.add_argument("study", type=Path, help="the study's folder")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--run", metavar="FOLDER", help="the run to carry out, as the plan names its folder")
@@ -324,5 +324,5 @@ if __name__ == "__main__":
     try:
         sys.exit(main(get_args_parser().parse_args()))
     except (ValueError, OSError) as error:
-        print(f"carry_out.py: error: {error}", file=sys.stderr)
+        print(f"carry_out.py: error: {one_line(error)}", file=sys.stderr)
         sys.exit(2)

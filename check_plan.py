@@ -15,7 +15,7 @@ import finetune
 import pretrain
 from carry_out import bash_words
 from objective import Objective
-from study import DEFAULT_OBJECTIVE, DEFAULT_TASK, PlanError, PlanLine, flag_values, make_plan, read_args
+from study import DEFAULT_OBJECTIVE, DEFAULT_TASK, PlanError, PlanLine, flag_values, make_plan, one_line, read_args
 
 PARSERS = {
     "pretrain": pretrain.get_args_parser,
@@ -56,5 +56,5 @@ if __name__ == "__main__":
     try:
         main(sys.argv[1:])
     except ValueError as error:
-        print(f"run_all.sh: error: {error}", file=sys.stderr)
+        print(f"run_all.sh: error: {one_line(error)}", file=sys.stderr)
         sys.exit(2)

@@ -45,6 +45,11 @@ class EngineError(ValueError):
         self.exit_code = exit_code
 
 
+def one_line(text: str) -> str:
+    """Write line breaks and other characters that cannot be printed as escapes: file names may hold them."""
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
+
+
 class Failure(NamedTuple):
     """How a script ends when it does not succeed."""
 
@@ -131,11 +136,13 @@ def _report(failure: Failure, program: str) -> None:
         kind = "stopped"
     if rank > 0:
         kind += f" on rank {rank}"
-    print(f"{program}: {kind}: {failure.message}", file=sys.stderr, flush=True)
+    print(f"{program}: {kind}: {one_line(failure.message)}", file=sys.stderr, flush=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Command line
+
+LARGEST_SIZE = 8192  # side of an image in pixels, beyond which only a slip of the hand asks
 
 ROLES = {
     "recipe": "how the network is trained; part of what defines the result",
@@ -206,11 +213,11 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> None:
         """Leave with exit code 2 and one line, without repeating all flags."""
-        self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
+        self.exit(2, f"{self.prog}: error: {one_line(message)} (see --help)\n")
 
 
-def at_least(minimum: float, kind: type = float) -> Callable[[str], float]:
-    """Return an argparse type: finite numbers of a kind (float or int) that are not below the minimum."""
+def at_least(minimum: float, kind: type = float, maximum: float = math.inf) -> Callable[[str], float]:
+    """Return an argparse type: finite numbers of a kind (float or int) from the minimum to the maximum."""
 
     def convert(text: str) -> float:
         value = _number(text, kind)
@@ -218,6 +225,8 @@ def at_least(minimum: float, kind: type = float) -> Callable[[str], float]:
             raise argparse.ArgumentTypeError(f"must be at least {minimum} and finite, got {text}")
         if value < minimum:
             raise argparse.ArgumentTypeError(f"must be at least {minimum}, got {text}")
+        if value > maximum:
+            raise argparse.ArgumentTypeError(f"must be at most {maximum}, got {text}")
         return value
 
     return convert

@@ -18,7 +18,18 @@ from PIL import Image
 
 import data
 import splits
-from engine import EngineError, Parser, Precision, at_least, launch, read_json, setup, write_atomic, write_json
+from engine import (
+    LARGEST_SIZE,
+    EngineError,
+    Parser,
+    Precision,
+    at_least,
+    launch,
+    read_json,
+    setup,
+    write_atomic,
+    write_json,
+)
 from metrics import PET
 from objective import Task, TestSetting
 from segmentation import REFERENCES, Segmentation, predict, reference_records, summary_of
@@ -201,7 +212,7 @@ def get_args_parser() -> Parser:
     reference = commands.add_parser("reference", help="scores of predictors that look at no image")
     reference.set_defaults(function=main_reference)
     reference.add_argument(
-        "--img_size", type=at_least(1, int), default=224, help="input size of the runs they stand beside"
+        "--img_size", type=at_least(1, int, LARGEST_SIZE), default=224, help="input size of the runs they stand beside"
     )
     reference.add_argument("--output", default="reference.npz", help="file to write")
     reference.add_argument("--pets_listing", choices=splits.PETS_LISTS, default="list.txt", help="as in training")

@@ -309,6 +309,8 @@ def read_plan(path: Path) -> list[PlanLine]:
         raise StudyError(f"{path} is no study: it has no study.tsv; give the folder that run_all.sh wrote")
     try:
         lines = read_lines(table.read_text(errors="surrogateescape"))
+    except OSError as error:
+        raise StudyError(f"{table} cannot be read: {error.strerror}") from None
     except ValueError as error:
         raise StudyError(f"{table} is damaged: {error}; repeat the run_all.sh command, which writes it anew") from None
     if not lines:

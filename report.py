@@ -23,6 +23,7 @@ from blocks import literal
 from comparisons import Comparison, estimates, planned
 from groups import Study, StudyError
 from records import MAE, SEGMENT, RunRecord
+from study import PlanParser, one_line
 from summary import summary_lines
 from tables import Column, Page, show
 
@@ -504,7 +505,7 @@ def settings(study: Study, page: Page) -> None:
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("report.py", description="Tables, statistics and figures of a study")
+    parser = PlanParser("report.py", allow_abbrev=False, description="Tables, statistics and figures of a study")
     parser.add_argument("study", help="folder that run_all.sh wrote, with study.tsv")
     parser.add_argument("--output", help="folder to write to (default: report in the study's folder)")
     parser.add_argument("--title", help="title in place of the default; the data's name is added")
@@ -533,8 +534,11 @@ if __name__ == "__main__":
     try:
         main(get_args_parser().parse_args())
     except (StudyError, OutputError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         sys.exit(2)
     except OSError as error:
-        print(f"error: the report cannot be written: {error}; name another folder with --output", file=sys.stderr)
+        print(
+            f"error: the report cannot be written: {one_line(error)}; name another folder with --output",
+            file=sys.stderr,
+        )
         sys.exit(1)

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from arms import Arm, find_arm
 from carry_out import Files, is_held, read_plan
-from study import PlanLine
+from study import PlanLine, PlanParser, one_line
 
 PURPOSES = {
     "pretrain": "learning to fill in hidden patches of {images}",
@@ -205,7 +205,7 @@ def print_table(runs: list[Progress]) -> None:
 
 def get_args_parser() -> argparse.ArgumentParser:
     """Make the parser."""
-    parser = argparse.ArgumentParser("status.py", description="How far a study is")
+    parser = PlanParser("status.py", allow_abbrev=False, description="How far a study is")
     parser.add_argument("study", type=Path, help="folder that run_all.sh writes, with study.tsv")
     parser.add_argument("--watch", action="store_true", help="repeat one line until interrupted")
     parser.add_argument("--jobs", type=int, default=1, help="runs at the same time, for the time left")
@@ -231,5 +231,5 @@ if __name__ == "__main__":
     except KeyboardInterrupt:
         sys.exit(130)
     except (ValueError, OSError) as error:
-        print(f"status.py: error: {error}", file=sys.stderr)
+        print(f"status.py: error: {one_line(error)}", file=sys.stderr)
         sys.exit(2)

@@ -296,11 +296,16 @@ def check_data(args: argparse.Namespace) -> None:
 # Command line
 
 
+def one_line(text: object) -> str:
+    """Write line breaks and other characters that cannot be printed as escapes: names of folders may hold them."""
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in str(text))
+
+
 class PlanParser(argparse.ArgumentParser):
     """Reports wrong use in one line."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
+        self.exit(2, f"{self.prog}: error: {one_line(message)} (see --help)\n")
 
 
 def get_args_parser(prog: str) -> PlanParser:
@@ -545,5 +550,5 @@ if __name__ == "__main__":
         main(sys.argv[1:])
     except ValueError as error:
         asked = "run_all.sh" if sys.argv[1:2] == ["settings"] else "study.py"  # whose options were wrong
-        print(f"{asked}: error: {error}", file=sys.stderr)
+        print(f"{asked}: error: {one_line(error)}", file=sys.stderr)
         sys.exit(2)

@@ -40,11 +40,16 @@ def add_training_arguments(
     recipe = parser.flags("data", role="recipe")
     recipe(
         "--cache_size",
-        type=at_least(1, int),
+        type=at_least(1, int, engine.LARGEST_SIZE),
         default=384,
         help="side of decoded images in pixels; smaller saves memory, blurs crops",
     )
-    recipe("--img_size", type=at_least(1, int), default=224, help="input size in pixels, divisible by the patch size")
+    recipe(
+        "--img_size",
+        type=at_least(1, int, engine.LARGEST_SIZE),
+        default=224,
+        help="input size in pixels, divisible by the patch size",
+    )
     seed = parser.flags("data", role="seed")
     seed(
         "--split_seed", type=seed_number, default=0, help="seed of the image selection (COCO draw, part of the labels)"
