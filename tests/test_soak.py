@@ -34,15 +34,8 @@ def open_files() -> list[str]:
 
 @pytest.fixture
 def flags(tmp_path, tmp_path_factory):
-    place = [
-        "--data_root",
-        drawn_root(tmp_path_factory),
-        "--cache_dir",
-        tmp_path / "cache",
-        "--output_dir",
-        tmp_path / "run",
-    ]
-    return [*place, *SMALL, "--batch_size", 4]
+    place = ["--data_root", drawn_root(tmp_path_factory), "--cache_dir", tmp_path / "cache"]
+    return [*place, "--output_dir", tmp_path / "run", *SMALL, "--batch_size", 4]
 
 
 def words_of_kind(kind: str, tmp_path_factory) -> list:
@@ -79,12 +72,8 @@ def test_2000_steps_and_50_validations_take_no_more_memory_than_a_few(
             measured.append((resident(), len(gc.get_objects())))
 
     monkeypatch.setattr(RunFolder, "log", measure)
-    run(
-        kind,
-        *flags,
-        *words_of_kind(kind, tmp_path_factory),
-        "--epochs 50 --epoch_updates 40 --save_minutes 0 --log_every 20",
-    )
+    schedule = "--epochs 50 --epoch_updates 40 --save_minutes 0 --log_every 20"
+    run(kind, *flags, *words_of_kind(kind, tmp_path_factory), schedule)
     assert len(measured) == 50 and log(tmp_path / "run", "train")[-1]["step"] == 2000
     first_memory, first_objects = measured[SETTLED]
     last_memory, last_objects = measured[-1]
