@@ -109,7 +109,7 @@ def main_test(args: argparse.Namespace) -> None:
     runs = [Path(run) for run in args.runs]
     for run in runs:
         if not (run / "model.pt").exists():
-            raise EngineError(f"{run} has no model.pt: it is not a finished run; finish its training first")
+            raise EngineError(f"{run} has no model.pt: it is not a finished run; repeat its training command first")
     dist = setup(args.device)
     precision = Precision(args.precision, dist.device)
     for run in runs:

@@ -62,11 +62,20 @@ class RunFolder:
         if resume == "never":
             for name in ("last.pt", "last.prev.pt", "log.jsonl", "metrics.json", "model.pt"):
                 (self.dir / name).unlink(missing_ok=True)
-        if (self.dir / "metrics.json").exists():
-            read_json(self.dir / "metrics.json")  # a damaged one is refused
-            self.finished = True
-        else:
+        self.finished = self._is_finished()
+        if not self.finished:
             write_json(self.dir / "config.json", self.config)
+
+    def _is_finished(self) -> bool:
+        """Tell whether the run has ended before; one whose weights are gone is made again, a damaged record is refused."""
+        metrics = self.dir / "metrics.json"
+        if not metrics.exists():
+            return False
+        read_json(metrics)
+        if (self.dir / "model.pt").exists():
+            return True
+        metrics.unlink()
+        return False
 
     def _agree(self, problem: Exception | None) -> None:
         """Let all processes learn of a refusal, and check that they run the same experiment: nodes may be out of step."""

@@ -104,10 +104,19 @@ def test_runs_side_by_side_give_the_same_networks_to_the_bit(study):
     assert again.returncode == 0 and again.stdout.count("finished before, skipped") == 9 + 2
 
 
-def test_a_lost_run_is_repeated_with_what_depends_on_it(study):
+def test_a_lost_run_is_repeated_and_what_started_from_the_same_weights_stays(study):
     out, args, _ = study
     shutil.rmtree(out / "seed0" / "pretrain_non_animal")
-    assert trained_again(args) == ["seed0_pretrain_non_animal", "seed0_finetune_non_animal"]
+    assert trained_again(args) == ["seed0_pretrain_non_animal"]
+
+
+def test_a_run_that_started_from_other_weights_is_repeated(study):
+    out, args, _ = study
+    path = out / "seed0/finetune_non_animal/config.json"
+    config = json.loads(path.read_text())
+    config["experiment"]["init"] = "other weights"
+    path.write_text(json.dumps(config))
+    assert trained_again(args) == ["seed0_finetune_non_animal"]
 
 
 def test_an_unfinished_run_is_started_anew_when_what_it_starts_from_was_trained_again(study):

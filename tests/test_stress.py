@@ -201,3 +201,13 @@ def test_a_finished_run_with_a_damaged_record_is_refused_instead_of_taken_for_fi
     path.write_text(path.read_text().replace("0.5", "0.6"))
     with pytest.raises(EngineError, match=r"metrics\.json is damaged"):
         RunFolder(tmp_path, ALONE, CONFIG)
+
+
+def test_a_finished_run_whose_weights_are_gone_is_made_again(tmp_path):
+    for _ in range(2):
+        run_folder = RunFolder(tmp_path, ALONE, CONFIG)
+        assert not run_folder.finished and run_folder.load() is None
+        run_folder.log("train", step=1)
+        run_folder.finish({"model": {}}, {})
+        run_folder._lock.close()
+        (tmp_path / "model.pt").unlink()
