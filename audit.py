@@ -10,7 +10,7 @@ import numpy as np
 
 import figures
 from arms import ANIMAL, ARMS, CHOICES, PLANNED, TABLE_2, ArmKey, Choice
-from blocks import literal
+from blocks import fixed, literal
 from comparisons import MARGIN, Estimate, Pair, image_difference, image_level_difference, same_images, seed_pairs
 from groups import Study, differing, tolerance
 from metrics import t_interval
@@ -128,7 +128,7 @@ def effect_row(effect: Effect) -> dict:
         "image_iou": over_seeds(effect.image_iou),
     }
     if len(effect.seeds) > 1:
-        each = [f"{iou.value:+.2f} [{iou.low:+.2f}, {iou.high:+.2f}]" for iou in effect.iou]
+        each = [iou.points(2) for iou in effect.iou]
         row["each"] = ", ".join(each)
     row["note"] = effect.note
     return row
@@ -226,7 +226,7 @@ def script_of(key: ArmKey) -> Script:
 
 def show_range(found: Range, factor: float, digits: int) -> str:
     """Write the limits of a range."""
-    return f"{factor * found.low:.{digits}f} to {factor * found.high:.{digits}f}"
+    return f"{fixed(factor * found.low, digits)} to {fixed(factor * found.high, digits)}"
 
 
 def printed_scores(study: Study, page: Page) -> None:

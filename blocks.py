@@ -16,6 +16,14 @@ MARKS = re.compile(r"\\(?P<literal>[\\`*])|`(?P<code>[^`]+)`|\*\*(?P<strong>(?:\
 MARKDOWN_SIGNS = re.compile(r"[\\`*<|]|~(?=~)|&(?=#?\w+;)|\](?=[\[(])|(?<!\w)_|_(?!\w)")
 
 
+def fixed(value: float, digits: int, sign: str = "") -> str:
+    """Format a number; what rounds to zero has no minus sign. sign: "+" writes the plus as well."""
+    text = f"{value:{sign}.{digits}f}"
+    if float(text) == 0:
+        return f"{0.0:{sign}.{digits}f}"
+    return text
+
+
 @dataclass(frozen=True)
 class Heading:
     """A heading; level 1 is the page's title."""

@@ -10,6 +10,7 @@ stop request (SIGTERM, Ctrl-C) is passed on, so that the training writes a check
 import argparse
 import contextlib
 import fcntl
+import json
 import os
 import shlex
 import shutil
@@ -22,10 +23,10 @@ from pathlib import Path
 from typing import BinaryIO
 
 from arms import RESNET
-from study import PlanLine, read_lines
+from study import PlanLine, PlanParser, one_line, read_lines
 
 HERE = Path(__file__).resolve().parent
-LISTS = ("first", "second", "side_by_side", "alone", "others", "tests", "finished_tests")
+LISTS = ("first", "second", "side_by_side", "alone", "others", "tests", "untested")
 START_SECONDS = 20  # in which a run that is to start has started
 STOPPED_BY = {signal.SIGINT: 130, signal.SIGTERM: 143}
 
@@ -68,7 +69,7 @@ def list_folders(study: Path, plan: list[PlanLine], which: str) -> list[str]:
 
     which: first (runs that depend on no other), second (those that start from one of these), side_by_side (all, in the order
     that leaves no GPU idle), alone (those that a CPU makes with nothing beside them), others (side_by_side without these),
-    tests (whatever is tested), or finished_tests (those of them that are finished).
+    tests (whatever is tested), or untested (those of them that are finished and not tested yet).
     """
     if which == "alone":
         return [line.folder for line in plan if takes_much_memory(line)]
@@ -83,8 +84,8 @@ def list_folders(study: Path, plan: list[PlanLine], which: str) -> list[str]:
     if which == "second":
         return [line.folder for line in plan if line.parent]
     tested = [study / line.folder for line in plan if line.stage != "pretrain"]
-    if which == "finished_tests":
-        tested = [folder for folder in tested if (folder / "metrics.json").exists()]
+    if which == "untested":
+        tested = [folder for folder in tested if (folder / "metrics.json").exists() and not is_tested(folder)]
     return [str(folder) for folder in tested]
 
 
@@ -100,11 +101,33 @@ def is_finished(files: Files, command: str) -> bool:
     return files.command.read_bytes() == os.fsencode(command)  # as text, a carriage return would be read as another
 
 
+def read_entry(path: Path, *keys: str) -> object:
+    """Read an entry of a JSON file; None where there is none, or the file is missing or damaged."""
+    try:
+        value = json.loads(path.read_text())
+        for key in keys:
+            value = value[key]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return value
+
+
 def is_stale(files: Files) -> bool:
-    """Tell whether the weights that a run starts from are newer than the run."""
+    """Tell whether a run started from other weights than there are now; by hashes, for clocks may be wrong."""
     if files.parent is None or not files.config.exists() or not files.parent.exists():
         return False
+    now = read_entry(files.parent, "files", "model.pt")
+    then = read_entry(files.config, "experiment", "init")
+    if now and then:
+        return now != then
     return files.parent.stat().st_mtime_ns > files.config.stat().st_mtime_ns
+
+
+def is_tested(folder: Path) -> bool:
+    """Tell whether the test records of a run are of its weights."""
+    weights = read_entry(folder / "metrics.json", "files", "model.pt")
+    tested = read_entry(folder / "test.json", "weights")
+    return tested is not None and tested == weights and (folder / "test.npz").exists()
 
 
 @contextlib.contextmanager
@@ -123,8 +146,10 @@ def is_held(path: Path) -> bool:
     with open(path, "ab") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             return True
+        except OSError:  # a file system without locks
+            return False
     return False
 
 
@@ -265,7 +290,7 @@ def explain_failure(name: str, files: Files, words: list[str], code: int, second
 
 def get_args_parser() -> argparse.ArgumentParser:
     """Make the parser."""
-    parser = argparse.ArgumentParser("carry_out.py", description="Carry out one line of a study's plan")
+    parser = PlanParser("carry_out.py", allow_abbrev=False, description="Carry out one line of a study's plan")
     parser.add_argument("study", type=Path, help="the study's folder")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--run", metavar="FOLDER", help="the run to carry out, as the plan names its folder")
@@ -309,5 +334,5 @@ if __name__ == "__main__":
     try:
         sys.exit(main(get_args_parser().parse_args()))
     except (ValueError, OSError) as error:
-        print(f"carry_out.py: error: {error}", file=sys.stderr)
+        print(f"carry_out.py: error: {one_line(error)}", file=sys.stderr)
         sys.exit(2)

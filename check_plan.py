@@ -5,6 +5,7 @@
 Prints how many GPUs torch sees and ends with 0 if all is well, else with one line and exit code 2.
 """
 
+import argparse
 import sys
 
 import torch
@@ -13,7 +14,8 @@ import baseline
 import finetune
 import pretrain
 from carry_out import bash_words
-from study import PlanError, PlanLine, flag_values, make_plan, read_args
+from objective import Objective
+from study import DEFAULT_OBJECTIVE, DEFAULT_TASK, PlanError, PlanLine, flag_values, make_plan, one_line, read_args
 
 PARSERS = {
     "pretrain": pretrain.get_args_parser,
@@ -23,19 +25,20 @@ PARSERS = {
 NAMES = {"pretrain": pretrain.OBJECTIVES, "finetune": finetune.TASKS, "baseline": baseline.TASKS}
 
 
-def check_command(line: PlanLine) -> None:
-    """Parse the command of a run; an unknown flag or value leaves with the parser's own line."""
+def parse_command(line: PlanLine) -> tuple[type[Objective], argparse.Namespace]:
+    """Parse the command of a run -> (its objective or task, its flags).
+
+    An unknown flag or value leaves with the parser's own line.
+    """
     words = bash_words(line.command)[1:]
-    flag = "--objective" if line.stage == "pretrain" else "--task"
+    pretraining = line.stage == "pretrain"
+    flag = "--objective" if pretraining else "--task"
     known = NAMES[line.stage]
-    chosen = flag_values(words, flag)
-    if not chosen:
-        PARSERS[line.stage]().parse_args(words)
-        return
-    name = chosen[-1]
-    if name not in known:
-        raise PlanError(f"unknown {flag} {name!r}; there are {', '.join(known)}")
-    PARSERS[line.stage](name).parse_args(words)
+    name = DEFAULT_OBJECTIVE if pretraining else DEFAULT_TASK
+    for name in flag_values(words, flag):  # the last one counts
+        if name not in known:
+            raise PlanError(f"unknown {flag} {name!r}; there are {', '.join(known)}")
+    return known[name], PARSERS[line.stage](name).parse_args(words)
 
 
 def main(words: list[str]) -> None:
@@ -46,7 +49,7 @@ def main(words: list[str]) -> None:
         raise PlanError(f"--gpus {args.gpus}: torch sees {gpus} here")
     args.on_gpus = False
     for line in make_plan(args, paper_sizes=False):
-        check_command(line)
+        parse_command(line)
     print(gpus)
 
 
@@ -54,5 +57,5 @@ if __name__ == "__main__":
     try:
         main(sys.argv[1:])
     except ValueError as error:
-        print(f"run_all.sh: error: {error}", file=sys.stderr)
+        print(f"run_all.sh: error: {one_line(error)}", file=sys.stderr)
         sys.exit(2)

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from arms import PLANNED, Arm, ArmKey
+from blocks import fixed
 from groups import Study, differing, tolerance
 from metrics import (
     bootstrap,
@@ -44,6 +45,15 @@ class Estimate(NamedTuple):
         """Change the unit."""
         return Estimate(float(factor * self.value), float(factor * self.low), float(factor * self.high))
 
+    def within(self, lowest: float, highest: float) -> "Estimate":
+        """Cut the interval off where no value can lie."""
+        low, high = np.clip([self.low, self.high], lowest, highest)
+        return Estimate(float(self.value), float(low), float(high))
+
+    def points(self, digits: int) -> str:
+        """Write a difference in points with its sign, and its interval."""
+        return f"{fixed(self.value, digits, '+')} [{fixed(self.low, digits, '+')}, {fixed(self.high, digits, '+')}]"
+
 
 def per_image_table(table: TestTable) -> TestTable:
     """Turn sums into scores of single images, to be averaged over those images that have them."""
@@ -69,9 +79,17 @@ def estimates(
     names = tables[0].names
     if len(runs) == 1:
         values, lows, highs = bootstrap(tables[0].sums, tables[0].score, resamples)
-        return {name: Estimate(values[i], lows[i], highs[i]) for i, name in enumerate(names)}
-    seeds = np.array([table.score(table.sums.sum(0)) for table in tables])
-    return {name: Estimate(*t_interval(seeds[:, i])) for i, name in enumerate(names)}
+        found = {name: Estimate(values[i], lows[i], highs[i]) for i, name in enumerate(names)}
+    else:
+        seeds = np.array([table.score(table.sums.sum(0)) for table in tables])
+        found = {name: Estimate(*t_interval(seeds[:, i])) for i, name in enumerate(names)}
+    return {name: within_range(name, estimate) for name, estimate in found.items()}
+
+
+def within_range(score: str, estimate: Estimate) -> Estimate:
+    """Cut an interval off at 0, and at 1 unless the score is a loss, which has no highest value."""
+    highest = math.inf if score.startswith("loss") else 1.0
+    return estimate.within(0.0, highest)
 
 
 def image_records(counts: np.ndarray) -> np.ndarray:
@@ -89,8 +107,10 @@ def image_level_iou(runs: list[RunRecord], resamples: int = 10_000) -> Estimate:
     """Average the IoU of each test image, the original study's score; the interval is that of `estimates`."""
     records = [image_records(run.test["counts"]) for run in runs]
     if len(runs) == 1:
-        return Estimate(*map(float, bootstrap(records[0], mean_of_records, resamples)))
-    return Estimate(*t_interval([mean_of_records(part.sum(0)) for part in records]))
+        found = Estimate(*map(float, bootstrap(records[0], mean_of_records, resamples)))
+    else:
+        found = Estimate(*t_interval([mean_of_records(part.sum(0)) for part in records]))
+    return within_range("iou", found)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

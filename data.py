@@ -6,13 +6,18 @@ tensor on the GPU.
 """
 
 import contextlib
+import errno
 import fcntl
 import hashlib
+import itertools
 import json
 import os
 import shlex
 import shutil
+import stat
 import sys
+import warnings
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -25,6 +30,9 @@ from PIL import Image
 MAX_PIXELS = 89_478_485  # above this Pillow warns of a decompression bomb; photographs stay far below
 MAX_UNREADABLE = 0.01  # share of the images that may be left out
 CHUNK = 128  # rows decoded, written and flushed together while the cache is built
+
+# What Pillow warns of while it decodes names no file; what matters of it is told by DataError.
+warnings.filterwarnings("ignore", module=r"PIL(\.|$)")
 
 ORIENTATION_TAG = 0x0112  # in the EXIF data
 UPRIGHT = {
@@ -67,6 +75,10 @@ def seeded_rng(*key: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(sequence))
 
 
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # what file systems without locks answer
+NOT_ALLOWED = (errno.EACCES, errno.EPERM, errno.EROFS)
+
+
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
     """Hold an exclusive lock on a file, which is created if missing; the system releases it after a kill.
@@ -79,10 +91,20 @@ def locked(path: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
     except OSError as error:
-        name = show_path(path if error.filename is None else error.filename)
-        reason = error if error.strerror is None else error.strerror
-        advice = "free some space or choose another --cache_dir, then repeat the command"
-        raise DataError(f"cannot write {name}: {reason}; what was complete is kept: {advice}", 1) from None
+        raise DataError(_explain_write(error, path), 1) from None
+
+
+def _explain_write(error: OSError, path: Path) -> str:
+    """Say why a file of the cache cannot be written, and what to do."""
+    name = show_path(path if error.filename is None else error.filename)
+    reason = error if error.strerror is None else error.strerror
+    if error.errno in NO_LOCKS:
+        return f"cannot lock {name}: {reason}; choose a --cache_dir on a file system that has locks (flock)"
+    if error.errno in NOT_ALLOWED:
+        owner = "what is missing in it cannot be added"
+        return f"cannot write {name}: {reason}; {owner}: choose another --cache_dir, or ask its owner to complete it"
+    advice = "free some space or choose another --cache_dir, then repeat the command"
+    return f"cannot write {name}: {reason}; what was complete is kept: {advice}"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -93,6 +115,7 @@ def locked(path: Path) -> Iterator[None]:
 def _opened(path: str | Path) -> Iterator[Image.Image]:
     """Open an image; any error while it is open becomes a DataError that names the file."""
     try:
+        _require_file(path)
         with Image.open(path) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise Image.DecompressionBombError
@@ -102,6 +125,13 @@ def _opened(path: str | Path) -> Iterator[Image.Image]:
     except Exception as error:  # decoders raise anything from OSError to struct.error on damaged files
         reason = " ".join(_reason(error, path).split())
         raise DataError(f"{show_path(path)}: cannot be read: {reason}") from None
+
+
+def _require_file(path: str | Path) -> None:
+    """Raise DataError for what is no file: reading from a pipe or device would never end."""
+    mode = os.stat(path).st_mode
+    if stat.S_ISFIFO(mode) or stat.S_ISCHR(mode) or stat.S_ISBLK(mode) or stat.S_ISSOCK(mode):
+        raise DataError(f"{show_path(path)}: cannot be read: it is a pipe or device, not a file")
 
 
 def _reason(error: Exception, path: str | Path) -> str:
@@ -131,10 +161,13 @@ def _turn_upright(image: Image.Image, tagged: Image.Image) -> Image.Image:
 
 
 def _scale_grey(image: Image.Image) -> Image.Image:
-    """Convert 16 and 32 bit grey to 8 bit, where Pillow would clip to white."""
+    """Convert 16 and 32 bit grey to 8 bit, where Pillow would clip to white; fractions up to 1 are shares of white."""
     grey = np.asarray(image, dtype=np.float32)
-    if image.mode.startswith("I;16") or grey.max(initial=0) > 255:
+    highest = grey.max(initial=0, where=np.isfinite(grey))
+    if image.mode.startswith("I;16") or highest > 255:
         grey = grey * (255 / 65535)
+    elif image.mode == "F" and highest <= 1:
+        grey = grey * 255
     grey = np.nan_to_num(grey).clip(0, 255).round()
     return Image.fromarray(grey.astype(np.uint8))
 
@@ -186,6 +219,15 @@ def _check_trimap_size(trimap: Image.Image, image: Image.Image, path: str | Path
         allowed.append((image.height, image.width))
     message = f"{trimap.width} x {trimap.height}, but its image is {image.width} x {image.height}"
     require(trimap.size in allowed, f"{show_path(path)}: {message}")
+
+
+def can_open(path: str | Path) -> bool:
+    """Tell whether a file begins as an image does; its pixels are not read."""
+    try:
+        with _opened(path):
+            return True
+    except DataError:
+        return False
 
 
 def trimap_path(image: str) -> str:
@@ -252,10 +294,14 @@ class Stamp(NamedTuple):
 
 
 MISSING = Stamp(-1, -1)
+CACHE_FORMAT = b"2 "  # part of the files' names: caches of an earlier format are neither read nor changed
 
 
 class CacheEntry(NamedTuple):
-    """One line of a cache's index: what the row of the same number was made from. On disk a JSON list."""
+    """One line of a cache's index: what the row of the same number was made from.
+
+    On disk a JSON list after its own checksum, so that no change of a bit goes unnoticed.
+    """
 
     key: str  # path of the image, relative to the data root
     width: int  # of the original, in pixels; 0 if it cannot be read
@@ -263,6 +309,12 @@ class CacheEntry(NamedTuple):
     num_bytes: int
     mtime_ns: int
     error: str | None  # why the source cannot be read; its row holds zeros
+    row_checksum: int  # CRC-32 of the row
+
+    def line(self) -> bytes:
+        """Write the entry as a line of the index."""
+        content = json.dumps(self).encode()
+        return b"%08x %s\n" % (zlib.crc32(content), content)
 
     @property
     def stamp(self) -> Stamp:
@@ -276,7 +328,7 @@ class _CacheFiles:
         good = kind in ("image", "trimap") and size >= 1
         require(good, f"no cache of kind {kind!r} and size {size}; kinds are image and trimap, sizes 1 or more")
         location = os.path.abspath(data_root).encode(errors="surrogateescape")
-        digest = hashlib.sha256(location).hexdigest()[:12]
+        digest = hashlib.sha256(CACHE_FORMAT + location).hexdigest()[:12]
         channels = 3 if kind == "image" else 1
         self.root = Path(data_root)
         self.kind = kind
@@ -299,11 +351,11 @@ class _CacheFiles:
         mtime_ns = 0
         for path in self.sources(key):
             try:
-                stat = os.stat(path)
-            except OSError:
+                source = os.stat(path)
+            except (OSError, ValueError):  # a name with NUL is no name of a file
                 return MISSING
-            num_bytes += stat.st_size
-            mtime_ns += stat.st_mtime_ns
+            num_bytes += source.st_size
+            mtime_ns += source.st_mtime_ns
         return Stamp(num_bytes, mtime_ns)
 
     def read_index(self) -> tuple[list[CacheEntry], int]:
@@ -329,9 +381,10 @@ class _CacheFiles:
         try:
             image = self._read(key)
         except DataError as error:
-            return np.zeros(self.shape, np.uint8), CacheEntry(key, 0, 0, *stamp, str(error))
-        entry = CacheEntry(key, image.width, image.height, *stamp, None)
-        return self._make_row(image), entry
+            row = np.zeros(self.shape, np.uint8)
+            return row, CacheEntry(key, 0, 0, *stamp, str(error), zlib.crc32(row))
+        row = self._make_row(image)
+        return row, CacheEntry(key, image.width, image.height, *stamp, None, zlib.crc32(row))
 
     def _read(self, key: str) -> Image.Image:
         sources = self.sources(key)
@@ -348,13 +401,11 @@ class _CacheFiles:
 
 
 def _parse_entry(line: bytes) -> CacheEntry | None:
-    """Parse a line of the index; None if it is torn."""
-    if not line.endswith(b"\n"):
+    """Parse a line of the index; None if it is torn or damaged."""
+    checksum, _, content = line.removesuffix(b"\n").partition(b" ")
+    if not line.endswith(b"\n") or checksum != b"%08x" % zlib.crc32(content):
         return None
-    try:
-        return CacheEntry(*json.loads(line))
-    except (ValueError, TypeError):
-        return None
+    return CacheEntry(*json.loads(content))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -379,26 +430,36 @@ def build_cache(
     """
     files = _CacheFiles(data_root, kind, cache_dir, cache_size)
     keys = list(dict.fromkeys(images))
-    with locked(files.index):
-        entries, index_bytes = files.read_index()
-        latest = {entry.key: entry for entry in entries}
-        todo = [key for key in keys if _is_outdated(key, latest.get(key), files)]
-        _require_space(files, todo, latest)
-        if todo:
-            with open(files.rows, "ab") as rows, open(files.index, "ab") as index:
-                rows.truncate(len(entries) * files.row_bytes)  # cut off what a kill left half written
-                index.truncate(index_bytes)
-                writer = _CacheWriter(rows, index, latest)
-                _decode_and_write(files, todo, writer, workers, progress)
+    entries, _ = files.read_index()
+    latest = {entry.key: entry for entry in entries}
+    if _find_outdated(files, keys, latest):  # what is complete may be someone else's: it is read without a lock
+        with locked(files.index):
+            entries, index_bytes = files.read_index()
+            latest = {entry.key: entry for entry in entries}
+            todo = _find_outdated(files, keys, latest)
+            _require_space(files, todo, latest)
+            if todo:  # nothing, if another process has decoded it meanwhile
+                with open(files.rows, "ab") as rows, open(files.index, "ab") as index:
+                    rows.truncate(len(entries) * files.row_bytes)  # cut off what a kill left half written
+                    index.truncate(index_bytes)
+                    writer = _CacheWriter(rows, index, latest)
+                    _decode_and_write(files, todo, writer, workers, progress)
     _require_readable(files, [latest[key] for key in keys])
 
 
-def _is_outdated(key: str, entry: CacheEntry | None, files: _CacheFiles) -> bool:
-    """Say whether a row has to be decoded: it is missing, its source changed, or it failed before.
+def _find_outdated(files: _CacheFiles, keys: list[str], latest: dict[str, CacheEntry]) -> list[str]:
+    """List the keys whose rows have to be decoded."""
+    return [key for key in keys if _is_outdated(key, latest.get(key), files)]
 
-    What failed is tried again, for the cause may be gone.
-    """
-    return entry is None or entry.error is not None or entry.stamp != files.stamp(key)
+
+def _is_outdated(key: str, entry: CacheEntry | None, files: _CacheFiles) -> bool:
+    """Say whether a row has to be decoded: it is missing, its source changed, or the cause of its failure is gone."""
+    if entry is None or entry.stamp != files.stamp(key):
+        return True
+    if entry.error is None:
+        return False
+    _, again = files.decode(key)
+    return again != entry
 
 
 def _require_space(files: _CacheFiles, todo: list[str], latest: dict[str, CacheEntry]) -> None:
@@ -437,14 +498,17 @@ class _CacheWriter:
         self.index = index
         self.latest = latest  # key -> its last entry, kept up to date
         self.pending = []  # entries whose rows may not have reached the disk yet
-        self.errors = []
+        self.notes = []  # what a person must know
 
     def add(self, row: np.ndarray, entry: CacheEntry) -> None:
         """Append a row; one that failed before is written again only if it fares differently."""
+        before = self.latest.get(entry.key)
         if entry.error is not None:
-            if self.latest.get(entry.key) == entry:
+            if before == entry:
                 return
-            self.errors.append(entry.error)
+            self.notes.append(f"left out: {entry.error}")
+        elif before is not None and before.error is None and before.row_checksum != entry.row_checksum:
+            self.notes.append(f"changed: {show_path(entry.key)} has other pixels than when it was decoded before")
         self.latest[entry.key] = entry
         self.rows.write(row)
         self.pending.append(entry)
@@ -453,7 +517,7 @@ class _CacheWriter:
         """Bring everything to the disk, rows before their entries, so that no entry lacks its row after a kill."""
         _flush_to_disk(self.rows)
         for entry in self.pending:
-            self.index.write(json.dumps(entry).encode() + b"\n")
+            self.index.write(entry.line())
         _flush_to_disk(self.index)
         self.pending = []
 
@@ -479,8 +543,8 @@ def _decode_and_write(
                     bar.update(1)
                 writer.add(row, entry)
             writer.flush()
-    for error in writer.errors:  # only in the process that decoded; the others read them from the index
-        print(f"left out: {error}", file=sys.stderr)
+    for note in writer.notes:  # only in the process that decoded; the others read errors from the index
+        print(note, file=sys.stderr)
 
 
 def _decode_ahead(pool: ThreadPoolExecutor, files: _CacheFiles, todo: list[str]) -> Iterator[Iterable]:
@@ -502,7 +566,8 @@ class ImageStore:
 
     `.images`: the entries kept. `.dropped`: the unreadable ones. `.rows` int64 [N]: entry -> unique image. `.sizes` float32
     [U, 2]: original (height, width) of the unique images. `.size`: side of the rows in pixels. `.tensor` uint8
-    [U, C, S, S] on the device, or None. Raises DataError if an image is not in the cache or has changed since.
+    [U, C, S, S] on the device, or None. `.checksum`: of the pixels and their names. Raises DataError if an
+    image is not in the cache or has changed since, or if a row is damaged.
     """
 
     def __init__(
@@ -530,6 +595,7 @@ class ImageStore:
         self.size = cache_size
 
         cache_rows = [latest[key] for key in good]
+        self.checksum = _hash_pixels([entries[row] for row in cache_rows])
         sizes = [(entries[row].height, entries[row].width) for row in cache_rows]
         self.sizes = np.array(sizes, np.float32).reshape(-1, 2)
         self._cache_rows = np.array(cache_rows, np.int64)  # unique image -> row of the cache
@@ -538,8 +604,23 @@ class ImageStore:
         self.tensor = None
         if good:
             self._map = np.memmap(files.rows, np.uint8, "r", shape=(len(entries), *files.shape))
+            self._require_intact(files, [entries[row] for row in cache_rows])
             if on_device:
                 self.tensor = self._copy_to(device)
+
+    def _require_intact(self, files: _CacheFiles, entries: list[CacheEntry]) -> None:
+        """Raise DataError if a row is not what was written: a disk, or a person, has changed it."""
+
+        def find_damaged(start: int) -> list[str]:
+            part = slice(start, start + CHUNK)
+            pairs = zip(self._cache_rows[part], entries[part], strict=True)
+            return [entry.key for row, entry in pairs if zlib.crc32(self._map[row]) != entry.row_checksum]
+
+        with ThreadPoolExecutor(num_cores()) as pool:  # a few GB/s; what is read here lies in memory afterwards
+            damaged = list(itertools.chain.from_iterable(pool.map(find_damaged, range(0, len(entries), CHUNK))))
+        if damaged:
+            problem = f"{len(damaged):,} of {len(entries):,} rows are damaged, first that of {show_path(damaged[0])}"
+            raise DataError(f"{show_path(files.rows)}: {problem}; delete this file and repeat the command", 1)
 
     def _copy_to(self, device: str | torch.device) -> torch.Tensor:
         """Copy all rows -> uint8 [U, C, S, S] on the device, in chunks to spare the host's memory."""
@@ -565,6 +646,14 @@ class ImageStore:
         # mode="raise" would copy twice.
         np.take(self._map, self._cache_rows[rows], axis=0, out=out.numpy(), mode="clip")
         return out
+
+
+def _hash_pixels(entries: list[CacheEntry]) -> str:
+    """Compute what tells the pixels of one list from others, by the checksums of their rows."""
+    digest = hashlib.sha256()
+    for entry in entries:
+        digest.update(json.dumps([entry.key, entry.width, entry.height, entry.row_checksum]).encode())
+    return digest.hexdigest()
 
 
 def _require_current(files: _CacheFiles, keys: list[str], entries: list[CacheEntry], latest: dict[str, int]) -> None:

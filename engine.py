@@ -12,6 +12,7 @@ Copy this one file to use it. It works as a single process and under `torchrun` 
 import argparse
 import contextlib
 import errno
+import hashlib
 import importlib.metadata
 import json
 import math
@@ -44,6 +45,11 @@ class EngineError(ValueError):
         self.exit_code = exit_code
 
 
+def one_line(text: str) -> str:
+    """Write line breaks and other characters that cannot be printed as escapes: file names may hold them."""
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
+
+
 class Failure(NamedTuple):
     """How a script ends when it does not succeed."""
 
@@ -59,6 +65,9 @@ def first_line(error: BaseException) -> str:
     return type(error).__name__
 
 
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a full disk, a full share of it, a limit on files
+
+
 def explain(error: BaseException) -> Failure | None:
     """Turn an error that a user can cause into a message and an exit code; None marks a defect of the program."""
     if isinstance(error, KeyboardInterrupt):
@@ -67,15 +76,24 @@ def explain(error: BaseException) -> Failure | None:
         return Failure("interrupted", 130)
     if isinstance(error, torch.OutOfMemoryError):
         return Failure(f"out of device memory; lower --micro_batch_size ({first_line(error)})", 1)
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+    if isinstance(error, OSError) and error.errno in NO_SPACE:
         return Failure(f"the disk is full ({error.filename or error}); free some space and repeat the command", 1)
     if hasattr(error, "exit_code"):
         return Failure(str(error), error.exit_code)
+    if isinstance(error, RuntimeError) and _lost_a_peer(error):
+        return Failure("another process of this run has ended; repeat the command to go on", 1)
     if isinstance(error, (NotADirectoryError, IsADirectoryError, FileExistsError)) and error.filename:
         return Failure(f"{error.filename}: {error.strerror}", 2)  # the path given is of the wrong kind
     if isinstance(error, OSError) and error.filename:
         return Failure(f"{error.filename}: {error.strerror}", 1)
     return None
+
+
+def _lost_a_peer(error: RuntimeError) -> bool:
+    """Tell whether a collective failed, as it does in those that outlive a killed process."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return False
+    return isinstance(error, torch.distributed.DistError) or "gloo" in str(error)
 
 
 def launch(main: Callable[[argparse.Namespace], object], parser: argparse.ArgumentParser) -> None:
@@ -118,11 +136,13 @@ def _report(failure: Failure, program: str) -> None:
         kind = "stopped"
     if rank > 0:
         kind += f" on rank {rank}"
-    print(f"{program}: {kind}: {failure.message}", file=sys.stderr, flush=True)
+    print(f"{program}: {kind}: {one_line(failure.message)}", file=sys.stderr, flush=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Command line
+
+LARGEST_SIZE = 8192  # side of an image in pixels, beyond which only a slip of the hand asks
 
 ROLES = {
     "recipe": "how the network is trained; part of what defines the result",
@@ -131,6 +151,18 @@ ROLES = {
     "seed": "what a new seed changes",
     "computation": "how a result is computed, not which result; may differ when a run is continued",
 }
+
+
+class HelpFormatter(argparse.HelpFormatter):
+    """Help that states the default of every flag which has one, unless its own words do."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text = action.help or ""
+        default = action.default
+        has_none = default is None or default is False or default == argparse.SUPPRESS
+        if has_none or not action.option_strings or "default" in text:
+            return text
+        return f"{text} (default: %(default)s)"
 
 
 class Parser(argparse.ArgumentParser):
@@ -142,6 +174,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, *args: Any, **options: Any):
         options.setdefault("allow_abbrev", False)  # --output would be taken for --output_dir
+        options.setdefault("formatter_class", HelpFormatter)
         self._titled_groups = {}
         self._roles = {}
         super().__init__(*args, **options)
@@ -180,11 +213,11 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> None:
         """Leave with exit code 2 and one line, without repeating all flags."""
-        self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
+        self.exit(2, f"{self.prog}: error: {one_line(message)} (see --help)\n")
 
 
-def at_least(minimum: float, kind: type = float) -> Callable[[str], float]:
-    """Return an argparse type: finite numbers of a kind (float or int) that are not below the minimum."""
+def at_least(minimum: float, kind: type = float, maximum: float = math.inf) -> Callable[[str], float]:
+    """Return an argparse type: finite numbers of a kind (float or int) from the minimum to the maximum."""
 
     def convert(text: str) -> float:
         value = _number(text, kind)
@@ -192,6 +225,8 @@ def at_least(minimum: float, kind: type = float) -> Callable[[str], float]:
             raise argparse.ArgumentTypeError(f"must be at least {minimum} and finite, got {text}")
         if value < minimum:
             raise argparse.ArgumentTypeError(f"must be at least {minimum}, got {text}")
+        if value > maximum:
+            raise argparse.ArgumentTypeError(f"must be at most {maximum}, got {text}")
         return value
 
     return convert
@@ -585,7 +620,24 @@ def strict_json(content: object) -> object:
     return content
 
 
+def checksum(content: dict) -> str:
+    """Compute what tells a changed JSON object from the one that was written."""
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+
+
 def write_json(path: Path, content: dict) -> None:
-    """Write strict JSON atomically."""
-    text = json.dumps(strict_json(content), indent=1) + "\n"
+    """Write strict JSON atomically, with its checksum as the last entry."""
+    content = strict_json(content)
+    text = json.dumps({**content, "checksum": checksum(content)}, indent=1) + "\n"
     write_atomic(path, lambda file: file.write(text.encode()))
+
+
+def read_json(path: Path) -> dict:
+    """Read what write_json wrote. Raises EngineError for a damaged file; one without a checksum is taken as it is."""
+    try:
+        content = json.loads(path.read_text())
+    except ValueError:
+        content = None
+    if not isinstance(content, dict) or content.pop("checksum", None) not in (None, checksum(content)):
+        raise EngineError(f"{path} is damaged; bring it back, or move its folder away and repeat the command", 1)
+    return content

@@ -18,15 +18,29 @@ from PIL import Image
 
 import data
 import splits
-from engine import EngineError, Parser, Precision, at_least, launch, setup, write_atomic
+from engine import (
+    LARGEST_SIZE,
+    EngineError,
+    Parser,
+    Precision,
+    at_least,
+    launch,
+    read_json,
+    setup,
+    write_atomic,
+    write_json,
+)
 from metrics import PET
-from objective import Task, TestSetting, pets_source
+from objective import Task, TestSetting
 from segmentation import REFERENCES, Segmentation, predict, reference_records, summary_of
 from tasks import TASKS
-from weights import load_model
+from weights import hash_file, identify, load_model
 
 # Colours of the file values 0 to 3: unused, pet, background, border; told apart by colour-blind readers.
 PALETTE = [0, 0, 0, 230, 159, 0, 0, 0, 0, 86, 180, 233]
+
+
+REFERENCE_BATCH = 64  # images at a time, of predictors that look at none
 
 
 def load_network(path: Path, device: torch.device) -> tuple[torch.nn.Module, dict]:
@@ -44,7 +58,7 @@ def read_config(run: Path) -> dict:
     if not record.exists():
         return {}
     try:
-        content = json.loads(record.read_text())
+        content = read_json(record)
         return {"kind": content["kind"], "args": dict(content["args"])}
     except (ValueError, KeyError, TypeError):
         raise EngineError(f"{record} cannot be read; train the run again") from None
@@ -63,10 +77,14 @@ def task_of(run: Path, recorded: dict, config: dict) -> type[Task]:
     raise EngineError(f"{run}/model.pt holds a {config['kind']!r}, which no task tests")
 
 
-def is_tested(run: Path) -> bool:
-    """Tell whether a run's records are newer than its weights."""
-    record = run / "test.npz"
-    return record.exists() and record.stat().st_mtime >= (run / "model.pt").stat().st_mtime
+def is_tested(run: Path, weights: str) -> bool:
+    """Tell whether a run's records are there, unchanged, and of these weights; clocks may be wrong, hashes are not."""
+    try:
+        record = read_json(run / "test.json")
+        files = {name: hash_file(run / name) for name in record["files"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    return record == {"weights": weights, "files": files}
 
 
 def write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
@@ -74,14 +92,16 @@ def write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
     write_atomic(path, lambda file: np.savez_compressed(file, **arrays))
 
 
-def write_records(run: Path, records: dict[str, np.ndarray]) -> None:
-    """Write panels.npz (the examples, if a task shows some) and test.npz, which marks the run as tested."""
+def write_records(run: Path, records: dict[str, np.ndarray], weights: str) -> None:
+    """Write panels.npz (the examples, if a task shows some), test.npz, and test.json: of which weights they are."""
     prefix = "panel_"
     panels = {name.removeprefix(prefix): array for name, array in records.items() if name.startswith(prefix)}
     if panels:
         write_arrays(run / "panels.npz", panels)
     scores = {name: array for name, array in records.items() if not name.startswith(prefix)}
     write_arrays(run / "test.npz", scores)
+    names = ("panels.npz", "test.npz") if panels else ("test.npz",)
+    write_json(run / "test.json", {"weights": weights, "files": {name: hash_file(run / name) for name in names}})
 
 
 def main_test(args: argparse.Namespace) -> None:
@@ -89,11 +109,12 @@ def main_test(args: argparse.Namespace) -> None:
     runs = [Path(run) for run in args.runs]
     for run in runs:
         if not (run / "model.pt").exists():
-            raise EngineError(f"{run} has no model.pt: it is not a finished run; finish its training first")
+            raise EngineError(f"{run} has no model.pt: it is not a finished run; repeat its training command first")
     dist = setup(args.device)
     precision = Precision(args.precision, dist.device)
     for run in runs:
-        if is_tested(run) and not args.again:
+        weights = identify(run / "model.pt")
+        if is_tested(run, weights) and not args.again:
             print(f"{run}: tested before; nothing to do (--again repeats it)")
             continue
         model, config = load_network(run / "model.pt", dist.device)
@@ -102,15 +123,16 @@ def main_test(args: argparse.Namespace) -> None:
         flags = recorded.get("args", {})
         setting = TestSetting(args.data_root, args.cache_dir, args.batch_size, dist, precision, flags)
         records = task.test(model, config["img_size"], setting)
-        write_records(run, records)
+        write_records(run, records, weights)
         print(f"{run}: {task.summary(records)}")
 
 
 def main_reference(args: argparse.Namespace) -> None:
     """Score what any network should beat."""
-    device = setup(args.device).device
-    source = pets_source(vars(args))
-    records = reference_records(args.data_root, args.img_size, device, source, args.trimap_resize)
+    dist = setup(args.device)
+    precision = Precision("fp32", dist.device)
+    setting = TestSetting(args.data_root, args.cache_dir, REFERENCE_BATCH, dist, precision, vars(args))
+    records = reference_records(setting, args.img_size)
     write_arrays(Path(args.output), records)
     for name in REFERENCES:
         print(f"{name}: {summary_of(records[f'counts_{name}'])}")
@@ -169,7 +191,8 @@ def main_predict(args: argparse.Namespace) -> None:
         used.add(stem)
         write_prediction(image, classes, stem)
         share = 100 * (classes == PET).mean()
-        print(f"{path}: pet {share:.1f} % of the pixels -> {stem}_mask.png, {stem}_overlay.png")
+        outputs = ", ".join(data.show_path(f"{stem}_{end}.png") for end in ("mask", "overlay"))
+        print(f"{data.show_path(path)}: pet {share:.1f} % of the pixels -> {outputs}")
     if failed:
         raise EngineError(f"{failed} of {len(args.images)} images could not be read", 1)
 
@@ -189,7 +212,7 @@ def get_args_parser() -> Parser:
     reference = commands.add_parser("reference", help="scores of predictors that look at no image")
     reference.set_defaults(function=main_reference)
     reference.add_argument(
-        "--img_size", type=at_least(1, int), default=224, help="input size of the runs they stand beside"
+        "--img_size", type=at_least(1, int, LARGEST_SIZE), default=224, help="input size of the runs they stand beside"
     )
     reference.add_argument("--output", default="reference.npz", help="file to write")
     reference.add_argument("--pets_listing", choices=splits.PETS_LISTS, default="list.txt", help="as in training")

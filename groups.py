@@ -15,7 +15,8 @@ from typing import NamedTuple
 import numpy as np
 
 from arms import LABEL_FRACTION, PRETRAIN_ANIMAL, SCHEDULE, Arm, ArmKey, audited_flags, in_table_order
-from records import MAE, SEGMENT, SIZES, RunRecord, Setting, load_run
+from blocks import literal
+from records import MAE, SEGMENT, SIZES, RecordError, RunRecord, Setting, check_file, load_run
 from study import PlanLine, read_lines
 
 
@@ -95,12 +96,14 @@ class Study:
         self.by_folder = {run.name: run for run in self.runs}
         self._check_test_images()
         self._check_parents()
+        self._check_pixels()
         for run in self.runs:
             if run.problem:
                 self.notes.append(f"`{run.name}` is {run.problem}")
         for run in self.runs:
             if not run.problem and not run.log:
                 self.notes.append(f"`{run.name}` has no log.jsonl: no curves")
+        self._name_unreadable()
         self.arms = {run.key: run.arm for run in self.runs}
         self.groups = {key: self._group(key) for key in self.arms}
         self._compare_arms()
@@ -181,6 +184,26 @@ class Study:
             if run.config["experiment"].get("init") != sibling.config["experiment"].get("init"):
                 run.problem = f"not comparable: it started from other weights than `{sibling.name}`"
 
+    def _check_pixels(self) -> None:
+        """Leave out runs whose images were others than those of most runs with the same list."""
+        pixels: dict[tuple, Counter] = {}
+        known = [run for run in self.runs if not run.problem and "pixels" in run.metrics]
+        for run in known:
+            pixels.setdefault(image_list(run), Counter())[run.metrics["pixels"]] += 1
+        for run in known:
+            if run.metrics["pixels"] != most_common(pixels[image_list(run)]):
+                run.problem = "not comparable: images of its list had other pixels than for its siblings"
+
+    def _name_unreadable(self) -> None:
+        """Name the images that runs left out because they could not be read, each once."""
+        found: dict[str, list[RunRecord]] = {}
+        for run in self.runs:
+            for image in (*run.metrics.get("unreadable", ()), *map(str, run.test.get("unreadable", ()))):
+                found.setdefault(image, []).append(run)
+        for image, runs in found.items():
+            others = f" and {len(runs) - 1} more runs" if len(runs) > 1 else ""
+            self.notes.append(f"{literal(image)} could not be read: left out by `{runs[0].name}`{others}")
+
     def _group(self, key: ArmKey) -> list[list[RunRecord]]:
         """Sort the usable runs of an arm into groups of equal settings, the largest first."""
         groups: list[list[RunRecord]] = []
@@ -216,13 +239,16 @@ class Study:
             if changes:
                 self.notes.append(f"all of `{arm.title}` has other settings than `{usual[0].arm.title}` ({changes})")
 
-    def _load(self, name: str, consequence: str) -> dict[str, np.ndarray]:
+    def _load(self, name: str, consequence: str, files: dict[str, str]) -> dict[str, np.ndarray]:
         """Load a file of arrays below the study; what is missing or damaged is named, and {} returned."""
         try:
+            check_file(self.path / name, files)
             with np.load(self.path / name, allow_pickle=False) as arrays:
                 return dict(arrays)
         except FileNotFoundError:
             state = "missing"
+        except RecordError as error:
+            state = f"unreadable ({error})"
         except Exception as error:
             state = f"unreadable ({type(error).__name__})"
         self.notes.append(f"`{name}` is {state}, {consequence}")
@@ -236,7 +262,7 @@ class Study:
             runs = self.main(key)
             if not runs or runs[0].kind != kind or arm.sweep:
                 continue
-            arrays = self._load(f"{runs[0].name}/{name}", "so its pictures are not shown")
+            arrays = self._load(f"{runs[0].name}/{name}", "so its pictures are not shown", runs[0].files)
             if arrays:
                 found.append(Pictures(arm, arrays))
         return found
@@ -247,7 +273,7 @@ class Study:
         if tasks and SEGMENT not in tasks:
             return {}
         tested = [run.test for run in self.runs if run.test and run.kind == SEGMENT]
-        reference = self._load("reference.npz", "so trivial predictors are not shown")
+        reference = self._load("reference.npz", "so trivial predictors are not shown", {})
         if not reference or not tested:
             return reference
         for name in ("ids", "img_size"):
@@ -257,6 +283,11 @@ class Study:
                 )
                 return {}
         return reference
+
+
+def image_list(run: RunRecord) -> tuple:
+    """Name what decides which pixels a run is trained on."""
+    return run.config["experiment"].get("train"), run.config["args"].get("cache_size")
 
 
 def test_list(run: RunRecord) -> tuple[str, ...]:
@@ -278,6 +309,8 @@ def read_plan(path: Path) -> list[PlanLine]:
         raise StudyError(f"{path} is no study: it has no study.tsv; give the folder that run_all.sh wrote")
     try:
         lines = read_lines(table.read_text(errors="surrogateescape"))
+    except OSError as error:
+        raise StudyError(f"{table} cannot be read: {error.strerror}") from None
     except ValueError as error:
         raise StudyError(f"{table} is damaged: {error}; repeat the run_all.sh command, which writes it anew") from None
     if not lines:

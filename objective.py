@@ -10,7 +10,8 @@ import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -24,7 +25,7 @@ from data import ImageStore
 from engine import Distributed, EngineError, Parser, Precision, Progress, at_least
 from runs import RunFolder
 from splits import Split
-from weights import ENCODER_KEYS, hash_file, load_pretrained
+from weights import ENCODER_KEYS, identify, load_pretrained
 
 LARGEST_VALIDATION_BATCH = 256
 VALIDATION_SEED = 20170  # of what pre-training validates with: masks, noise
@@ -49,6 +50,14 @@ class ScoringNetwork:
         if len(images) == self.batch_size:
             network = self.compiled
         return network(images, *others, **options)
+
+
+class Reading(NamedTuple):
+    """Images that a run reads, or their trimaps. size: side of the decoded squares; None: trimaps as they are."""
+
+    images: tuple[str, ...]
+    size: int | None
+    kind: str = "image"  # or "trimap"
 
 
 class Objective:
@@ -107,6 +116,25 @@ class Objective:
     def remarks(self) -> list[str]:
         """Say in sentences what every reader of the result must know; the plan and the report repeat them."""
         return []
+
+    def lists(self) -> list[Split]:
+        """Give all lists of images that training and validation read."""
+        return [self.split]
+
+    def readings(self) -> list[Reading]:
+        """List what training, validation and test read. Only self.args are there yet, see list_readings."""
+        return []
+
+    def data_title(self) -> str:
+        """Name the data: the first line of DATASET.txt, which other data than the study's bring along, or by counts."""
+        path = Path(self.args.data_root, "DATASET.txt")
+        if path.is_file():
+            lines = path.read_text(errors="replace").splitlines()
+            return lines[0] if lines else "unknown data"
+        photos = {}
+        for split in self.lists():
+            photos.update(split.manifest["photos"])
+        return splits.name_data(photos)
 
     def draws(self) -> dict[str, Draw]:
         """Name the random numbers that the loss needs of each training image."""
@@ -193,8 +221,18 @@ class Pretraining(Objective):
         """Build the network of --model; a ValueError is reported as wrong use."""
         raise NotImplementedError
 
+    def lists(self) -> list[Split]:
+        return [self.split, *self.held_out.values()]
+
+    def readings(self) -> list[Reading]:
+        args = self.args
+        held_out = splits.mae_validation(args.data_root, categories=args.categories, cache_dir=args.cache_dir)
+        lists = [select_images(args), *held_out.values()]
+        return [Reading(split.images, args.cache_size) for split in lists]
+
     def identity(self) -> dict[str, str]:
-        return {"train": self.split.sha256, "init": self.init_sha256}
+        validation = {f"val_{name}": split.sha256 for name, split in self.held_out.items()}
+        return {"train": self.split.sha256, "init": self.init_sha256, **validation}
 
     def augmentation(self) -> Augmentation:
         """Say how training images are cropped and flipped."""
@@ -424,6 +462,18 @@ class Task(Objective):
     def flops(self) -> float:
         return self.model.flops(training=not self.frozen)
 
+    def lists(self) -> list[Split]:
+        return [self.split, self.val_split]
+
+    def readings(self) -> list[Reading]:
+        args = self.args
+        test = splits.pets_split(args.data_root, "test", source=pets_source(vars(args)))
+        return [
+            Reading(self.training_split(args.train_fraction).images, args.cache_size),
+            Reading(self.validation_split().images, args.img_size),
+            Reading(test.images, args.img_size),
+        ]
+
     def identity(self) -> dict[str, str]:
         return {"train": self.split.sha256, "init": self.init_sha256, "val": self.val_split.sha256}
 
@@ -441,6 +491,13 @@ class Task(Objective):
         """Say in a line what test() found."""
         sums = zip(records["score_names"], records["numerators"].sum(0), records["denominators"].sum(0), strict=True)
         return ", ".join(f"{name} {numerator / denominator:.3f}" for name, numerator, denominator in sums)
+
+
+def list_readings(kind: type[Objective], args: argparse.Namespace) -> list[Reading]:
+    """List what a run will read, which follows from its flags alone: no network is built, no checkpoint needed."""
+    unbuilt = kind.__new__(kind)
+    unbuilt.args = args
+    return unbuilt.readings()
 
 
 def pets_source(flags: dict) -> splits.PetsSource:
@@ -575,7 +632,7 @@ def load_init(model: nn.Module, path: str | None, dist: Distributed) -> str | No
     report = load_pretrained(model, path)
     if dist.is_main:
         print(f"init: {report}", flush=True)
-    return hash_file(path)
+    return identify(path)
 
 
 def open_store(

@@ -7,6 +7,7 @@ A run that is missing, unfinished or damaged is no error: its `problem` says wha
 `evaluate.py test`: pixel counts of a segmentation; of any other task numerators and denominators of its scores.
 """
 
+import hashlib
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -116,6 +117,7 @@ class RunRecord:
     log: list[dict] = field(default_factory=list)
     metrics: dict = field(default_factory=dict)
     test: dict[str, np.ndarray] = field(default_factory=dict)
+    files: dict[str, str] = field(default_factory=dict)  # SHA-256 of what the run and its test have written
     problem: str | None = None
 
     @property
@@ -190,7 +192,7 @@ def read_run(run: RunRecord, path: Path) -> str | None:
     """Fill a run from its folder -> what is missing, or None. Raises where a file is damaged."""
     if not (path / "config.json").exists():
         return "missing: not started (no config.json)"
-    config = json.loads((path / "config.json").read_text())
+    config = read_json(path / "config.json")
     check_config(config)
     run.config = config
     run.settings = read_settings(config)
@@ -199,16 +201,46 @@ def read_run(run: RunRecord, path: Path) -> str | None:
     if not (path / "metrics.json").exists():
         step = max((line.get("step", 0) for line in run.log), default=0)
         return f"unfinished: no metrics.json (logged up to update {step:,} of {config['updates']:,})"
-    run.metrics = json.loads((path / "metrics.json").read_text())
+    run.metrics = read_json(path / "metrics.json")
     check_metrics(run.metrics, run)
+    run.files = run.metrics.get("files", {})
+    for name in ("config.json", "log.jsonl"):
+        check_file(path / name, run.files)
     if run.stage == "pretrain":
         return None
     if not (path / "test.npz").exists():
         return f"not tested: no test.npz (python evaluate.py test {path})"
+    if (path / "test.json").exists():
+        record = read_json(path / "test.json")
+        if record["weights"] != run.files.get("model.pt", record["weights"]):
+            return f"not tested: test.npz is of other weights (python evaluate.py test {path})"
+        run.files = {**run.files, **record["files"]}
+        check_file(path / "test.npz", run.files)
     with np.load(path / "test.npz", allow_pickle=False) as arrays:
         run.test = dict(arrays)
     check_test(run.test, run.kind)
     return None
+
+
+def read_json(path: Path) -> dict:
+    """Read an object that engine.write_json wrote; one without a checksum is taken as it is."""
+    content = json.loads(path.read_text())
+    if not isinstance(content, dict):
+        raise RecordError(f"{path.name} holds no dictionary")
+    written = content.pop("checksum", None)
+    if written not in (None, hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]):
+        raise RecordError(f"{path.name} was changed: its checksum is wrong")
+    return content
+
+
+def check_file(path: Path, files: dict[str, str]) -> None:
+    """Refuse a file that is not what was written, where its SHA-256 is known."""
+    if path.name not in files:
+        return
+    if not path.exists():
+        raise RecordError(f"{path.name} is missing")
+    if hashlib.sha256(path.read_bytes()).hexdigest() != files[path.name]:
+        raise RecordError(f"{path.name} was changed: its checksum is wrong")
 
 
 def read_settings(config: dict) -> dict[str, Setting]:
@@ -288,7 +320,11 @@ def check_log(log: list, config: dict) -> None:
 def check_metrics(metrics: object, run: RunRecord) -> None:
     """Refuse metrics without the scores that the report shows."""
     check_numbers(metrics, (), "metrics.json")
-    for name in ("seconds", "img_s", "mfu", "mem_gb"):
+    if not isinstance(metrics.get("files", {}), dict):
+        raise RecordError(f"metrics.json: files is {metrics['files']!r} instead of a dictionary"[:120])
+    if not isinstance(metrics.get("unreadable", []), list):
+        raise RecordError(f"metrics.json: unreadable is {metrics['unreadable']!r} instead of a list"[:120])
+    for name in ("seconds", "img_s", "mfu", "mem_gb", "n_train", "n_unique"):
         if metrics.get(name) is not None:
             check_numbers(metrics, [name], "metrics.json")
     if run.stage == "pretrain":

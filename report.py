@@ -23,6 +23,7 @@ from blocks import literal
 from comparisons import Comparison, estimates, planned
 from groups import Study, StudyError
 from records import MAE, SEGMENT, RunRecord
+from study import PlanParser, one_line
 from summary import summary_lines
 from tables import Column, Page, show
 
@@ -164,11 +165,9 @@ def default_title(tasks: list[str]) -> str:
 
 
 def data_title(study: Study) -> str:
-    """Name the data sets, as the first run that recorded them did."""
-    for run in study.runs:
-        if "data" in run.config:
-            return run.config["data"]["title"]
-    return "unknown data"
+    """Name the data sets, as the runs recorded them: those of pre-training first."""
+    titles = [run.config["data"]["title"] for run in study.runs if "data" in run.config]
+    return " and ".join(dict.fromkeys(titles)) or "unknown data"
 
 
 def data_counts(study: Study) -> str:
@@ -260,8 +259,8 @@ def what_arms_saw(study: Study, page: Page) -> None:
         rows.append(
             {
                 "arm": arm.label,
-                "images": config["n_train"],
-                "unique": config["n_unique"],
+                "images": runs[0].metrics.get("n_train", config["n_train"]),
+                "unique": runs[0].metrics.get("n_unique", config["n_unique"]),
                 "updates": config["updates"],
                 "epochs": config["args"].get("epochs"),
                 "batch": config.get("batch_size"),
@@ -329,7 +328,7 @@ def task_differences(page: Page, task: str, comparisons: list[Comparison]) -> No
     for comparison in comparisons:
         each = []
         for value, image in zip(comparison.values, comparison.images, strict=True):
-            each.append(f"{value:+.2f} [{image.low:+.2f}, {image.high:+.2f}]")
+            each.append(image._replace(value=value).points(2))
         rows.append(
             {
                 "label": comparison.label,
@@ -506,7 +505,7 @@ def settings(study: Study, page: Page) -> None:
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("report.py", description="Tables, statistics and figures of a study")
+    parser = PlanParser("report.py", allow_abbrev=False, description="Tables, statistics and figures of a study")
     parser.add_argument("study", help="folder that run_all.sh wrote, with study.tsv")
     parser.add_argument("--output", help="folder to write to (default: report in the study's folder)")
     parser.add_argument("--title", help="title in place of the default; the data's name is added")
@@ -535,8 +534,11 @@ if __name__ == "__main__":
     try:
         main(get_args_parser().parse_args())
     except (StudyError, OutputError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         sys.exit(2)
     except OSError as error:
-        print(f"error: the report cannot be written: {error}; name another folder with --output", file=sys.stderr)
+        print(
+            f"error: the report cannot be written: {one_line(error)}; name another folder with --output",
+            file=sys.stderr,
+        )
         sys.exit(1)

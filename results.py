@@ -28,8 +28,8 @@ from arms import (
     in_table_order,
     sweep_lines,
 )
-from blocks import literal
-from comparisons import MARGIN, Comparison, Estimate, estimates, image_level_iou
+from blocks import fixed, literal
+from comparisons import MARGIN, Comparison, Estimate, estimates, image_level_iou, within_range
 from groups import Pictures, Study, most_common
 from metrics import CLASSES, image_iou, paired_bootstrap, scores, t_interval, unpaired_bootstrap
 from records import SEGMENT, RunRecord
@@ -274,14 +274,14 @@ def verdict(comparison: Comparison) -> str:
     """Describe a difference of test IoU."""
     mean = comparison.mean
     seeds = len(comparison.values)
-    text = f"{mean.value:+.1f} points "
+    text = f"{fixed(mean.value, 1, '+')} points "
     if seeds == 1:
         image = comparison.images[0]
         return (
-            f"{text}(95 % bootstrap interval over test images {image.low:+.1f} to {image.high:+.1f}; one seed, which "
+            f"{text}(95 % bootstrap interval over test images {limits(image)}; one seed, which "
             "cannot show whether another would repeat it)."
         )
-    text += f"(95 % interval {mean.low:+.1f} to {mean.high:+.1f}, {seeds} seeds)"
+    text += f"(95 % interval {limits(mean)}, {seeds} seeds)"
     if comparison.holm < 0.05:
         return f"{text}, a difference beyond the seeds' noise (Holm-corrected p = {comparison.holm:.3f})."
     if comparison.tost < 0.05:
@@ -291,6 +291,11 @@ def verdict(comparison: Comparison) -> str:
     if comparison.reason:
         return f"{text}; not tested: {literal(comparison.reason)}."
     return f"{text}, not significant after correction."
+
+
+def limits(estimate: Estimate) -> str:
+    """Write the limits of a difference in points."""
+    return f"{fixed(estimate.low, 1, '+')} to {fixed(estimate.high, 1, '+')}"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -334,7 +339,7 @@ def differences(page: Page, comparisons: list[Comparison]) -> None:
             row["p"] = comparison.p
             row["tost"] = comparison.tost
             row["holm"] = comparison.holm
-        row["each"] = ", ".join(f"{value:+.2f}" for value in comparison.values)
+        row["each"] = ", ".join(fixed(value, 2, "+") for value in comparison.values)
         rows.append(row)
     page.table("differences", rows, DIFFERENCE_COLUMNS)
     found = [comparison for comparison in comparisons if comparison.values]
@@ -422,9 +427,9 @@ def validation_row(arm: Arm, runs: list[RunRecord]) -> dict:
     return {
         "arm": arm.label,
         "seeds": len(runs),
-        "best": Estimate(*t_interval([run.metrics["best"]["iou"] for run in runs])),
+        "best": within_range("iou", Estimate(*t_interval([run.metrics["best"]["iou"] for run in runs]))),
         "epoch": ", ".join(f"{run.metrics['best']['epoch']:g}" for run in runs),
-        "last": Estimate(*t_interval([run.metrics["last"]["iou"] for run in runs])),
+        "last": within_range("iou", Estimate(*t_interval([run.metrics["last"]["iou"] for run in runs]))),
     }
 
 

@@ -88,7 +88,7 @@ run() { # run NAME PURPOSE COMMAND...: run it with its output in a log, and on t
   if [ -n "$QUIET" ]; then
     PYTHONUNBUFFERED=1 "$@" >> "$log" 2>&1 &
   else
-    PYTHONUNBUFFERED=1 "$@" > >(exec tee -ia "$log") 2>&1 &
+    PYTHONUNBUFFERED=1 "$@" > >(trap '' TERM; exec tee -ia "$log") 2>&1 & # tee outlives a request to the whole group
   fi
   CHILD=$!
   await "$CHILD"
@@ -101,13 +101,6 @@ run() { # run NAME PURPOSE COMMAND...: run it with its output in a log, and on t
   fi
   echo "   $name: $((SECONDS - start)) s"
   leave_if_asked after "$name"
-}
-
-newer() { # is file $1 there, and no older than the files after it?
-  local marker=$1 other; shift
-  [ -e "$marker" ] || return 1
-  for other in "$@"; do [ "$other" -nt "$marker" ] && return 1; done
-  return 0
 }
 
 once() { # once NAME PURPOSE MARKER COMMAND...: run it, unless this very command has made the marker before
@@ -148,10 +141,8 @@ train() { # train FOLDER...: trainings of the plan, parents before those that st
   leave_if_asked after "the runs above"
 }
 
-evaluate() { # evaluate FOLDER...: score finished runs on the test images, unless all are scored
-  local tested=1 dir
-  for dir in "$@"; do newer "$dir/test.npz" "$dir/model.pt" || tested=0; done
-  if [ "$tested" = 1 ] && [ "$DRY" = 0 ]; then echo "== evaluate: finished before, skipped"; return; fi
+evaluate() { # evaluate FOLDER...: score finished runs on the test images
+  if [ "$#" = 0 ]; then echo "== evaluate: finished before, skipped"; return; fi
   run evaluate "scoring each network once on the test images" "$PYTHON" "$HERE/evaluate.py" test "${DATA[@]}" "$@"
 }
 
@@ -162,7 +153,12 @@ echo "study: $TITLE, $([ "$GPUS" -gt 0 ] && echo "$GPUS GPU(s)" || echo CPU), $J
 if [ "$DRY" = 0 ]; then
   if [ "$NODE_RANK" = 0 ] && command -v flock > /dev/null; then
     mkdir -p "$OUTPUT" && exec 9>> "$OUTPUT/.lock" || exit 1
-    flock -n 9 || refuse "another run_all.sh works in $(printf '%q' "$OUTPUT"); wait for it or choose another --output"
+    flock -n -E 1 9
+    case $? in
+      0) ;;
+      1) refuse "another run_all.sh works in $(printf '%q' "$OUTPUT"); wait for it or choose another --output" ;;
+      *) refuse "$(printf '%q' "$OUTPUT") cannot be locked; choose an --output on a file system that has locks (flock)" ;;
+    esac
   fi
 fi
 DATA=(--data_root "$DATA_ROOT" --cache_dir "$CACHE" ${DEVICE[@]+"${DEVICE[@]}"})
@@ -174,6 +170,9 @@ TABLE=$OUTPUT/study.tsv
 [ "$DRY" = 0 ] || TABLE=$(mktemp)
 "$PYTHON" "$HERE/study.py" plan "$@" > "$TABLE.$$" || { status=$?; rm -f "$TABLE.$$"; exit "$status"; }
 mv "$TABLE.$$" "$TABLE" || exit
+
+# What is decoded now lies in the cache when the trainings ask for it. On the screen also where runs are QUIET: it says how long it takes.
+QUIET="" run read "reading all photos and trimaps that the study needs" "$PYTHON" "$HERE/read_data.py" "$OUTPUT"
 
 folders() { "$PYTHON" "$HERE/carry_out.py" "$OUTPUT" --plan "$TABLE" --list "$1"; } # separated by NUL
 if [ "$JOBS" = 1 ]; then
@@ -192,8 +191,8 @@ else # as soon as a GPU is free; a run waits for the one that it starts from
   train "${ALL[@]}"
 fi
 [ "$NODE_RANK" = 0 ] || exit 0
-mapfile -d '' -t TESTED < <(folders "$([ "$DRY" = 1 ] && echo tests || echo finished_tests)")
-[ "${#TESTED[@]}" = 0 ] || evaluate "${TESTED[@]}"
+mapfile -d '' -t UNTESTED < <(folders "$([ "$DRY" = 1 ] && echo tests || echo untested)")
+evaluate ${UNTESTED[@]+"${UNTESTED[@]}"}
 if [ "$TASK" = segment ]; then
   once reference "scoring predictors that look at no image" "$OUTPUT/reference.npz" "$PYTHON" "$HERE/evaluate.py" reference "${DATA[@]}" $REFERENCE --output "$OUTPUT/reference.npz"
 fi

@@ -21,7 +21,9 @@ from pathlib import Path
 
 import torch
 
-from engine import Distributed, EngineError, first_line, strict_json, write_atomic, write_json
+from engine import Distributed, EngineError, first_line, read_json, strict_json, write_atomic, write_json
+
+OF_TRAINING = {".lock", "config.json.tmp", "last.pt", "last.prev.pt", "last.new.pt", "last.new.pt.tmp", "log.jsonl"}
 
 
 class RunFolder:
@@ -37,7 +39,8 @@ class RunFolder:
         self.dist = dist
         self.config = config
         self.finished = False
-        self.log_bytes = 0
+        self.identity = {"experiment": digest_of(config["experiment"])}  # what a checkpoint belongs to
+        self.log_text = ""  # all of log.jsonl; a checkpoint holds it, so that both go back to the same step
         self._log = None
         self._lock = None
         problem = None
@@ -59,14 +62,24 @@ class RunFolder:
         if resume == "never":
             for name in ("last.pt", "last.prev.pt", "log.jsonl", "metrics.json", "model.pt"):
                 (self.dir / name).unlink(missing_ok=True)
-        self.finished = (self.dir / "metrics.json").exists()
+        self.finished = self._is_finished()
         if not self.finished:
             write_json(self.dir / "config.json", self.config)
 
+    def _is_finished(self) -> bool:
+        """Tell whether the run has ended before; one whose weights are gone is made again, a damaged record is refused."""
+        metrics = self.dir / "metrics.json"
+        if not metrics.exists():
+            return False
+        read_json(metrics)
+        if (self.dir / "model.pt").exists():
+            return True
+        metrics.unlink()
+        return False
+
     def _agree(self, problem: Exception | None) -> None:
         """Let all processes learn of a refusal, and check that they run the same experiment: nodes may be out of step."""
-        text = json.dumps(self.config["experiment"], sort_keys=True)
-        digest = int(hashlib.sha256(text.encode()).hexdigest()[:12], 16)  # 48 bits, exact in float64
+        digest = int(self.identity["experiment"][:12], 16)  # 48 bits, exact in float64
         gathered = self.dist.gather_named(
             {"finished": self.finished, "experiment": digest, "refused": problem is not None}
         )
@@ -87,7 +100,7 @@ class RunFolder:
         if not self.dir.is_dir() or (self.dir / "config.json").exists():
             return
         names = {path.name for path in self.dir.iterdir()}
-        foreign = sorted(names - {".lock", "config.json.tmp"})
+        foreign = sorted(names - OF_TRAINING)  # a checkpoint knows its experiment without config.json
         if foreign:
             reason = f"holds {foreign[0]} and is no run of this project"
             raise EngineError(f"--output_dir {self.dir} {reason}; choose another")
@@ -98,7 +111,7 @@ class RunFolder:
         if not path.exists():
             return
         try:
-            before = json.loads(path.read_text())["experiment"]
+            before = dict(read_json(path)["experiment"])
         except (ValueError, KeyError, TypeError):
             raise EngineError(f"{path} cannot be read; choose another --output_dir or delete it") from None
         now = json.loads(json.dumps(self.config["experiment"]))
@@ -130,22 +143,30 @@ class RunFolder:
         self._lock = open(self.dir / ".lock", "w")  # noqa: SIM115 (held as long as the process lives, freed by any death)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             busy = f"another process is training in {self.dir}"
             raise EngineError(f"{busy}; wait for it or choose another --output_dir") from None
+        except OSError as error:
+            problem = f"{self.dir} cannot be locked ({error.strerror})"
+            raise EngineError(f"{problem}; choose an --output_dir on a file system that has locks (flock)", 1) from None
+
+    def bind(self, **digests: str) -> None:
+        """Say what checkpoints belong to besides the experiment: images=... the pixels that are trained on."""
+        self.identity.update(digests)
 
     def log(self, event: str, **fields: object) -> None:
         """Append one object to log.jsonl (first process only)."""
         if not self.dist.is_main:
             return
         if self._log is None:
+            # What was logged after the checkpoint will be logged again.
+            write_atomic(self.dir / "log.jsonl", lambda file: file.write(self.log_text.encode()))
             self._log = open(self.dir / "log.jsonl", "ab")  # noqa: SIM115
-            self._log.truncate(self.log_bytes)  # what was logged after the checkpoint will be logged again
         content = strict_json({"event": event, **fields})
-        line = (json.dumps(content) + "\n").encode()
-        self._log.write(line)
+        line = json.dumps(content) + "\n"
+        self._log.write(line.encode())
         self._log.flush()
-        self.log_bytes += len(line)
+        self.log_text += line
 
     def save(self, state: dict) -> None:
         """Write last.pt (first process only); the checkpoint before it stays as last.prev.pt."""
@@ -155,7 +176,7 @@ class RunFolder:
         fresh = self.dir / "last.new.pt"
         if self._log is not None:
             os.fsync(self._log.fileno())
-        content = {**state, "log_bytes": self.log_bytes}
+        content = {**state, "log": self.log_text, "identity": self.identity}
         write_atomic(fresh, lambda file: torch.save(content, file))
         if last.exists():
             os.replace(last, self.dir / "last.prev.pt")
@@ -180,27 +201,64 @@ class RunFolder:
                     reason = first_line(error)
                     print(f"warning: {path} is damaged ({reason}); trying the checkpoint before it", file=sys.stderr)
             else:
-                self.log_bytes = state["log_bytes"]
+                self._require_own(path, state["identity"])
+                self.log_text = state["log"]
                 return state
         if damaged > 0:
             raise EngineError(f"no checkpoint in {self.dir} can be read; --resume never starts the run over", 1)
         return None
 
+    def _require_own(self, path: Path, identity: dict) -> None:
+        """Refuse a checkpoint of another experiment, or of other pixels than those that are there now."""
+        for name, digest in self.identity.items():
+            if identity.get(name) != digest:
+                problem = f"{path} is of another {name}"
+                if name != "experiment":
+                    problem = f"the {name} have changed since {path} was written"
+                raise EngineError(f"{problem}; bring back what it was, or --resume never starts the run over", 1)
+
     def finish(self, weights: dict, metrics: dict) -> None:
-        """Write model.pt, then metrics.json, which marks the run as finished; remove the training state."""
+        """Write model.pt, then metrics.json, which marks the run as finished; remove the training state.
+
+        metrics["files"] has the SHA-256 of every file of the run, so that a changed one is noticed.
+        """
         if not self.dist.is_main:
             return
         write_atomic(self.dir / "model.pt", lambda file: torch.save(weights, file))
-        write_json(self.dir / "metrics.json", metrics)
+        files = {path.name: hash_file(path) for path in sorted(self.dir.iterdir()) if self._is_result(path)}
+        if self.log_text:
+            files["log.jsonl"] = hashlib.sha256(self.log_text.encode()).hexdigest()
+        write_json(self.dir / "metrics.json", {**metrics, "files": files})
         for name in ("last.pt", "last.prev.pt"):
             (self.dir / name).unlink(missing_ok=True)
+
+    def _is_result(self, path: Path) -> bool:
+        return path.is_file() and path.name not in OF_TRAINING and not path.name.endswith(".tmp")
+
+
+def digest_of(experiment: dict) -> str:
+    """Compute the SHA-256 of what defines an experiment."""
+    return hashlib.sha256(json.dumps(experiment, sort_keys=True).encode()).hexdigest()
+
+
+def hash_file(path: Path) -> str:
+    """Compute the SHA-256 of a file's content."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 24):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def read_checkpoint(path: Path) -> dict:
     """Verify and read a checkpoint that RunFolder.save wrote; damage raises errors of many types."""
     verify_archive(path)
     state = torch.load(path, map_location="cpu", weights_only=True)
-    if "log_bytes" not in state:
+    if (
+        not isinstance(state, dict)
+        or not isinstance(state.get("log"), str)
+        or not isinstance(state.get("identity"), dict)
+    ):
         raise ValueError("it holds no state of a run")
     return state
 

@@ -23,7 +23,7 @@ from batches import Augmentation, Examples, TrainBatches
 from engine import Distributed, EngineError, Parser, Progress, at_least, fraction
 from metrics import BACKGROUND, BORDER, CLASSES, PET, dataset_scores
 from models import INPUTS, build_segmenter
-from objective import Task, TestSetting, block_activations, open_store, sum_over
+from objective import Reading, Task, TestSetting, block_activations, open_store, pets_source, sum_over
 from runs import RunFolder
 
 NUM_CLASSES = len(CLASSES)
@@ -189,6 +189,11 @@ class Segmentation(Task):
         decoder = getattr(self.model, "decoder_blocks", ())
         return block_activations(self.model.blocks, tokens) + block_activations(decoder, tokens)
 
+    def readings(self) -> list[Reading]:
+        train, val, test = super().readings()
+        as_they_are = [reading._replace(size=None, kind="trimap") for reading in (val, test)]
+        return [train, val, test, train._replace(kind="trimap"), *as_they_are]
+
     def open(self, run: RunFolder) -> TrainBatches:
         args = self.args
         self.val_store = open_store(args, self.dist, self.val_split.images, size=args.img_size)
@@ -326,6 +331,7 @@ def test_records(model: nn.Module, img_size: int, setting: TestSetting) -> dict[
     records["ids"] = ids
     records["img_size"] = np.array(img_size)
     records["pixels"] = np.full(len(ids), truth[0].numel())
+    records["unreadable"] = np.array(store.dropped, str)
     return records | stack_panels(ids, shown, panels)
 
 
@@ -367,14 +373,11 @@ def mean_mask(masks: Tensor) -> Tensor:
     return torch.stack(shares).argmax(0)
 
 
-def reference_records(
-    data_root: str, img_size: int, device: torch.device, source: splits.PetsSource, trimap_resize: str
-) -> dict[str, np.ndarray]:
-    """Score predictors that look at no image -> arrays of reference.npz."""
-    test = splits.pets_split(data_root, "test", source=source).images
-    train = splits.pets_split(data_root, "train", source=source).images
-    truth = data.load_truth(data_root, test, img_size, trimap_resize)
-    usual = mean_mask(data.load_truth(data_root, train, img_size, trimap_resize)).to(device)
+def reference_records(setting: TestSetting, img_size: int) -> dict[str, np.ndarray]:
+    """Score predictors that look at no image -> arrays of reference.npz, for the images that networks are tested on."""
+    device = setting.dist.device
+    store, truth = open_test_set(setting, img_size)
+    usual = mean_mask(read_training_masks(setting, img_size)).to(device)
     counts = defaultdict(list)
     for part in truth.split(VALIDATION_BATCH):
         target = part.to(device).long()
@@ -386,9 +389,16 @@ def reference_records(
         for name, guess in guesses.items():
             counts[f"counts_{name}"].append(confusion(target, guess).cpu())
     records = {name: torch.cat(parts).numpy() for name, parts in counts.items()}
-    records["ids"] = np.array([Path(image).stem for image in test])
+    records["ids"] = np.array([Path(image).stem for image in store.images])
     records["img_size"] = np.array(img_size)
     return records
+
+
+def read_training_masks(setting: TestSetting, img_size: int) -> Tensor:
+    """Read the trimaps of all training images, but for those whose photo cannot be opened -> uint8 [N, S, S]."""
+    train = splits.pets_split(setting.data_root, "train", source=pets_source(setting.flags)).images
+    kept = [image for image in train if data.can_open(Path(setting.data_root, image))]
+    return data.load_truth(setting.data_root, kept, img_size, setting.flags["trimap_resize"])
 
 
 # -- Any photo ----------------------------------------------------------------------------------------------------------

@@ -93,17 +93,23 @@ class LabelledImage(NamedTuple):
     is_animal: bool
 
 
-def _make_split(images: Sequence[str], definition: dict, coco: "CocoPart | None") -> Split:
+def _make_split(images: Sequence[str], definition: dict, coco: "CocoPart | None", pets: int = 0) -> Split:
     """Make a split of the images, which follow from the definition; the two are hashed together.
 
-    coco: the part that COCO images among them belong to; None if all are pets.
+    coco: the part that COCO images among them belong to; None if all are pets. pets: how many pets there are, if known.
     """
+    photos = {}
+    if coco is not None:
+        photos[coco.part] = len(coco.images)
+    if pets:
+        photos["pets"] = pets
     text = json.dumps([definition, list(images)], sort_keys=True, separators=(",", ":"))
     manifest = {
         "name": definition["split"],
         "definition": definition,
         "entries": len(images),
         "unique": len(set(images)),
+        "photos": photos,
         **_describe(images, coco),
         "sha256": hashlib.sha256(text.encode()).hexdigest(),
     }
@@ -223,12 +229,20 @@ def _find_unknown_reference(dataset: dict) -> str | None:
 
 def _find_bad_name(dataset: dict) -> str | None:
     for entry in dataset["images"]:
-        path = PurePosixPath(entry["file_name"])
-        if path.is_absolute() or ".." in path.parts or not path.name:
-            return f"file_name {str(path)!r} leads out of the image folder"
-        has_surrogate = any("\ud800" <= letter <= "\udfff" for letter in str(path))
-        if "\0" in str(path) or has_surrogate:
-            return f"file_name {str(path)!r} is no name of a file"
+        fault = _find_fault_of_name(entry["file_name"])
+        if fault is not None:
+            return f"file_name {fault}"
+    return None
+
+
+def _find_fault_of_name(name: str) -> str | None:
+    """Say what is wrong with the name of an image file, or return None."""
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts or not path.name:
+        return f"{str(path)!r} leads out of the image folder"
+    has_surrogate = any("\ud800" <= letter <= "\udfff" for letter in str(path))
+    if "\0" in str(path) or has_surrogate:
+        return f"{str(path)!r} is no name of a file"
     return None
 
 
@@ -276,14 +290,29 @@ def _read_labels(path: Path, cache_dir: str | Path) -> dict:
     The annotations themselves (450 MB) take a quarter of a minute to read.
     """
     stat = path.stat()
-    key = f"1 {os.path.abspath(path)} {stat.st_size} {stat.st_mtime_ns}".encode(errors="surrogateescape")
+    key = f"2 {os.path.abspath(path)} {stat.st_size} {stat.st_mtime_ns}".encode(errors="surrogateescape")
     digest = Path(os.path.abspath(cache_dir), f"annotations_{hashlib.sha256(key).hexdigest()[:16]}.json")
+    labels = _read_digest(digest)  # without a lock, for it may be someone else's
+    if labels is not None:
+        return labels
     with locked(digest.with_suffix(".lock")):
-        with contextlib.suppress(ValueError, FileNotFoundError):  # a torn one is made again
-            return json.loads(digest.read_text())
-        labels = _index_labels(_load_instances(path))
-        digest.write_text(json.dumps(labels))
+        labels = _read_digest(digest)  # another process may have made it meanwhile
+        if labels is None:
+            labels = _index_labels(_load_instances(path))
+            text = json.dumps(labels)
+            digest.write_text(f"{hashlib.sha256(text.encode()).hexdigest()}\n{text}")
     return labels
+
+
+def _read_digest(path: Path) -> dict | None:
+    """Read a digest, a checksum and JSON; None if it is missing, or torn or damaged and so to be made again."""
+    try:
+        checksum, _, text = path.read_bytes().partition(b"\n")
+    except FileNotFoundError:
+        return None
+    if hashlib.sha256(text).hexdigest().encode() != checksum:
+        return None
+    return json.loads(text)
 
 
 class CocoPart:
@@ -297,6 +326,7 @@ class CocoPart:
     def __init__(
         self, data_root: str | Path, part: str, categories: Sequence[str] | None = None, cache_dir: str | Path = "cache"
     ):
+        self.part = part
         path = _find_source(data_root, f"{COCO_FOLDER}/annotations/instances_{part}.json")
         content = _read_labels(path, cache_dir)
         names = dict(content["categories"])
@@ -591,6 +621,8 @@ def read_pets_list(data_root: str | Path) -> list[PetEntry]:
         except ValueError:
             layout = "a name and three numbers"
             raise DataError(f"{show_path(path)}: line {number} must hold {layout}; fetch it again") from None
+        fault = _find_fault_of_name(name)
+        require(fault is None, f"{show_path(path)}: the name in line {number}, {fault}; fetch it again")
     names = {entry.name for entry in entries}
     good = len(entries) >= MIN_PETS and len(names) == len(entries)
     require(good, f"{show_path(path)} must name at least {MIN_PETS} images, each once; fetch it again")
@@ -667,7 +699,33 @@ def pets_split(
         definition["train_fraction"] = train_fraction
         definition["split_seed"] = split_seed
     images = [f"{PETS_FOLDER}/images/{name}.jpg" for name in chosen]
-    return _make_split(images, definition, None)
+    return _make_split(images, definition, None, len(names))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Which data it is
+
+PUBLISHED = {"train2017": 118_287, "val2017": 5_000, "pets": 7_349}  # photos of each part
+
+
+def name_data(photos: dict[str, int]) -> str:
+    """Name data sets by how many photos of each part they hold, beside the publishers' numbers where these differ."""
+    coco = {part: count for part, count in photos.items() if part != "pets"}
+    names = []
+    if coco:
+        published = sum(PUBLISHED[part] for part in coco)
+        names.append(_name_part(sum(coco.values()), published, "MS COCO 2017", "COCO photos"))
+    if "pets" in photos:
+        names.append(_name_part(photos["pets"], PUBLISHED["pets"], "Oxford-IIIT Pet", "pets"))
+    complete = all(name[0].isupper() for name in names)
+    return (" and " if complete else ", ").join(names) or "unknown data"
+
+
+def _name_part(count: int, published: int, name: str, noun: str) -> str:
+    """Name a data set that is complete; count the photos of any other."""
+    if count == published:
+        return name
+    return f"{count:,} {noun} of {published:,}"
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from arms import Arm, find_arm
 from carry_out import Files, is_held, read_plan, takes_much_memory
-from study import PlanLine
+from study import PlanLine, PlanParser, one_line
 
 PURPOSES = {
     "pretrain": "learning to fill in hidden patches of {images}",
@@ -69,7 +69,7 @@ def last_step(log: Path) -> tuple[int, float]:
         try:
             entry = json.loads(text)
             return int(entry["step"]), float(entry["seconds"])
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, OverflowError):
             continue
     return 0, 0.0
 
@@ -85,7 +85,7 @@ def read_progress(study: Path, line: PlanLine) -> Progress:
         return progress
     try:
         progress.updates = int(json.loads(files.config.read_text())["updates"])
-    except (ValueError, KeyError, TypeError, OSError):
+    except (ValueError, KeyError, TypeError, OverflowError, OSError):
         return progress
     progress.step, progress.seconds = last_step(files.folder / "log.jsonl")
     if files.metrics.exists():
@@ -163,7 +163,7 @@ def summary(runs: list[Progress], jobs: int) -> str:
         parts.append(f"{failed} failed")
     for run in runs:
         if run.state == "running":
-            share = 100 * run.step / run.updates
+            share = 100 * run.step / max(1, run.updates)
             parts.append(f"{run.purpose} ({share:.0f} %)")
     left = seconds_left(runs, jobs)
     about = "" if left is None else "about "
@@ -207,7 +207,7 @@ def print_table(runs: list[Progress]) -> None:
 
 def get_args_parser() -> argparse.ArgumentParser:
     """Make the parser."""
-    parser = argparse.ArgumentParser("status.py", description="How far a study is")
+    parser = PlanParser("status.py", allow_abbrev=False, description="How far a study is")
     parser.add_argument("study", type=Path, help="folder that run_all.sh writes, with study.tsv")
     parser.add_argument("--watch", action="store_true", help="repeat one line until interrupted")
     parser.add_argument("--jobs", type=int, default=1, help="runs at the same time, for the time left")
@@ -233,5 +233,5 @@ if __name__ == "__main__":
     except KeyboardInterrupt:
         sys.exit(130)
     except (ValueError, OSError) as error:
-        print(f"status.py: error: {error}", file=sys.stderr)
+        print(f"status.py: error: {one_line(error)}", file=sys.stderr)
         sys.exit(2)

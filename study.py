@@ -11,6 +11,7 @@ Standard library only, so that a plan can be shown before anything is installed;
 """
 
 import argparse
+import hashlib
 import importlib.util
 import itertools
 import os
@@ -95,14 +96,23 @@ def write_lines(lines: Iterable[PlanLine]) -> str:
     for line in lines:
         value = "" if line.value is None else f"{line.value:g}"
         rows.append("\t".join(map(str, line._replace(value=value))))
-    return "\n".join(rows) + "\n"
+    return "\n".join([*rows, last_line(rows)]) + "\n"
+
+
+def last_line(rows: list[str]) -> str:
+    """Write the line that ends a table: without it, or with another one, lines are missing or changed."""
+    text = "\n".join(rows).encode(errors="surrogateescape")
+    return f"# end, checksum {hashlib.sha256(text).hexdigest()[:16]}"
 
 
 def read_lines(text: str) -> list[PlanLine]:
     """Read what write_lines wrote. Raises ValueError for another table."""
-    rows = [row.split("\t") for row in text.split("\n") if row]
+    *whole, end = text.removesuffix("\n").split("\n")
+    rows = [row.split("\t") for row in whole]
     if not rows or tuple(rows[0]) != PlanLine._fields:
         raise ValueError(f"its first line must be {', '.join(PlanLine._fields)}, separated by tabs")
+    if end != last_line(whole):
+        raise ValueError("its last line is no checksum of the lines above it: some are missing or changed")
     lines = []
     for cells in rows[1:]:
         if len(cells) != len(PlanLine._fields):
@@ -287,11 +297,16 @@ def check_data(args: argparse.Namespace) -> None:
 # Command line
 
 
+def one_line(text: object) -> str:
+    """Write line breaks and other characters that cannot be printed as escapes: names of folders may hold them."""
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in str(text))
+
+
 class PlanParser(argparse.ArgumentParser):
     """Reports wrong use in one line."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
+        self.exit(2, f"{self.prog}: error: {one_line(message)} (see --help)\n")
 
 
 def get_args_parser(prog: str) -> PlanParser:
@@ -537,5 +552,5 @@ if __name__ == "__main__":
         main(sys.argv[1:])
     except ValueError as error:
         asked = "run_all.sh" if sys.argv[1:2] == ["settings"] else "study.py"  # whose options were wrong
-        print(f"{asked}: error: {error}", file=sys.stderr)
+        print(f"{asked}: error: {one_line(error)}", file=sys.stderr)
         sys.exit(2)

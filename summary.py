@@ -59,7 +59,7 @@ def pretraining_changes(study: Study, keys: list[ArmKey], comparisons: list[Comp
         if len(comparison.values) == 1:
             [estimate] = comparison.images
             interval = "95 % bootstrap interval over test images"
-        words = f"{study.arms[key].images} {estimate.value:+.1f} [{estimate.low:+.1f}, {estimate.high:+.1f}]"
+        words = f"{study.arms[key].images} {estimate.points(1)}"
         parts.append(words)
     if not parts:
         return ""

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from blocks import Block, Listing, Note, Picture, Table, as_blocks, write_markdown
+from blocks import Block, Listing, Note, Picture, Table, as_blocks, fixed, write_markdown
 from comparisons import Estimate
 from html_page import write_html
 
@@ -34,7 +34,7 @@ def show(value: object, digits: int = 3, brief: bool = False) -> str:
     if value is None or value == "":
         return "–"
     if isinstance(value, float):
-        return "–" if math.isnan(value) else f"{value:.{digits}f}"
+        return "–" if math.isnan(value) else fixed(value, digits)
     if isinstance(value, int):
         return f"{value:,}"
     return str(value)
@@ -42,13 +42,13 @@ def show(value: object, digits: int = 3, brief: bool = False) -> str:
 
 def show_estimate(estimate: Estimate, digits: int, brief: bool) -> str:
     """Format a value with its interval, if it has one."""
-    middle = f"{estimate.value:.{digits}f}"
+    middle = fixed(estimate.value, digits)
     if math.isnan(estimate.low):
         return middle
     if brief:
         half = (estimate.high - estimate.low) / 2
-        return f"{middle} ±{half:.{digits}f}"
-    return f"{middle} [{estimate.low:.{digits}f}, {estimate.high:.{digits}f}]"
+        return f"{middle} ±{fixed(half, digits)}"
+    return f"{middle} [{fixed(estimate.low, digits)}, {fixed(estimate.high, digits)}]"
 
 
 def make_table(rows: Sequence[dict], columns: Sequence[Column], brief: bool = False) -> Table:

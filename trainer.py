@@ -14,7 +14,6 @@ import statistics
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -50,11 +49,16 @@ def add_training_arguments(
     recipe = parser.flags("data", role="recipe")
     recipe(
         "--cache_size",
-        type=at_least(1, int),
+        type=at_least(1, int, engine.LARGEST_SIZE),
         default=384,
         help="side of decoded images in pixels; smaller saves memory, blurs crops",
     )
-    recipe("--img_size", type=at_least(1, int), default=224, help="input size in pixels, divisible by the patch size")
+    recipe(
+        "--img_size",
+        type=at_least(1, int, engine.LARGEST_SIZE),
+        default=224,
+        help="input size in pixels, divisible by the patch size",
+    )
     seed = parser.flags("data", role="seed")
     seed(
         "--split_seed", type=seed_number, default=0, help="seed of the image selection (COCO draw, part of the labels)"
@@ -668,13 +672,19 @@ def train(objective: Objective, args: argparse.Namespace, dist: Distributed) -> 
     if dist.is_main:
         print_plan(objective, plan, config)
     train_batches = objective.open(run)
+    examples = train_batches.examples
+    images = examples.images
+    run.bind(**{name: store.checksum for name, store in examples.stores().items()})
+    if images.dropped and dist.is_main:
+        planned = len(objective.split.images)
+        print(f"note: {planned - len(images)} of {planned} images cannot be read and is left out", flush=True)
     objective.model.to(dist.device, memory_format=objective.memory_format)
     trainer = Trainer(objective, plan, run, train_batches, precision, args, dist)
     metrics = trainer.fit()
     metrics |= objective.finish()
-    images = train_batches.examples.images
-    metrics |= {key: config[key] for key in ("script", "kind", "hardware", "n_unique")}
-    metrics |= {"n_train": len(images), "unreadable": images.dropped}
+    metrics |= {key: config[key] for key in ("script", "kind", "hardware")}
+    metrics |= {"n_train": len(images), "n_unique": len(set(images.images)), "unreadable": images.dropped}
+    metrics["pixels"] = images.checksum
     logged = ("best", "last", "predict_zero", "updates", "seconds")
     run.log("done", **{key: value for key, value in metrics.items() if key in logged})
     run.finish(objective.export(trainer.weights), metrics)
@@ -707,16 +717,8 @@ def describe_run(
         "n_train": len(objective.split.images),
         "n_unique": objective.split.unique,
         "manifest": {"train": manifest},
-        "data": {"root": str(args.data_root), "title": data_title(args.data_root)},
+        "data": {"root": str(args.data_root), "title": objective.data_title()},
     }
-
-
-def data_title(data_root: str) -> str:
-    """Name the data: the first line of DATASET.txt, which other data than the study's bring along."""
-    path = Path(data_root, "DATASET.txt")
-    if not path.exists():
-        return "MS COCO 2017 and Oxford-IIIT Pet"
-    return path.read_text().splitlines()[0]
 
 
 def print_plan(objective: Objective, plan: Plan, config: dict) -> None:

@@ -6,11 +6,14 @@ model, checkpoint = load_model("runs/study/seed0/finetune_animal/model.pt")
 
 import errno
 import hashlib
+import json
 import math
 import os
 import pickle
 import re
+import zipfile
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -68,6 +71,7 @@ def summarise_keys(keys: list[str]) -> str:
 def read_checkpoint(path: str | os.PathLike) -> dict:
     """Read a checkpoint file to CPU memory without running any code in it; CheckpointError if that cannot be done."""
     try:
+        verify_archive(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise CheckpointError(f"checkpoint {path} does not exist") from None
@@ -83,6 +87,31 @@ def read_checkpoint(path: str | os.PathLike) -> dict:
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds a {type(content).__name__}, not a checkpoint")
     return content
+
+
+def verify_archive(path: str | os.PathLike) -> None:
+    """Raise ValueError if a checksum of a zip archive is wrong, for torch checks none; other files have no checksums."""
+    if not zipfile.is_zipfile(path):
+        return
+    with zipfile.ZipFile(path) as archive:
+        damaged = archive.testzip()
+        folders = [entry.filename for entry in archive.infolist() if entry.external_attr != 0]
+    if damaged is not None or folders:
+        raise ValueError(f"an entry is damaged: {damaged or folders[0]}")
+
+
+def identify(path: str | os.PathLike) -> str:
+    """Compute the SHA-256 of a checkpoint; CheckpointError if the finished run beside it recorded another."""
+    found = hash_file(path)
+    path = Path(path)
+    try:
+        recorded = json.loads((path.parent / "metrics.json").read_text())["files"][path.name]
+    except (OSError, ValueError, KeyError, TypeError):  # no file of a run of ours
+        return found
+    if recorded != found:
+        advice = "bring it back, or move the run's folder away and train it again"
+        raise CheckpointError(f"{path} is not what its run has written (see metrics.json beside it); {advice}")
+    return found
 
 
 def hash_file(path: str | os.PathLike) -> str:

@@ -1,20 +1,29 @@
-"""Kill a training with SIGKILL at random moments, resume it, and demand the result of an undisturbed run, bit for bit.
+"""Faults of all kinds, in all files and at all moments: each ends with the same result to the bit, or in a line about it.
 
-python tests/stress.py 20        # pre-training and fine-tuning, 20 kills each (the suite does 3)
+    python tests/stress.py kills 20                  # pre-training and fine-tuning, 20 kills each (the suite does 3)
+    python tests/stress.py files 10000 --seed 0      # damage to small files, in this process
+    python tests/stress.py processes 300 --seed 0    # trainings killed, stopped, out of disk; ranks; damage between
+
+A silent other result, a traceback, or a line that names nothing is a failure: exit code 1.
 """
 
+import argparse
 import contextlib
 import json
 import random
 import subprocess
 import sys
 import tempfile
+import time
+from collections import Counter
 from pathlib import Path
 
 import torch
 
 ROOT = Path(__file__).parent.parent
-TIMINGS = ("seconds", "img_s", "mfu", "mem_gb")
+TIMINGS = ("seconds", "img_s", "mfu", "mem_gb", "files", "checksum")  # and the hashes of files that hold timings
+FAILURES = ("silent", "traceback")
+VERDICTS = ("same", "refused", "told", *FAILURES)
 
 
 def command(script: str, *flags) -> list[str]:
@@ -71,7 +80,8 @@ def stress(script: str, flags: list, folder: Path, kills: int, seed: int = 0) ->
     return sum("resumed" in output and "at step 0" not in output for output in outputs)
 
 
-def main(kills: int) -> None:
+def kill_trainings(kills: int) -> None:
+    """Kill a pre-training and a fine-tuning again and again."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         sizes = ["--num_train", 80, "--num_val", 16, "--num_pets", 60]
@@ -97,5 +107,65 @@ def main(kills: int) -> None:
             assert resumed
 
 
+def print_table(outcomes: list) -> None:
+    """Print how often each kind of fault had which verdict."""
+    counts = {}
+    for outcome in outcomes:
+        for kind in (outcome.damage, outcome.target):
+            counts.setdefault(kind, Counter())[outcome.verdict] += 1
+    width = max(map(len, counts))
+    print(f"{'':{width}}" + "".join(f"{verdict:>11}" for verdict in VERDICTS))
+    for kind in [*sorted({o.damage for o in outcomes}), *sorted({o.target for o in outcomes})]:
+        print(f"{kind:{width}}" + "".join(f"{counts[kind][verdict]:11,}" for verdict in VERDICTS))
+    total = Counter(outcome.verdict for outcome in outcomes)
+    print(f"{'all':{width}}" + "".join(f"{total[verdict]:11,}" for verdict in VERDICTS))
+
+
+def campaign(world, number: int, seed: int, first: int = 0) -> list:
+    """Try faults that follow from the seed and their number -> their outcomes; failures are printed at once."""
+    outcomes = []
+    for place in range(first, first + number):
+        outcome = world.try_fault(random.Random(f"{seed} {place}"))
+        outcomes.append(outcome)
+        if outcome.verdict in FAILURES:
+            print(f"fault {place} of seed {seed}: {outcome}", flush=True)
+    return outcomes
+
+
+def run_campaign(args: argparse.Namespace) -> int:
+    """Run a campaign on files or processes and print its table -> exit code."""
+    sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+    sys.modules.setdefault("stress", sys.modules["__main__"])
+    from fault_processes import ProcessWorld
+    from fault_world import World
+    from faults import open_folder
+
+    torch.set_num_threads(1)
+    start = time.monotonic()
+    with open_folder() as folder:
+        world = World(folder) if args.what == "files" else ProcessWorld(folder)
+        outcomes = campaign(world, args.number, args.seed, args.first)
+    print_table(outcomes)
+    failures = sum(outcome.verdict in FAILURES for outcome in outcomes)
+    print(f"{len(outcomes):,} faults in {time.monotonic() - start:.0f} s, seed {args.seed}: {failures} failures")
+    return int(failures > 0)
+
+
+def main(args: argparse.Namespace) -> int:
+    if args.what == "kills":
+        kill_trainings(args.number)
+        return 0
+    return run_campaign(args)
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("stress.py", description="Faults of all kinds")
+    parser.add_argument("what", choices=["kills", "files", "processes"])
+    parser.add_argument("number", type=int, help="how many")
+    parser.add_argument("--seed", type=int, default=0, help="another seed tries other faults (default: 0)")
+    parser.add_argument("--first", type=int, default=0, help="number of the first fault (default: 0)")
+    return parser
+
+
 if __name__ == "__main__":
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else 20)
+    sys.exit(main(get_args_parser().parse_args()))

@@ -33,7 +33,7 @@ from quirks import (
     spread,
 )
 from report import get_args_parser, main
-from study import PlanLine, read_lines
+from study import PlanLine, read_lines, write_lines
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = {"pretrain.py": pretrain, "finetune.py": finetune, "baseline.py": baseline}
@@ -398,8 +398,7 @@ def test_a_missing_run_and_another_setting_are_noted(audited, tmp_path):
 def test_one_seed_has_intervals_over_images(audited, tmp_path):
     study = shutil.copytree(audited[0], tmp_path / "study")
     lines = read_lines((study / "study.tsv").read_text())
-    rows = (study / "study.tsv").read_text().splitlines()
-    (study / "study.tsv").write_text("\n".join([rows[0], *rows[1 : 1 + len(lines) // 2]]) + "\n")
+    (study / "study.tsv").write_text(write_lines(lines[: len(lines) // 2]))
     text = report(study)
     assert "One seed: 95 % bootstrap intervals over test images" in text
     assert all(row["iou_low"] < row["iou"] < row["iou_high"] for row in table(study, "audit"))

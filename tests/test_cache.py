@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from faults import allow_writing, forbid_writing, open_folder, without_rights
 from PIL import Image, ImageOps
 
 import data
@@ -129,11 +130,15 @@ def test_the_index_is_a_json_list_for_each_row_and_ends_at_the_first_damaged_lin
         data.build_cache(root, images[:4], **options)
     (index,) = (tmp_path / "c").glob("*.jsonl")
     whole = content(tmp_path / "c")
-    lines = [json.loads(line) for line in index.read_text().splitlines()]
+    texts = [line.split(" ", 1) for line in index.read_text().splitlines()]
+    assert all(int(checksum, 16) == zlib.crc32(content.encode()) for checksum, content in texts)
+    lines = [json.loads(content) for _, content in texts]
     stat = (root / "1.jpg").stat()
-    assert lines[1] == ["1.jpg", 41, 30, stat.st_size, stat.st_mtime_ns, None]
+    row = next((tmp_path / "c").glob("*.u8")).read_bytes()[192:384]
+    assert lines[1] == ["1.jpg", 41, 30, stat.st_size, stat.st_mtime_ns, None, zlib.crc32(row)]
     assert lines[2][:4] == ["2.jpg", 0, 0, 0] and lines[2][5].endswith("the file is empty")
-    for damage in (b"[1, 2]\n", b"7\n", b"{}\n", b'"text"\n'):
+    other_width = whole[index.name].splitlines(True)[1].replace(b"41", b"43")
+    for damage in (b"[1, 2]\n", b"7\n", b"{}\n", b'"text"\n', b"[]\n", b"null\n", b'"abcdefg"\n', other_width):
         index.write_bytes(b"".join(whole[index.name].splitlines(True)[:1]) + damage)
         with pytest.raises(data.DataError, match="1 of 4 images"):
             data.build_cache(root, images[:4], **options)
@@ -400,3 +405,107 @@ def test_a_photo_that_is_replaced_renews_the_row_of_its_trimap(tmp_path):
         data.build_cache(tmp_path, [key], kind="trimap", cache_dir=tmp_path / "c", cache_size=8)
         store = data.ImageStore(tmp_path, [key], kind="trimap", cache_dir=tmp_path / "c", cache_size=8)
         assert store.gather([0])[0, 0, 0, 0] == first
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is no file, and a cache that belongs to someone else
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+def test_a_pipe_or_device_in_the_place_of_a_photo_is_refused_by_name_and_nothing_waits_for_it(tmp_path, kind):
+    key = "oxford-iiit-pet/images/a.jpg"
+    (tmp_path / key).parent.mkdir(parents=True)
+    if kind == "pipe":
+        os.mkfifo(tmp_path / key)
+    else:
+        (tmp_path / key).symlink_to("/dev/zero")
+    words = r"a\.jpg: cannot be read: it is a pipe or device, not a file"
+    with pytest.raises(data.DataError, match=words):
+        data.read_image(tmp_path / key)
+    with pytest.raises(data.DataError, match=words):
+        data.read_trimap(tmp_path / data.trimap_path(key), tmp_path / key)
+    with pytest.raises(data.DataError, match=words):
+        data.build_cache(tmp_path, [key], cache_dir=tmp_path / "c", cache_size=8)
+
+
+def test_a_name_that_no_file_can_have_is_reported_as_a_missing_photo(tmp_path):
+    with pytest.raises(data.DataError, match="1 of 1 images cannot be used") as error:
+        data.build_cache(tmp_path, ["a\0b.jpg"], cache_dir=tmp_path / "c", cache_size=8)
+    assert "\n" not in str(error.value)
+
+
+READ = "import sys, data\ntry:\n    data.read_image(sys.argv[1])\nexcept data.DataError as error:\n    print(error)"
+
+
+def test_an_enormous_photo_is_told_in_our_words_alone(tmp_path):
+    Image.new("1", (10_000, 10_000)).save(tmp_path / "bomb.png")
+    command = [sys.executable, "-c", READ, str(tmp_path / "bomb.png")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(data.__file__).parent)
+    assert done.stderr == "" and done.stdout.endswith("more than 89,478,485 pixels, refused\n")
+
+
+def test_a_floating_point_photo_of_shares_is_not_read_as_black(tmp_path):
+    ramp = np.linspace(0, 1, 256, dtype=np.float32).reshape(16, 16)
+    Image.fromarray(ramp).save(tmp_path / "shares.tiff")
+    got = np.asarray(data.read_image(tmp_path / "shares.tiff")).astype(int)
+    assert np.abs(got - np.arange(256).reshape(16, 16, 1)).max() <= 1
+    ramp[0, 0], ramp[0, 1] = np.inf, np.nan
+    Image.fromarray(ramp).save(tmp_path / "odd.tiff")
+    odd = np.asarray(data.read_image(tmp_path / "odd.tiff")).astype(int)
+    assert odd[0, 0, 0] == 255 and odd[0, 1, 0] == 0 and np.array_equal(odd[1:], got[1:])
+
+
+@pytest.fixture
+def others_cache():
+    """A complete cache, one of its photos unreadable, in a folder that belongs to someone else -> (root, images, cache)."""
+    with open_folder() as folder:
+        root = folder / "root"
+        images = [draw_photo(root / f"{i}.jpg", i) for i in range(150)]
+        (root / "7.jpg").write_bytes(b"no photo")
+        data.build_cache(root, images, cache_dir=folder / "cache", cache_size=8)
+        forbid_writing(folder / "cache")
+        yield root, images, folder / "cache"
+        allow_writing(folder / "cache")
+
+
+def test_a_complete_cache_of_someone_else_is_used(others_cache):
+    root, images, cache = others_cache
+    with without_rights():
+        data.build_cache(root, images, cache_dir=cache, cache_size=8)
+        store, _ = rows(root, images, cache, size=8)
+    assert len(store) == 149 and store.dropped == ["7.jpg"]
+
+
+def test_an_incomplete_cache_of_someone_else_is_refused_without_a_word_of_disk_space(others_cache):
+    root, images, cache = others_cache
+    draw_photo(root / "new.jpg", 1)
+    with without_rights(), pytest.raises(data.DataError, match=r"cannot write .*Permission denied.*owner") as error:
+        data.build_cache(root, [*images, "new.jpg"], cache_dir=cache, cache_size=8)
+    assert error.value.exit_code == 1 and "space" not in str(error.value)
+
+
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_named_as_the_cause(photos, tmp_path, monkeypatch, code):
+    def no_locks(*_):
+        raise OSError(code, os.strerror(code))
+
+    root, images = photos
+    monkeypatch.setattr(data.fcntl, "flock", no_locks)
+    with pytest.raises(data.DataError, match=r"cannot lock .*\.jsonl.*--cache_dir on a file system that has locks"):
+        data.build_cache(root, images[:2], cache_dir=tmp_path / "c", cache_size=8)
+
+
+def test_a_changed_bit_in_the_rows_is_noticed_before_any_use(photos, tmp_path):
+    root, images = photos
+    data.build_cache(root, images[:5], cache_dir=tmp_path / "c", cache_size=8)
+    [path] = (tmp_path / "c").glob("*.u8")
+    whole = path.read_bytes()
+    path.write_bytes(whole[:200] + bytes([whole[200] ^ 1]) + whole[201:])
+    words = r"\.u8: 1 of 5 rows are damaged, first that of 1\.jpg; delete this file and repeat the command"
+    with pytest.raises(data.DataError, match=words) as error:
+        rows(root, images[:5], tmp_path / "c", size=8)
+    assert error.value.exit_code == 1
+    assert len(rows(root, images[2:5], tmp_path / "c", size=8)[0]) == 3
+    path.unlink()
+    data.build_cache(root, images[:5], cache_dir=tmp_path / "c", cache_size=8)
+    assert path.read_bytes() == whole

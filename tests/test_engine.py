@@ -1,6 +1,8 @@
 """The command line, the GPU table, the schedule and the parameter groups of the engine."""
 
+import argparse
 import errno
+import importlib
 import json
 import os
 import subprocess
@@ -244,3 +246,34 @@ def test_strict_json_replaces_what_json_cannot_hold_at_any_depth():
     clean = strict_json(content)
     assert clean == {"a": [None, [1.5, None]], "b": {"c": None, "d": "text"}, "e": None, "f": True}
     json.dumps(clean, allow_nan=False)
+
+
+def test_help_states_every_default_once():
+    parser = engine.Parser("script.py")
+    recipe = parser.flags("group", role="recipe")
+    recipe("--epochs", type=int, default=150, help="passes over the data")
+    recipe("--seed", type=int, default=0, help="seed of the draws")
+    recipe("--workers", type=int, help="threads that decode (default: one a core)")
+    recipe("--flips", action=argparse.BooleanOptionalAction, default=True, help="random flips")
+    recipe("--again", action="store_true", help="repeat it")
+    words = " ".join(parser.format_help().split())
+    for line in (
+        "passes over the data (default: 150)",
+        "seed of the draws (default: 0)",
+        "random flips (default: True)",
+    ):
+        assert line in words
+    assert words.count("default") == 4 and "repeat it (" not in words
+
+
+@pytest.mark.parametrize("script", ["pretrain", "finetune", "baseline", "prepare", "evaluate"])
+def test_the_scripts_name_the_defaults_of_their_flags(script):
+    parser = importlib.import_module(script).get_args_parser()
+    waiting = [parser]
+    while waiting:
+        parser = waiting.pop()
+        for action in parser._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                waiting.extend(action.choices.values())
+            elif action.option_strings and str(action.default) not in ("None", "False", argparse.SUPPRESS):
+                assert "default" in parser._get_formatter()._expand_help(action), (script, action.dest)

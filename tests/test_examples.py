@@ -19,6 +19,8 @@ import torch
 from small_runs import REPOSITORY, drawn_root, log, metrics
 from stress import assert_same
 
+from study import PlanLine, write_lines
+
 EXAMPLES = REPOSITORY / "tests/examples"
 IMG = 32
 OBJECTIVE_LINES = 40
@@ -176,16 +178,12 @@ def test_the_task_is_tested_once_on_every_test_image(tested):
 
 def write_plan(study: Path) -> None:
     """Write the plan of the two runs as study.py would."""
-    header = ["seed", "stage", "arm", "folder", "parent", "sweep", "value", "command"]
-    pretrain = {"stage": "pretrain", "folder": "seed0/pretrain_animal", "command": "pretrain.py --objective denoise"}
-    finetune = {"stage": "finetune", "folder": "seed0/finetune_animal", "command": "finetune.py --task species"}
-    finetune["parent"] = pretrain["folder"]
-    rows = [header]
-    for line in (pretrain, finetune):
-        cells = {"seed": "0", "arm": "animal", **line}
-        rows.append([cells.get(name, "") for name in header])
-    text = "".join("\t".join(line) + "\n" for line in rows)
-    (study / "study.tsv").write_text(text)
+    before = "seed0/pretrain_animal"
+    lines = [
+        PlanLine(0, "pretrain", "animal", before, "", "", None, "pretrain.py --objective denoise"),
+        PlanLine(0, "finetune", "animal", "seed0/finetune_animal", before, "", None, "finetune.py --task species"),
+    ]
+    (study / "study.tsv").write_text(write_lines(lines))
 
 
 def test_the_report_shows_the_objective_and_the_task(project, study, tested):

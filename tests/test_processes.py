@@ -205,6 +205,28 @@ def test_a_rank_that_fails_early_takes_the_others_down(tmp_path):
     assert "on rank 1: no such file on this node" in result.stderr
 
 
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def test_what_outlives_a_killed_rank_ends_in_one_line(flags, tmp_path):
+    place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
+    args = command("pretrain", *flags, "--epochs", 500, "--output_dir", tmp_path / "run")
+    ranks = []
+    for rank in range(2):
+        env = {**os.environ, **place, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        ranks.append(subprocess.Popen(args, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env))
+    wait_for_epoch(ranks[0])
+    ranks[1].kill()
+    _, errors = ranks[0].communicate(timeout=90)
+    ranks[1].communicate()
+    assert ranks[0].returncode == 1
+    lines = [line for line in errors.splitlines() if "img/s" not in line]
+    assert lines == ["pretrain.py: error: another process of this run has ended; repeat the command to go on"]
+
+
 def test_a_non_finite_loss_stops_every_rank(flags, tmp_path):
     args = [*flags, "--blr", 1e30, "--output_dir", tmp_path / "run"]
     process = torchrun(["--standalone", "--nproc_per_node=2"], "pretrain", *args)

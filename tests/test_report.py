@@ -15,9 +15,13 @@ from PIL import Image
 from study_folder import ROLES, SCORES, rewrite_run, role_of, write_study
 
 import figures
+from blocks import fixed
+from comparisons import Estimate
 from groups import Study
 from metrics import bootstrap, image_iou, image_iou_each, scores, t_interval
 from report import get_args_parser, main
+from study import read_lines, write_lines
+from tables import show
 
 ROOT = Path(__file__).resolve().parent.parent
 DRAWING = ("forest", "curve_panels", "image_grid", "bands", "scatter")
@@ -427,7 +431,8 @@ def test_another_task_is_reported_without_segmentations_sections(tmp_path):
     found = arm(rows, "Finetuned-Animals")
     records = [np.load(study / f"seed{seed}/finetune_animal/test.npz") for seed in (0, 1)]
     tops = [r["numerators"][:, 0].sum() / r["denominators"][:, 0].sum() for r in records]
-    assert [found["top1"], found["top1_low"], found["top1_high"]] == pytest.approx(list(t_interval(tops)))
+    expected = np.clip(t_interval(tops), 0, 1)
+    assert [found["top1"], found["top1_low"], found["top1_high"]] == pytest.approx(list(expected))
     assert arm(rows, "Finetuned-cars")["seeds"] == 2
     [row] = [r for r in table(study, "task_breeds_differences") if r["label"].endswith("− Finetuned-Non-Animals")]
     others = [np.load(study / f"seed{seed}/finetune_non_animal/test.npz")["numerators"][:, 0].mean() for seed in (0, 1)]
@@ -496,7 +501,8 @@ def test_a_reference_of_other_images_is_not_shown(two_seeds):
 
 def test_a_run_that_is_listed_twice_is_no_second_seed(two_seeds):
     table = two_seeds / "study.tsv"
-    table.write_text(table.read_text() + table.read_text().splitlines()[1] + "\n")
+    lines = read_lines(table.read_text())
+    table.write_text(write_lines([*lines, lines[0]]))
     done = run_report(two_seeds)
     assert done.returncode == 2 and "lists seed0/pretrain_animal twice" in done.stderr
 
@@ -515,3 +521,62 @@ def test_a_dose_of_another_size_is_named_and_left_out(finished, tmp_path):
     text = report(study)
     assert "`seed0/finetune_dose_0.25` has other settings or updates than" in text and "not in its sweep" in text
     assert 25.0 not in [row["share"] for row in table(study, "dose")]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Honesty: what was left out, what the data are, and numbers that cannot be
+
+
+def test_an_image_that_was_left_out_is_named_and_not_counted(two_seeds):
+    def left_out(metrics):
+        metrics |= {"n_train": 559, "n_unique": 559, "unreadable": ["pets/a*b.jpg"]}
+
+    for seed in (0, 1):
+        edit(two_seeds / f"seed{seed}/finetune_animal/metrics.json", left_out)
+    path = two_seeds / "seed0/finetune_half/test.npz"
+    with np.load(path) as arrays:
+        np.savez(path, **arrays, unreadable=np.array(["pets/tested.jpg"]))
+    text = report(two_seeds)
+    assert "pets/a\\*b.jpg could not be read: left out by `seed0/finetune_animal` and 1 more runs" in text
+    assert "pets/tested.jpg could not be read: left out by `seed0/finetune_half`" in text
+    row = arm(table(two_seeds, "arms"), "Finetuned-Animals")
+    assert (row["images"], row["unique"]) == (559, 559)
+
+
+def test_the_title_joins_what_the_runs_say_of_their_data(two_seeds):
+    for path in two_seeds.glob("seed*/*/config.json"):
+        pretraining = "pretrain" in path.parent.name
+        title = "116 COCO photos of 123,287" if pretraining else "118 pets of 7,349"
+        edit(path, lambda config, title=title: config.update(data={"title": title}))
+    assert "116 COCO photos of 123,287 and 118 pets of 7,349" in report(two_seeds).splitlines()[0]
+
+
+def test_no_interval_of_a_score_leaves_what_is_possible_and_no_zero_is_negative(two_seeds):
+    for arm_name, right in (("finetune_half", 0), ("finetune_mixed", 1)):  # scores at the edges, apart by seed
+        for seed in (0, 1):
+            path = two_seeds / f"seed{seed}/{arm_name}/test.npz"
+            with np.load(path) as arrays:
+                counts = np.broadcast_to(np.eye(3, dtype=np.int64) * 100 * right, (40, 3, 3)).copy()
+                counts[:seed, 0, 0] += 1
+                counts[:, 0, 1] += 10 * seed + 1
+                np.savez(path, **{**arrays, "counts": counts, "counts_native": counts})
+    text = report(two_seeds)
+    limits = []
+    for name in ("table2", "metrics", "validation"):
+        for row in table(two_seeds, name):
+            limits += [
+                row[key] for key in row if key.startswith(("iou", "miou", "image_iou", "boundary", "best", "last"))
+            ]
+    numbers = [value for value in limits if isinstance(value, float)]
+    assert numbers and min(numbers) == 0 and max(numbers) <= 1
+    assert not re.search(r"[-−]0\.0+\b", text)
+
+
+def test_numbers_that_round_to_zero_have_no_minus_sign():
+    assert [fixed(-0.001, 2), fixed(-0.04, 1, "+"), fixed(-0.06, 1, "+"), fixed(0.0, 3)] == [
+        "0.00",
+        "+0.0",
+        "-0.1",
+        "0.000",
+    ]
+    assert show(Estimate(-0.0001, -0.0002, 0.4), 2) == "0.00 [0.00, 0.40]"

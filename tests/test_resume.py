@@ -18,6 +18,7 @@ import baseline
 import engine
 import finetune
 import pretrain
+import runs
 import trainer
 from batches import EvalBatches
 from engine import Distributed, EngineError
@@ -269,6 +270,24 @@ def test_a_second_process_is_refused_until_the_first_has_gone(tmp_path):
     RunFolder(tmp_path / "run", ALONE, CONFIG)
 
 
+def test_a_file_system_without_locks_is_not_taken_for_another_process(tmp_path, monkeypatch):
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(runs.fcntl, "flock", no_locks)
+    with pytest.raises(EngineError, match=r"cannot be locked \(No locks available\); choose an --output_dir") as info:
+        RunFolder(tmp_path / "run", ALONE, CONFIG)
+    assert info.value.exit_code == 1
+
+
+@pytest.mark.parametrize("content", ["[]", "null", "{}", "7", '{"experiment": []}', '{"experiment": null}', "{", ""])
+def test_a_configuration_that_is_none_is_refused_by_name(tmp_path, content):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(EngineError, match=r"config\.json cannot be read|holds another experiment: blr was None"):
+        RunFolder(tmp_path, ALONE, CONFIG)
+    assert (tmp_path / "config.json").read_text() == content
+
+
 def test_another_experiment_in_the_folder_is_named_and_nothing_is_changed(tmp_path):
     RunFolder(tmp_path / "run", ALONE, CONFIG)._lock.close()
     before = {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir()}
@@ -381,7 +400,7 @@ def test_a_score_of_a_class_that_does_not_occur_is_null_in_every_file(tmp_path):
     run_.log("val", iou_border=float("nan"), loss=0.5)
     run_.finish({}, {"best": {"iou_border": float("nan"), "rates": (1.0, float("inf"))}})
     assert log(tmp_path / "run", "val") == [{"event": "val", "iou_border": None, "loss": 0.5}]
-    assert metrics(tmp_path / "run") == {"best": {"iou_border": None, "rates": [1.0, None]}}
+    assert metrics(tmp_path / "run")["best"] == {"iou_border": None, "rates": [1.0, None]}
 
 
 def test_checkpoints_that_cannot_be_read_stop_the_run_instead_of_starting_it_over(tmp_path, monkeypatch):

@@ -104,10 +104,19 @@ def test_runs_side_by_side_give_the_same_networks_to_the_bit(study):
     assert again.returncode == 0 and again.stdout.count("finished before, skipped") == 9 + 2
 
 
-def test_a_lost_run_is_repeated_with_what_depends_on_it(study):
+def test_a_lost_run_is_repeated_and_what_started_from_the_same_weights_stays(study):
     out, args, _ = study
     shutil.rmtree(out / "seed0" / "pretrain_non_animal")
-    assert trained_again(args) == ["seed0_pretrain_non_animal", "seed0_finetune_non_animal"]
+    assert trained_again(args) == ["seed0_pretrain_non_animal"]
+
+
+def test_a_run_that_started_from_other_weights_is_repeated(study):
+    out, args, _ = study
+    path = out / "seed0/finetune_non_animal/config.json"
+    config = json.loads(path.read_text())
+    config["experiment"]["init"] = "other weights"
+    path.write_text(json.dumps(config))
+    assert trained_again(args) == ["seed0_finetune_non_animal"]
 
 
 def test_an_unfinished_run_is_started_anew_when_what_it_starts_from_was_trained_again(study):
@@ -258,14 +267,14 @@ def test_a_plan_survives_being_written_whatever_its_folders_are_called(tmp_path)
     assert words[words.index("--output_dir") + 1] == f"{name}/seed0/pretrain_animal"
 
 
-def start_fake(folder: Path, *args, fake: dict, **env: str) -> subprocess.Popen:
+def start_fake(folder: Path, *args, fake: dict, env: dict | None = None, **more) -> subprocess.Popen:
     """Start a demo whose trainings behave as `fake` says, see fake_study.TRAINING."""
     make_scripts(folder)
     (folder / "runs/demo").mkdir(parents=True, exist_ok=True)  # which the true prepare.py makes
     (folder / "runs/demo/release").touch()
     command = ["bash", "run_all.sh", "--demo", "--gpus", "0", *args]
-    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, cwd=folder, env=environment(fake, **env), **options)
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, **more}
+    return subprocess.Popen(command, cwd=folder, env=environment(fake, **(env or {})), **options)
 
 
 @pytest.mark.parametrize("end", [0, 143])
@@ -281,6 +290,28 @@ def test_a_stop_request_stops_the_study_even_if_the_stage_ends_well(number, code
     assert (study / "seed0/pretrain_animal/metrics.json").exists() == (end == 0)
     assert (study / "seed0/pretrain_animal/stops").read_text() == "1"
     assert not (study / "seed0/pretrain_non_animal").exists()
+
+
+@pytest.mark.parametrize("script", ["read_data.py", "evaluate.py", "report.py"])
+@pytest.mark.parametrize(("to_group", "number", "code"), [
+    (False, signal.SIGTERM, 143),
+    (False, signal.SIGINT, 130),
+    (True, signal.SIGTERM, 143),
+    (True, signal.SIGINT, 130),
+])  # fmt: skip
+def test_a_stop_request_is_not_lost_in_a_stage_that_ends_well_all_the_same(to_group, number, code, script, tmp_path):
+    process = start_fake(tmp_path, "--jobs", "1", fake={script: "wait"}, start_new_session=True)
+    wait_for((tmp_path / f"{script}.started").exists, process)
+    if to_group:
+        os.killpg(process.pid, number)
+    else:
+        process.send_signal(number)
+    out, err = finish(process)
+    assert process.returncode == code, out + err
+    stage = "read" if script == "read_data.py" else script.removesuffix(".py")
+    assert f"stopped after {stage}" in err
+    assert f"{script} ends well" in out, "its last words reach the screen and the log"
+    assert f"{script} ends well" in (tmp_path / f"runs/demo/logs/{stage}.log").read_text()
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
@@ -301,13 +332,13 @@ def test_a_stop_request_reaches_all_runs_side_by_side(number, code, tmp_path):
     ("set_by_user", "alone"), [({}, str(len(os.sched_getaffinity(0)))), ({"OMP_NUM_THREADS": "3"}, "3")]
 )
 def test_resnet50_is_trained_alone_on_all_cores_of_a_cpu(set_by_user, alone, tmp_path):
-    process = start_fake(tmp_path, "--jobs", "2", fake={"baseline_resnet50": "wait 143"}, **set_by_user)
+    process = start_fake(tmp_path, "--jobs", "2", fake={"baseline_resnet50": "wait 143"}, env=set_by_user)
     study = tmp_path / "runs/demo"
     wait_for((study / "seed0/baseline_resnet50/starts").exists, process)
     process.terminate()
     finish(process)
     assert [path.name for path in (study / "seed0").iterdir()] == ["baseline_resnet50"]
-    process = start_fake(tmp_path, "--jobs", "2", fake={}, **set_by_user)
+    process = start_fake(tmp_path, "--jobs", "2", fake={}, env=set_by_user)
     out, err = finish(process)
     assert process.returncode == 0, out + err
     assert starts(study, "seed0/baseline_resnet50")[-1]["threads"] == alone

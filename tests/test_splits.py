@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from faults import allow_writing, forbid_writing, open_folder, without_rights
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_runs import drawn_root, needs_photos
@@ -318,6 +319,32 @@ def test_the_list_of_pets_is_read_with_its_numbers(tmp_path):
         splits.read_pets_list(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["a\0b", "../../secret", "/etc/passwd", "b/../../c"])
+def test_names_in_the_list_of_pets_that_lead_elsewhere_are_refused_as_those_of_coco_are(tmp_path, name):
+    path = tmp_path / "oxford-iiit-pet" / "annotations" / "list.txt"
+    path.parent.mkdir(parents=True)
+    path.write_text("".join(f"Abyssinian_{i} 1 1 1\n" for i in range(9)) + f"{name} 1 1 1\n")
+    with pytest.raises(data.DataError, match=r"list\.txt: the name in line 10, .*; fetch it again") as error:
+        splits.pets_split(tmp_path, "test")
+    assert error.value.exit_code == 2 and "\n" not in str(error.value) and "\0" not in str(error.value)
+
+
+def test_kept_labels_of_someone_else_are_read_and_damaged_ones_made_anew(tmp_path):
+    with open_folder() as folder:
+        write_annotations(folder, "train2017", [[16]] * 3)
+        whole = splits.CocoPart(folder, "train2017", cache_dir=folder / "c").images
+        forbid_writing(folder / "c")
+        with without_rights():
+            assert splits.CocoPart(folder, "train2017", cache_dir=folder / "c").images == whole
+        allow_writing(folder / "c")
+        (digest,) = (folder / "c").glob("*.json")
+        kept = digest.read_bytes()
+        for damage in (b"{}", b"[]", b"null", b"", kept[:-3], kept.replace(b"bird", b"bard")):
+            digest.write_bytes(damage)
+            assert splits.CocoPart(folder, "train2017", cache_dir=folder / "c").images == whole
+            assert digest.read_bytes() == kept
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The real labels at full size
 
@@ -475,3 +502,13 @@ def test_by_default_no_file_of_one_part_has_the_content_of_another(listing, tmp_
 @pytest.mark.parametrize("listing", splits.PETS_LISTS)
 def test_no_real_photo_of_one_part_has_the_content_of_another(listing):
     assert_disjoint(content_of_parts(os.environ["SAMPLE_ROOT"], splits.PetsSource(listing)))
+
+
+def test_complete_data_sets_are_named_and_others_counted():
+    whole = {"train2017": 118_287, "val2017": 5_000}
+    assert splits.name_data({**whole, "pets": 7_349}) == "MS COCO 2017 and Oxford-IIIT Pet"
+    assert splits.name_data({"train2017": 100, "val2017": 16, "pets": 118}) == (
+        "116 COCO photos of 123,287, 118 pets of 7,349"
+    )
+    assert splits.name_data({**whole, "pets": 118}) == "MS COCO 2017, 118 pets of 7,349"
+    assert splits.name_data({"pets": 7_349}) == "Oxford-IIIT Pet" and splits.name_data({}) == "unknown data"
