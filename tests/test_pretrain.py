@@ -261,11 +261,11 @@ def test_at_full_size_the_loss_of_64_real_photos_ends_clearly_below_that_of_pred
 
 def test_the_data_are_named_by_their_counts_unless_they_bring_a_name(flags, tmp_path, tmp_path_factory):
     root = shutil.copytree(drawn_root(tmp_path_factory), tmp_path / "root")
-    words = ["--data_root", root, "--cache_dir", tmp_path / "cache", "--dry_run"]
+    words = ["--data_root", root, "--cache_dir", tmp_path / "cache", "--batch_size", 4, "--dry_run"]
     assert "images of drawn demo photos" in run("pretrain", *flags, *words)
     (root / "DATASET.txt").write_bytes(b"")
     assert "images of unknown data" in run("pretrain", *flags, *words)
     (root / "DATASET.txt").unlink()
     assert "images of 56 COCO photos of 123,287" in run("pretrain", *flags, *words)
-    finetune = ["--init", mae_checkpoint(tmp_path_factory), "--model", "mae_tiny", *SMALL, "--batch_size", 4]
+    finetune = ["--init", mae_checkpoint(tmp_path_factory), "--model", "mae_tiny", *SMALL]
     assert "images of 46 pets of 7,349" in run("finetune", *finetune, *words)
