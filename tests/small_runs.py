@@ -124,6 +124,16 @@ def metrics(folder) -> dict:
     return json.loads(Path(folder, "metrics.json").read_text())
 
 
+# How launch() leaves: at a normal exit, gloo's threads may abort the process.
+LEAVE = """
+import os, sys, torch.distributed
+if torch.distributed.is_initialized():
+    torch.distributed.barrier()
+sys.stdout.flush()
+os._exit(0)
+"""
+
+
 def on_two_processes(code: str, *arguments) -> list[str]:
     """Run Python code as two gloo processes -> what each printed."""
     with socket.socket() as s:
@@ -133,7 +143,7 @@ def on_two_processes(code: str, *arguments) -> list[str]:
     path = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests")])
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", code, *map(str, arguments)],
+            [sys.executable, "-c", code + LEAVE, *map(str, arguments)],
             env=os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank), "PYTHONPATH": path},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

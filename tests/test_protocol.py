@@ -547,7 +547,7 @@ def test_keep_chooses_the_weights_and_both_scores_are_recorded(keep, flags, init
         return {**scores, "iou": 1 / len(weights)}
 
     monkeypatch.setattr(Segmentation, "validate", falling)
-    run("finetune", *flags, "--epochs", 3, "--init", init, "--keep", keep, "--output_dir", tmp_path / "run")
+    run("finetune", *flags, "--epochs 3 --val_epochs 1 --keep", keep, "--init", init, "--output_dir", tmp_path / "run")
     found = metrics(tmp_path / "run")
     assert (found["best"]["epoch"], found["best"]["iou"]) == (1, 1)
     assert (found["last"]["epoch"], found["last"]["iou"]) == (3, pytest.approx(1 / 3))

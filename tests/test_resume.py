@@ -74,7 +74,7 @@ def test_a_stop_signal_writes_a_checkpoint_and_says_how_to_go_on(number, code, f
 def test_a_stop_request_does_not_wait_for_the_end_of_a_validation(
     script, validation, flags, tmp_path, tmp_path_factory
 ):
-    args = [*flags, "--epochs", 3, "--batch_size", 4]
+    args = [*flags, "--epochs 3 --val_epochs 1 --batch_size 4"]
     args += ["--init", mae_checkpoint(tmp_path_factory)] if script == "finetune" else []
     run(script, *args, "--output_dir", tmp_path / "undisturbed")
     batches, evaluated = EvalBatches.__iter__, []
@@ -117,7 +117,7 @@ def stop_in_next_validation(script: str, *args) -> None:
 
 @pytest.mark.parametrize("script", ["pretrain", "finetune"])
 def test_a_validation_that_is_made_up_for_can_be_stopped_again(script, flags, tmp_path, tmp_path_factory):
-    args = [*flags, "--epochs", 2, "--batch_size", 8, "--log_every", 3]  # so that a log line is half full
+    args = [*flags, "--epochs 2 --val_epochs 1 --batch_size 8 --log_every 3"]  # so that a log line is half full
     args += ["--init", mae_checkpoint(tmp_path_factory)] if script == "finetune" else []
     run(script, *args, "--output_dir", tmp_path / "undisturbed")
     stopped = tmp_path / "stopped"
