@@ -80,6 +80,8 @@ def explain(error: BaseException) -> Failure | None:
         return Failure(f"the disk is full ({error.filename or error}); free some space and repeat the command", 1)
     if hasattr(error, "exit_code"):
         return Failure(str(error), error.exit_code)
+    if isinstance(error, BrokenPipeError):
+        return Failure("the reader of this output has gone; repeat the command without it", 1)
     if isinstance(error, RuntimeError) and _lost_a_peer(error):
         return Failure("another process of this run has ended; repeat the command to go on", 1)
     if isinstance(error, (NotADirectoryError, IsADirectoryError, FileExistsError)) and error.filename:
@@ -113,7 +115,8 @@ def launch(main: Callable[[argparse.Namespace], object], parser: argparse.Argume
             raise
         _report(failure, parser.prog)
         exit_code = failure.exit_code
-    sys.stdout.flush()
+    with contextlib.suppress(BrokenPipeError):
+        sys.stdout.flush()
     # sys.exit would wait at shutdown for collectives that other processes never leave, and gloo's threads may abort.
     os._exit(exit_code)
 
@@ -591,8 +594,11 @@ class Progress(tqdm):
 def write_atomic(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Let write(file) fill a temporary file, flush it to disk and rename it; readers never see half a file.
 
-    Raises OSError if the file cannot be written; the temporary file is removed and the old file stays.
+    Raises OSError if the file cannot be written; the temporary file is removed and the old file stays. EngineError if
+    something other than a file has its name, such as a folder or a device.
     """
+    if path.exists() and not path.is_file():
+        raise EngineError(f"{path} is not a file that could be replaced; choose another name")
     temporary = path.with_name(path.name + ".tmp")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:

@@ -493,7 +493,7 @@ def main(args: argparse.Namespace) -> None:
     try:
         args.function(args)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, None):  # launch explains a full disk
+        if error.errno in (errno.ENOSPC, errno.EPIPE, None):  # launch explains these
             raise
         raise PrepareError(f"{error.filename or args.data_root}: {error.strerror}", 1) from None
 

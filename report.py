@@ -12,6 +12,7 @@ The sections on segmentation stand in results.py; here are those that any object
 """
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -536,6 +537,8 @@ if __name__ == "__main__":
     except (StudyError, OutputError) as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         sys.exit(2)
+    except BrokenPipeError:  # the reader of this output has gone; the report is complete
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
         print(
             f"error: the report cannot be written: {one_line(error)}; name another folder with --output",

@@ -232,6 +232,8 @@ if __name__ == "__main__":
         main(get_args_parser().parse_args())
     except KeyboardInterrupt:
         sys.exit(130)
+    except BrokenPipeError:  # the reader of this output has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError) as error:
         print(f"status.py: error: {one_line(error)}", file=sys.stderr)
         sys.exit(2)

@@ -72,6 +72,8 @@ DATA_FILES = (
 class PlanError(ValueError):
     """Wrong use; the message is one line that says what to do."""
 
+    exit_code = 2
+
 
 class PlanLine(NamedTuple):
     """One run of a study. Folders are relative to the study's; `command` is quoted for a shell, without the launcher."""

@@ -70,6 +70,8 @@ def summarise_keys(keys: list[str]) -> str:
 
 def read_checkpoint(path: str | os.PathLike) -> dict:
     """Read a checkpoint file to CPU memory without running any code in it; CheckpointError if that cannot be done."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise CheckpointError(f"checkpoint {path} is no file but a folder, pipe or device")
     try:
         verify_archive(path)
         content = torch.load(path, map_location="cpu", weights_only=True)

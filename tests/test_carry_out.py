@@ -5,6 +5,7 @@ import shlex
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from fake_study import environment, files_of, finish, make_plan, make_scripts, plan_line, starts, wait_for
@@ -240,3 +241,17 @@ def test_wrong_use_is_one_line_and_exit_code_2(scripts, study, tmp_path):
     (study / "study.tsv").write_text(write_lines([plan_line(study, "baseline", "mae")]) + "torn\tline")
     _, err = carry(scripts, study, ALONE, code=2)
     assert "some are missing or changed" in err
+
+
+@pytest.mark.parametrize("content", [None, "", "seed\tstage\n", "one\ttwo\nthree"])
+@pytest.mark.parametrize("script", ["carry_out.py", "status.py", "read_data.py"])
+def test_a_missing_or_damaged_plan_is_named_with_what_mends_it(script, content, tmp_path):
+    if content is not None:
+        (tmp_path / "study.tsv").write_text(content)
+    words = [sys.executable, str(Path(carry_out.__file__).with_name(script)), str(tmp_path)]
+    if script == "carry_out.py":
+        words += ["--list", "first"]
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1
+    assert "study.tsv" in done.stderr and "run_all.sh" in done.stderr

@@ -277,3 +277,20 @@ def test_the_scripts_name_the_defaults_of_their_flags(script):
                 waiting.extend(action.choices.values())
             elif action.option_strings and str(action.default) not in ("None", "False", argparse.SUPPRESS):
                 assert "default" in parser._get_formatter()._expand_help(action), (script, action.dest)
+
+
+@pytest.mark.parametrize("kind", ["folder", "pipe"])
+def test_what_is_no_file_is_never_replaced(kind, tmp_path):
+    target = tmp_path / "target"
+    if kind == "folder":
+        target.mkdir()
+    else:
+        os.mkfifo(target)
+    with pytest.raises(EngineError, match=f"{target} is not a file that could be replaced"):
+        engine.write_atomic(target, lambda file: file.write(b"new"))
+    assert not target.is_file()
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_a_reader_that_has_gone_is_explained():
+    assert engine.explain(BrokenPipeError(32, "Broken pipe")).message.startswith("the reader of this output has gone")

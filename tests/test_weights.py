@@ -458,3 +458,9 @@ def test_odd_tensors_and_keys_are_refused_in_one_line(odd):
     with pytest.raises(CheckpointError) as error:
         load_pretrained(build_mae("mae_tiny", img_size=32), odd)
     assert "\n" not in str(error.value)
+
+
+def test_a_pipe_in_the_place_of_a_checkpoint_is_refused_instead_of_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe.pt")
+    with pytest.raises(CheckpointError, match="is no file but a folder, pipe or device"):
+        read_checkpoint(tmp_path / "pipe.pt")
