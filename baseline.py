@@ -15,7 +15,7 @@ from engine import Distributed, EngineError, Parser, at_least, fraction, launch,
 from models import MODELS
 from objective import Task, chosen
 from tasks import TASKS
-from trainer import add_training_arguments, train
+from trainer import add_task_training_arguments, train
 from weights import hash_file, read_checkpoint
 
 DEFAULT_BLR = {"resnet50": 2e-3}
@@ -32,15 +32,7 @@ def get_args_parser(task: str = "segment") -> Parser:
     network("--model", choices=["resnet50", "mae", *MODELS], required=True, help="mae is mae_base")
     network("--weights", help="resnet50 only: imagenet (downloads torchvision's), or a file with torchvision's keys")
     network("--drop_path", type=at_least(0), default=0.1, help="stochastic depth of the last encoder block (MAE)")
-    add_training_arguments(
-        parser,
-        output_dir="runs/baseline",
-        epochs=100,
-        batch_size=64,
-        warmup_epochs=5,
-        min_lr=1e-6,
-        val_epochs=3,  # after every epoch, validation would cost 7 % of the training
-    )
+    add_task_training_arguments(parser, output_dir="runs/baseline")
     network = parser.flags("optimisation", role="network")
     network("--blr", type=at_least(0), help="lr = blr * batch_size / 256 (default: MAE 1e-3, ResNet-50 2e-3)")
     network(

@@ -15,7 +15,7 @@ from engine import Parser, at_least, fraction, launch, setup
 from models import MODELS
 from objective import chosen
 from tasks import TASKS
-from trainer import add_training_arguments, train
+from trainer import add_task_training_arguments, train
 
 
 def get_args_parser(task: str = "segment") -> Parser:
@@ -29,15 +29,7 @@ def get_args_parser(task: str = "segment") -> Parser:
     network("--drop_path", type=at_least(0), default=0.1, help="stochastic depth of the last encoder block")
     how = parser.flags("model", role="computation")  # its content defines the experiment, not its path
     how("--init", required=True, help="checkpoint of pretrain.py, facebookresearch/mae, timm or transformers")
-    add_training_arguments(
-        parser,
-        output_dir="runs/finetune",
-        epochs=100,
-        batch_size=64,
-        warmup_epochs=5,
-        min_lr=1e-6,
-        val_epochs=3,  # after every epoch, validation would cost 7 % of the training
-    )
+    add_task_training_arguments(parser, output_dir="runs/finetune")
     network = parser.flags("optimisation", role="network")
     network("--blr", type=at_least(0), default=5e-4, help="base rate: lr = blr * batch_size / 256")
     network(

@@ -130,6 +130,19 @@ def add_training_arguments(
     how("--dry_run", action="store_true", help="print the plan of the run and leave")
 
 
+def add_task_training_arguments(parser: Parser, output_dir: str) -> None:
+    """Add the flags of trainings on a downstream task, whose schedule is one for checkpoints and baselines."""
+    add_training_arguments(
+        parser,
+        output_dir=output_dir,
+        epochs=100,
+        batch_size=64,
+        warmup_epochs=5,
+        min_lr=1e-6,
+        val_epochs=3,  # after every epoch, validation would cost 7 % of the training
+    )
+
+
 @dataclass(frozen=True)
 class Plan:
     """How many updates a run makes, and at which rates."""
