@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from arms import RESNET
-from study import PlanError, PlanLine, PlanParser, one_line, read_lines
+from study import PlanLine, PlanParser, one_line, read_plan
 
 HERE = Path(__file__).resolve().parent
 LISTS = ("first", "second", "side_by_side", "alone", "others", "tests", "untested")
@@ -49,17 +49,6 @@ class Files:
 def run_name(line: PlanLine) -> str:
     """Name a run in logs and messages."""
     return f"seed{line.seed}_{line.stage}_{line.arm}"
-
-
-def read_plan(path: Path) -> list[PlanLine]:
-    """Read study.tsv. Raises PlanError if it is missing or damaged."""
-    try:
-        return read_lines(path.read_text(encoding="utf-8", errors="surrogateescape"))
-    except FileNotFoundError:
-        problem = f"{path.parent} is no study: it has no {path.name}"
-        raise PlanError(f"{problem}; give the folder that run_all.sh writes") from None
-    except ValueError as error:
-        raise PlanError(f"{path} is damaged: {error}; the run_all.sh command makes it anew") from None
 
 
 def find_line(plan: list[PlanLine], folder: str) -> PlanLine:

@@ -17,7 +17,7 @@ import numpy as np
 from arms import LABEL_FRACTION, PRETRAIN_ANIMAL, SCHEDULE, Arm, ArmKey, audited_flags, in_table_order
 from blocks import literal
 from records import MAE, SEGMENT, SIZES, RecordError, RunRecord, Setting, check_file, load_run
-from study import PlanLine, read_lines
+from study import PlanError, PlanLine, read_plan
 
 
 class StudyError(ValueError):
@@ -92,7 +92,7 @@ class Study:
     def __init__(self, path: Path):
         self.path = path
         self.notes: list[str] = []
-        self.runs = [load_run(path, line) for line in read_plan(path)]
+        self.runs = [load_run(path, line) for line in read_study_plan(path)]
         self.by_folder = {run.name: run for run in self.runs}
         self._check_test_images()
         self._check_parents()
@@ -302,17 +302,13 @@ def most_common(counter: Counter) -> object:
     return value
 
 
-def read_plan(path: Path) -> list[PlanLine]:
+def read_study_plan(path: Path) -> list[PlanLine]:
     """Read the plan of a study folder. Raises StudyError where it has none, or a damaged one."""
     table = path / "study.tsv"
-    if not table.is_file():
-        raise StudyError(f"{path} is no study: it has no study.tsv; give the folder that run_all.sh wrote")
     try:
-        lines = read_lines(table.read_text(errors="surrogateescape"))
-    except OSError as error:
-        raise StudyError(f"{table} cannot be read: {error.strerror}") from None
-    except ValueError as error:
-        raise StudyError(f"{table} is damaged: {error}; repeat the run_all.sh command, which writes it anew") from None
+        lines = read_plan(table)
+    except PlanError as error:
+        raise StudyError(str(error)) from None
     if not lines:
         raise StudyError(f"{table} lists no runs; start the study with run_all.sh")
     seen = set()

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import data
-from carry_out import read_plan
 from check_plan import parse_command
-from engine import EngineError, Parser, Progress, launch
+from engine import Parser, Progress, launch
 from objective import Reading, list_readings
+from study import read_plan
 
 
 class Place(NamedTuple):
@@ -30,11 +30,8 @@ class Place(NamedTuple):
 
 def collect_readings(study: Path) -> list[tuple[Place, Reading]]:
     """List what the runs of a study read, each once."""
-    table = study / "study.tsv"
-    if not table.is_file():
-        raise EngineError(f"{study} is no study: it has no study.tsv; give the folder that run_all.sh writes")
     found = {}
-    for line in read_plan(table):
+    for line in read_plan(study / "study.tsv"):
         kind, args = parse_command(line)
         place = Place(args.data_root, args.cache_dir)
         for reading in list_readings(kind, args):

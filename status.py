@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from arms import Arm, find_arm
-from carry_out import Files, is_held, read_plan, takes_much_memory
-from study import PlanLine, PlanParser, one_line
+from carry_out import Files, is_held, takes_much_memory
+from study import PlanLine, PlanParser, one_line, read_plan
 
 PURPOSES = {
     "pretrain": "learning to fill in hidden patches of {images}",
@@ -216,10 +216,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 def main(args: argparse.Namespace) -> None:
     """Print the state of a study once, or again and again."""
-    table = args.study / "study.tsv"
-    if not table.is_file():
-        raise ValueError(f"{args.study} is no study: it has no study.tsv; give the folder that run_all.sh writes")
-    plan = read_plan(table)
+    plan = read_plan(args.study / "study.tsv")
     if args.watch:
         watch(args.study, plan, args.jobs)
     runs = [read_progress(args.study, line) for line in plan]

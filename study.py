@@ -127,6 +127,20 @@ def read_lines(text: str) -> list[PlanLine]:
     return lines
 
 
+def read_plan(table: Path) -> list[PlanLine]:
+    """Read the table of a study. Raises PlanError if it is missing or damaged."""
+    try:
+        text = table.read_text(encoding="utf-8", errors="surrogateescape")
+        return read_lines(text)
+    except (FileNotFoundError, NotADirectoryError):
+        problem = f"{table.parent} is no study: it has no {table.name}"
+        raise PlanError(f"{problem}; give the folder that run_all.sh writes") from None
+    except OSError as error:
+        raise PlanError(f"{table} cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise PlanError(f"{table} is damaged: {error}; repeat the run_all.sh command, which writes it anew") from None
+
+
 def quote(word: str) -> str:
     """Quote a word for bash on a single line, tabs and line breaks included."""
     if not any(character in word for character in "\n\r\t"):

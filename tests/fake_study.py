@@ -9,8 +9,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from carry_out import Files, read_plan
-from study import PlanLine, quote, write_lines
+from carry_out import Files
+from study import PlanLine, quote, read_plan, write_lines
 
 ROOT = Path(__file__).parents[1]
 DEADLINE = 60  # seconds

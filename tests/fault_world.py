@@ -30,7 +30,7 @@ from engine import Distributed, EngineError
 from groups import Study, StudyError
 from models import build_mae
 from runs import RunFolder, hash_file
-from study import write_lines
+from study import read_plan, write_lines
 
 ALONE = Distributed(0, 0, 1, torch.device("cpu"))
 SIZE = 8  # side of the cached squares
@@ -266,7 +266,7 @@ def seal_run(folder: Path) -> None:
 def read_study(path: Path) -> tuple:
     """Read a study as a report does; what is wrong with it is an EngineError of its notes."""
     study = Study(path)
-    plan = carry_out.read_plan(path / "study.tsv")
+    plan = read_plan(path / "study.tsv")
     for line in plan:
         files = carry_out.Files(path, line)
         status.read_progress(path, line)

@@ -10,8 +10,7 @@ import pytest
 from fake_study import DEADLINE, ROOT, files_of, finish, make_plan, plan_line
 
 import status
-from carry_out import read_plan
-from study import write_lines
+from study import read_plan, write_lines
 
 PARENT = "seed0/pretrain_animal"
 CHILD = "seed0/finetune_animal"
