@@ -11,12 +11,12 @@ import argparse
 
 from torch import nn
 
-from engine import Distributed, EngineError, Parser, at_least, fraction, launch, setup
+from engine import Distributed, EngineError, Parser, at_least, fraction, hash_file, launch, setup
 from models import MODELS
 from objective import Task, chosen
 from tasks import TASKS
 from trainer import add_task_training_arguments, train
-from weights import hash_file, read_checkpoint
+from weights import read_checkpoint
 
 DEFAULT_BLR = {"resnet50": 2e-3}
 DEFAULT_BLR_MAE = 1e-3

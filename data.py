@@ -16,7 +16,6 @@ import shlex
 import shutil
 import stat
 import sys
-import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -30,9 +29,6 @@ from PIL import Image
 MAX_PIXELS = 89_478_485  # above this Pillow warns of a decompression bomb; photographs stay far below
 MAX_UNREADABLE = 0.01  # share of the images that may be left out
 CHUNK = 128  # rows decoded, written and flushed together while the cache is built
-
-# What Pillow warns of while it decodes names no file; what matters of it is told by DataError.
-warnings.filterwarnings("ignore", module=r"PIL(\.|$)")
 
 ORIENTATION_TAG = 0x0112  # in the EXIF data
 UPRIGHT = {

@@ -22,6 +22,8 @@ import re
 import signal
 import subprocess
 import sys
+import warnings
+import zipfile
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -102,6 +104,8 @@ def launch(main: Callable[[argparse.Namespace], object], parser: argparse.Argume
     """Run main(parsed arguments); an error that `explain` knows ends in one line on stderr, without a traceback."""
     args = parser.parse_args()
     exit_code = 0
+    # What Pillow warns of while it decodes names no file; our own lines say what matters of it.
+    warnings.filterwarnings("ignore", module=r"PIL(\.|$)")
     signal.signal(signal.SIGTERM, _interrupt)
     try:
         main(args)
@@ -647,3 +651,23 @@ def read_json(path: Path) -> dict:
     if not isinstance(content, dict) or content.pop("checksum", None) not in (None, checksum(content)):
         raise EngineError(f"{path} is damaged; bring it back, or move its folder away and repeat the command", 1)
     return content
+
+
+def hash_file(path: str | os.PathLike) -> str:
+    """Compute the SHA-256 of a file's content."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 24):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def verify_archive(path: str | os.PathLike) -> None:
+    """Raise ValueError if an entry of a zip archive is damaged; torch checks no sums, and takes noise for a folder."""
+    with zipfile.ZipFile(path) as archive:
+        damaged = archive.testzip()
+        for entry in archive.infolist():
+            if entry.external_attr != 0:
+                damaged = entry.filename
+    if damaged is not None:
+        raise ValueError(f"the checksum or kind of an entry is wrong: {damaged}")

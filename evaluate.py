@@ -24,6 +24,7 @@ from engine import (
     Parser,
     Precision,
     at_least,
+    hash_file,
     launch,
     read_json,
     setup,
@@ -34,7 +35,7 @@ from metrics import PET
 from objective import Task, TestSetting
 from segmentation import REFERENCES, Segmentation, predict, reference_records, summary_of
 from tasks import TASKS
-from weights import hash_file, identify, load_model
+from weights import identify, load_model
 
 # Colours of the file values 0 to 3: unused, pet, background, border; told apart by colour-blind readers.
 PALETTE = [0, 0, 0, 230, 159, 0, 0, 0, 0, 86, 180, 233]

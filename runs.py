@@ -16,12 +16,21 @@ import json
 import os
 import shutil
 import sys
-import zipfile
 from pathlib import Path
 
 import torch
 
-from engine import Distributed, EngineError, first_line, read_json, strict_json, write_atomic, write_json
+from engine import (
+    Distributed,
+    EngineError,
+    first_line,
+    hash_file,
+    read_json,
+    strict_json,
+    verify_archive,
+    write_atomic,
+    write_json,
+)
 
 OF_TRAINING = {".lock", "config.json.tmp", "last.pt", "last.prev.pt", "last.new.pt", "last.new.pt.tmp", "log.jsonl"}
 
@@ -241,15 +250,6 @@ def digest_of(experiment: dict) -> str:
     return hashlib.sha256(json.dumps(experiment, sort_keys=True).encode()).hexdigest()
 
 
-def hash_file(path: Path) -> str:
-    """Compute the SHA-256 of a file's content."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 24):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def read_checkpoint(path: Path) -> dict:
     """Verify and read a checkpoint that RunFolder.save wrote; damage raises errors of many types."""
     verify_archive(path)
@@ -261,17 +261,6 @@ def read_checkpoint(path: Path) -> dict:
     ):
         raise ValueError("it holds no state of a run")
     return state
-
-
-def verify_archive(path: Path) -> None:
-    """Raise ValueError if an entry of a zip archive is damaged; torch checks no sums, and takes noise for a folder."""
-    with zipfile.ZipFile(path) as archive:
-        damaged = archive.testzip()
-        for entry in archive.infolist():
-            if entry.external_attr != 0:
-                damaged = entry.filename
-    if damaged is not None:
-        raise ValueError(f"the checksum or kind of an entry is wrong: {damaged}")
 
 
 def may_be_intact(error: Exception) -> bool:

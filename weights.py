@@ -5,7 +5,6 @@ model, checkpoint = load_model("runs/study/seed0/finetune_animal/model.pt")
 """
 
 import errno
-import hashlib
 import json
 import math
 import os
@@ -18,6 +17,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from engine import hash_file, verify_archive
 from models import BUILDERS, MODELS, interpolate_pos_embed
 
 PARTS = ("all", "encoder")  # what `load_pretrained` can be asked to load
@@ -73,7 +73,8 @@ def read_checkpoint(path: str | os.PathLike) -> dict:
     if os.path.exists(path) and not os.path.isfile(path):
         raise CheckpointError(f"checkpoint {path} is no file but a folder, pipe or device")
     try:
-        verify_archive(path)
+        if zipfile.is_zipfile(path):  # older formats of torch have no checksums
+            verify_archive(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise CheckpointError(f"checkpoint {path} does not exist") from None
@@ -91,17 +92,6 @@ def read_checkpoint(path: str | os.PathLike) -> dict:
     return content
 
 
-def verify_archive(path: str | os.PathLike) -> None:
-    """Raise ValueError if a checksum of a zip archive is wrong, for torch checks none; other files have no checksums."""
-    if not zipfile.is_zipfile(path):
-        return
-    with zipfile.ZipFile(path) as archive:
-        damaged = archive.testzip()
-        folders = [entry.filename for entry in archive.infolist() if entry.external_attr != 0]
-    if damaged is not None or folders:
-        raise ValueError(f"an entry is damaged: {damaged or folders[0]}")
-
-
 def identify(path: str | os.PathLike) -> str:
     """Compute the SHA-256 of a checkpoint; CheckpointError if the finished run beside it recorded another."""
     found = hash_file(path)
@@ -114,15 +104,6 @@ def identify(path: str | os.PathLike) -> str:
         advice = "bring it back, or move the run's folder away and train it again"
         raise CheckpointError(f"{path} is not what its run has written (see metrics.json beside it); {advice}")
     return found
-
-
-def hash_file(path: str | os.PathLike) -> str:
-    """Compute the SHA-256 of a file's content."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 24):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def load_model(path: str | os.PathLike) -> tuple[nn.Module, dict]:

@@ -26,10 +26,10 @@ import splits
 import status
 import weights
 from arms import find_arm
-from engine import Distributed, EngineError
+from engine import Distributed, EngineError, hash_file
 from groups import Study, StudyError
 from models import build_mae
-from runs import RunFolder, hash_file
+from runs import RunFolder
 from study import read_plan, write_lines
 
 ALONE = Distributed(0, 0, 1, torch.device("cpu"))

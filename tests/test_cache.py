@@ -434,14 +434,21 @@ def test_a_name_that_no_file_can_have_is_reported_as_a_missing_photo(tmp_path):
     assert "\n" not in str(error.value)
 
 
-READ = "import sys, data\ntry:\n    data.read_image(sys.argv[1])\nexcept data.DataError as error:\n    print(error)"
+READ = """
+import argparse, data, engine
+
+parser = argparse.ArgumentParser("read")
+parser.add_argument("photo")
+engine.launch(lambda args: data.read_image(args.photo), parser)
+"""
 
 
 def test_an_enormous_photo_is_told_in_our_words_alone(tmp_path):
     Image.new("1", (10_000, 10_000)).save(tmp_path / "bomb.png")
     command = [sys.executable, "-c", READ, str(tmp_path / "bomb.png")]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(data.__file__).parent)
-    assert done.stderr == "" and done.stdout.endswith("more than 89,478,485 pixels, refused\n")
+    assert done.stderr.startswith("read: error: ") and done.stderr.endswith("more than 89,478,485 pixels, refused\n")
+    assert done.stderr.count("\n") == 1
 
 
 def test_a_floating_point_photo_of_shares_is_not_read_as_black(tmp_path):

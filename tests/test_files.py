@@ -63,7 +63,7 @@ assert low < mean < high
 import splits
 assert "animal" in splits.split_names()
 """,
-    "models weights": """
+    "engine models weights": """
 import models, torch, weights
 encoder = models.build_vit("mae_tiny", img_size=32)
 torch.save({"model": encoder.state_dict()}, "encoder.pt")
@@ -78,7 +78,7 @@ MAY_IMPORT = {
     "engine": set(),
     "metrics": set(),
     "augment": set(),
-    "weights": {"models"},
+    "weights": {"engine", "models"},
     "runs": {"engine"},
     "splits": {"data"},
     "batches": {"augment", "data"},
