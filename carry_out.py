@@ -1,7 +1,7 @@
 """Carry out one line of a study's plan: skip it, repeat it, or run it with a log. run_all.sh calls this for each line.
 
     python carry_out.py runs/study --run seed0/finetune_animal --flags "--device cpu"
-    python carry_out.py runs/study --list first                   # runs that depend on no other, separated by NUL
+    python carry_out.py runs/study --list in_order                # one after another, separated by NUL
 
 A run that has finished under the same command is skipped; one whose parent was trained again is removed and repeated. A
 stop request (SIGTERM, Ctrl-C) is passed on, so that the training writes a checkpoint. Standard library only.
@@ -9,6 +9,7 @@ stop request (SIGTERM, Ctrl-C) is passed on, so that the training writes a check
 
 import argparse
 import contextlib
+import ctypes
 import fcntl
 import json
 import os
@@ -23,12 +24,14 @@ from pathlib import Path
 from typing import BinaryIO
 
 from arms import RESNET
-from study import PlanLine, PlanParser, one_line, read_plan
+from study import PlanLine, PlanParser, generations, one_line, read_plan
 
 HERE = Path(__file__).resolve().parent
-LISTS = ("first", "second", "side_by_side", "alone", "others", "tests", "untested")
+LISTS = ("in_order", "side_by_side", "alone", "others", "unfinished", "tests", "untested")
 START_SECONDS = 20  # in which a run that is to start has started
-STOPPED_BY = {signal.SIGINT: 130, signal.SIGTERM: 143}
+# SIGUSR1: Slurm says that a time limit is near.
+STOPPED_BY = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGUSR1: 138}
+SET_DEATH_SIGNAL = 1  # of prctl(2)
 
 
 class Files:
@@ -62,22 +65,25 @@ def find_line(plan: list[PlanLine], folder: str) -> PlanLine:
 def list_folders(study: Path, plan: list[PlanLine], which: str) -> list[str]:
     """List folders of runs, relative to the study's for --run; those of tests as paths.
 
-    which: first (runs that depend on no other), second (those that start from one of these), side_by_side (all, in the order
-    that leaves no GPU idle), alone (those that a CPU makes with nothing beside them), others (side_by_side without these),
-    tests (whatever is tested), or untested (those of them that are finished and not tested yet).
+    which: in_order (generation after generation), side_by_side (all, in the order that leaves no GPU idle), alone (those
+    that a CPU makes with nothing beside them), others (side_by_side without these), unfinished, tests (whatever is
+    tested), or untested (those of them that are finished and not tested yet).
     """
+    if which == "in_order":
+        return [line.folder for lines in generations(plan) for line in lines]
     if which == "alone":
         return [line.folder for line in plan if takes_much_memory(line)]
     if which in ("side_by_side", "others"):
-        # Parents before those that start from them; ResNet-50 takes longest next to pre-training, so it begins early.
-        lines = sorted(plan, key=lambda line: (bool(line.parent), line.seed, not takes_much_memory(line)))
-        if which == "others":
-            lines = [line for line in lines if not takes_much_memory(line)]
-        return [line.folder for line in lines]
-    if which == "first":
-        return [line.folder for line in plan if not line.parent]
-    if which == "second":
-        return [line.folder for line in plan if line.parent]
+        folders = []
+        for lines in generations(plan):
+            # ResNet-50 takes longest next to pre-training, so it begins early.
+            lines = sorted(lines, key=lambda line: (line.seed, not takes_much_memory(line)))
+            if which == "others":
+                lines = [line for line in lines if not takes_much_memory(line)]
+            folders.extend(line.folder for line in lines)
+        return folders
+    if which == "unfinished":
+        return [line.folder for line in plan if not Files(study, line).metrics.exists()]
     tested = [study / line.folder for line in plan if line.stage != "pretrain"]
     if which == "untested":
         tested = [folder for folder in tested if (folder / "metrics.json").exists() and not is_tested(folder)]
@@ -159,6 +165,12 @@ def wait_for(parent: Files) -> None:
         time.sleep(0.2)
 
 
+def end_with_parent() -> None:
+    """Ask the system to stop this process when its parent dies, which a killed parent cannot do any more (Linux)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(SET_DEATH_SIGNAL, signal.SIGTERM)
+
+
 class Child:
     """A training in a session of its own, so that only this process decides what reaches it."""
 
@@ -169,9 +181,8 @@ class Child:
             signal.signal(number, self._take)
         self.process = None
         environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
-        self.process = subprocess.Popen(
-            words, stdout=output, stderr=subprocess.STDOUT, env=environment, start_new_session=True
-        )
+        options = {"stdout": output, "stderr": subprocess.STDOUT, "env": environment}
+        self.process = subprocess.Popen(words, start_new_session=True, preexec_fn=end_with_parent, **options)
         if self.stop_signal:  # it came while the process was made
             self._pass_on()
 
@@ -229,12 +240,22 @@ def bash_words(command: str) -> list[str]:
     return [os.fsdecode(word) for word in output.split(b"\0")[:-1]]
 
 
+def command_of(line: PlanLine, flags: list[str]) -> list[str]:
+    """Give the command of a run without what starts a script: the plan's, and flags that depend on the machine."""
+    script, *words = bash_words(line.command)
+    return [str(HERE / script), *words, *flags]
+
+
+def record_of(line: PlanLine, flags: list[str]) -> str:
+    """Write the command as it is recorded when the run has finished."""
+    return shlex.join(command_of(line, flags))
+
+
 def carry_out(study: Path, line: PlanLine, args: argparse.Namespace) -> int:
     """Run a line of the plan, unless it is finished -> exit code."""
     name = run_name(line)
     files = Files(study, line)
-    script, *flags = bash_words(line.command)
-    command = [str(HERE / script), *flags, *args.flags]
+    command = command_of(line, args.flags)
     words = [*args.launch, *command]
     if args.dry_run:
         print(f"\n== {name}\n$ {shlex.join(words)}", flush=True)
@@ -320,6 +341,7 @@ def main(args: argparse.Namespace) -> int:
     if int(os.environ.get("JOB_GPUS", "0")) > 0:  # runs side by side: each slot of xargs is a GPU
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu_of_slot(int(os.environ["JOB_SLOT"]), visible)
+    end_with_parent()
     return carry_out(args.study, find_line(plan, args.run), args)
 
 

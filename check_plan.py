@@ -6,6 +6,7 @@ Prints how many GPUs torch sees and ends with 0 if all is well, else with one li
 """
 
 import argparse
+import os
 import sys
 
 import torch
@@ -13,6 +14,7 @@ import torch
 import baseline
 import finetune
 import pretrain
+import slurm
 from carry_out import bash_words
 from objective import Objective
 from study import DEFAULT_OBJECTIVE, DEFAULT_TASK, PlanError, PlanLine, flag_values, make_plan, one_line, read_args
@@ -44,6 +46,8 @@ def parse_command(line: PlanLine) -> tuple[type[Objective], argparse.Namespace]:
 def main(words: list[str]) -> None:
     """Check the GPUs and every command of a study, and print the number of GPUs: to ask again would import torch again."""
     args = read_args(words, "run_all.sh")
+    if args.slurm is not None and "RUN_ALL_PART" not in os.environ:  # a job of the study itself submits nothing
+        slurm.check_request(args)
     gpus = torch.cuda.device_count()
     if args.gpus and args.gpus > gpus:
         raise PlanError(f"--gpus {args.gpus}: torch sees {gpus} here")

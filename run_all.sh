@@ -11,7 +11,9 @@ NNODES=${NNODES:-1} NODE_RANK=${NODE_RANK:-0}
 case $NNODES$NODE_RANK in *[!0-9]*) refuse "NNODES and NODE_RANK must be numbers, got '$NNODES' and '$NODE_RANK'" ;; esac
 [ "$NNODES" -le 1 ] || [ -n "${MASTER_ADDR:-}" ] || refuse "with NNODES=$NNODES set MASTER_ADDR to the address of node 0"
 settings=$("$SYSTEM" "$HERE/study.py" settings "$@") || exit
-eval "$settings" # DATA_ROOT, OUTPUT, CACHE, GPUS, JOBS, CPU_JOBS, CPU_THREADS, CPU_CORES, DRAWN, DRY, TASK, REFERENCE, TITLE
+eval "$settings" # DATA_ROOT, OUTPUT, CACHE, GPUS, JOBS, CPU_JOBS, CPU_THREADS, CPU_CORES, DRAWN, DRY, SLURM, TASK, REFERENCE, TITLE
+PART=${RUN_ALL_PART:-} # what a job of Slurm does of the study, see slurm.py: read, or report
+[ "$SLURM" = 0 ] || [ "$NNODES" -le 1 ] || refuse "--slurm goes without NNODES; each run is a job of its own"
 
 if [ "$DRY" = 1 ]; then # nothing is installed to show commands
   PYTHON=$HERE/.venv/bin/python; [ -x "$PYTHON" ] || PYTHON=$SYSTEM
@@ -51,7 +53,7 @@ QUIET="" # runs side by side write to their logs, and one line tells of all
 # ----------------------------------------------------------------------------------------------------------------------
 # How a command is run
 
-STOP="" CHILD="" FAILED=0 # CHILD: what runs now, a process or (negative) a group of processes
+STOP="" CHILD="" # CHILD: what runs now, a process or (negative) a group of processes
 ask_child() { # until the request has arrived, or the child has ended: a group exists only once its leader has made it
   until kill -TERM -- "$CHILD" 2> /dev/null || ! kill -0 "${CHILD#-}" 2> /dev/null; do sleep 0.1; done
 }
@@ -61,6 +63,9 @@ stop() { # a stop request: running trainings write a checkpoint before they leav
 }
 trap 'stop 130' INT
 trap 'stop 143' TERM
+trap 'stop 138' USR1 # Slurm: the time limit is near
+WITH_US=() # what a command that this script waits for is started with: it is stopped when this script is killed
+setpriv --pdeathsig TERM true 2> /dev/null && WITH_US=(setpriv --pdeathsig TERM)
 
 await() { # await PID: wait for the end of CHILD, also when a stop request interrupts the waiting
   local status
@@ -73,6 +78,7 @@ await() { # await PID: wait for the end of CHILD, also when a stop request inter
 
 leave_if_asked() { # a request may come between two commands, or so late that the running one still ends well
   [ -n "$STOP" ] || return 0
+  if [ "$STOP" = 138 ] && [ -n "$PART" ]; then scontrol requeue "$SLURM_JOB_ID" && exit 0; fi
   printf '\nrun_all.sh: stopped %s %s; the same run_all.sh command goes on from there.\n' "$1" "$2" >&2
   exit "$STOP"
 }
@@ -86,9 +92,9 @@ run() { # run NAME PURPOSE COMMAND...: run it with its output in a log, and on t
   mkdir -p "$OUTPUT/logs"
   printf '%q ' "$@" >> "$log"; echo >> "$log"
   if [ -n "$QUIET" ]; then
-    PYTHONUNBUFFERED=1 "$@" >> "$log" 2>&1 &
+    PYTHONUNBUFFERED=1 ${WITH_US[@]+"${WITH_US[@]}"} "$@" >> "$log" 2>&1 &
   else
-    PYTHONUNBUFFERED=1 "$@" > >(trap '' TERM; exec tee -ia "$log") 2>&1 & # tee outlives a request to the whole group
+    PYTHONUNBUFFERED=1 ${WITH_US[@]+"${WITH_US[@]}"} "$@" > >(trap '' TERM; exec tee -ia "$log") 2>&1 & # tee outlives a request to the whole group
   fi
   CHILD=$!
   await "$CHILD"
@@ -131,11 +137,11 @@ train() { # train FOLDER...: trainings of the plan, parents before those that st
   fi
   [ "$#" -gt 0 ] || return 0
   leave_if_asked before "the next runs"
-  "$PYTHON" "$HERE/status.py" "$OUTPUT" --watch --jobs "$JOBS" < /dev/null &
+  ${WITH_US[@]+"${WITH_US[@]}"} "$PYTHON" "$HERE/status.py" "$OUTPUT" --watch --jobs "$JOBS" < /dev/null &
   watcher=$!
-  printf '%s\0' "$@" | JOB_GPUS=$GPUS exec setsid xargs -0 -n 1 -P "${AT_ONCE:-$JOBS}" --process-slot-var=JOB_SLOT "${how[@]}" --quiet --wait --run &
+  printf '%s\0' "$@" | JOB_GPUS=$GPUS exec ${WITH_US[@]+"${WITH_US[@]}"} setsid xargs -0 -n 1 -P "${AT_ONCE:-$JOBS}" --process-slot-var=JOB_SLOT "${how[@]}" --quiet --wait --run &
   CHILD=-$!
-  await "$!" || FAILED=1 # a failed run stops no other
+  await "$!" # a failed run stops no other
   kill "$watcher" 2> /dev/null
   wait "$watcher" 2> /dev/null
   leave_if_asked after "the runs above"
@@ -149,47 +155,90 @@ evaluate() { # evaluate FOLDER...: score finished runs on the test images
 # ----------------------------------------------------------------------------------------------------------------------
 # The study
 
-echo "study: $TITLE, $([ "$GPUS" -gt 0 ] && echo "$GPUS GPU(s)" || echo CPU), $JOBS run(s) at a time, output $OUTPUT"
+where="CPU, $JOBS run(s) at a time"
+[ "$GPUS" = 0 ] || where="$GPUS GPU(s), $JOBS run(s) at a time"
+[ "$SLURM" = 0 ] || where="each run a job of Slurm"
+echo "study: $TITLE, $where, output $OUTPUT"
+
+lock_study() { # one run_all.sh at a time works in a folder; what a killed one has left behind leaves first
+  local owner
+  mkdir -p "$OUTPUT" && exec 9>> "$OUTPUT/.lock" || exit 1
+  flock -n -E 1 9
+  case $? in
+    0) ;;
+    1)
+      read -r owner < "$OUTPUT/.lock"
+      if [ "${owner% *}" != "$HOSTNAME" ] || kill -0 "${owner##* }" 2> /dev/null; then
+        refuse "another run_all.sh works in $(printf '%q' "$OUTPUT"); wait for it or choose another --output"
+      fi
+      echo "   an earlier run_all.sh was killed; waiting until its last runs have written their checkpoints"
+      flock -w 300 9 || refuse "runs of a killed run_all.sh still work in $(printf '%q' "$OUTPUT"); stop them first" ;;
+    *) refuse "$(printf '%q' "$OUTPUT") cannot be locked; choose an --output on a file system that has locks (flock)" ;;
+  esac
+  echo "$HOSTNAME $$" > "$OUTPUT/.lock"
+}
+
 if [ "$DRY" = 0 ]; then
-  if [ "$NODE_RANK" = 0 ] && command -v flock > /dev/null; then
-    mkdir -p "$OUTPUT" && exec 9>> "$OUTPUT/.lock" || exit 1
-    flock -n -E 1 9
-    case $? in
-      0) ;;
-      1) refuse "another run_all.sh works in $(printf '%q' "$OUTPUT"); wait for it or choose another --output" ;;
-      *) refuse "$(printf '%q' "$OUTPUT") cannot be locked; choose an --output on a file system that has locks (flock)" ;;
-    esac
-  fi
+  [ -n "$PART" ] || [ ! -e "$OUTPUT/logs/slurm.jobs" ] || "$PYTHON" "$HERE/slurm.py" queued "$OUTPUT" || exit
+  if [ "$NODE_RANK" = 0 ] && command -v flock > /dev/null; then lock_study; fi
 fi
 DATA=(--data_root "$DATA_ROOT" --cache_dir "$CACHE" ${DEVICE[@]+"${DEVICE[@]}"})
-if [ "$DRAWN" = 1 ]; then
-  run data "drawing photos of animals and things, so that nothing need be downloaded" "$PYTHON" "$HERE/prepare.py" demo --data_root "$DATA_ROOT"
-fi
-run splits "listing which images each arm sees" "$PYTHON" "$HERE/prepare.py" splits --data_root "$DATA_ROOT" --cache_dir "$CACHE" --output "$OUTPUT/splits"
 TABLE=$OUTPUT/study.tsv
 [ "$DRY" = 0 ] || TABLE=$(mktemp)
-"$PYTHON" "$HERE/study.py" plan "$@" > "$TABLE.$$" || { status=$?; rm -f "$TABLE.$$"; exit "$status"; }
-mv "$TABLE.$$" "$TABLE" || exit
 
-# What is decoded now lies in the cache when the trainings ask for it. On the screen also where runs are QUIET: it says how long it takes.
-QUIET="" run read "reading all photos and trimaps that the study needs" "$PYTHON" "$HERE/read_data.py" "$OUTPUT"
+plan() { # data, splits, and the table of runs
+  if [ "$DRAWN" = 1 ]; then
+    run data "drawing photos of animals and things, so that nothing need be downloaded" "$PYTHON" "$HERE/prepare.py" demo --data_root "$DATA_ROOT"
+  fi
+  run splits "listing which images each arm sees" "$PYTHON" "$HERE/prepare.py" splits --data_root "$DATA_ROOT" --cache_dir "$CACHE" --output "$OUTPUT/splits"
+  "$PYTHON" "$HERE/study.py" plan "$@" > "$TABLE.$$" || { status=$?; rm -f "$TABLE.$$"; exit "$status"; }
+  mv "$TABLE.$$" "$TABLE" || exit
+}
 
 folders() { "$PYTHON" "$HERE/carry_out.py" "$OUTPUT" --plan "$TABLE" --list "$1"; } # separated by NUL
-if [ "$JOBS" = 1 ]; then
-  mapfile -d '' -t FIRST < <(folders first)
-  mapfile -d '' -t SECOND < <(folders second)
-  train "${FIRST[@]}"
-  train "${SECOND[@]}"
-elif [ "$GPUS" = 0 ]; then
-  mapfile -d '' -t ALONE < <(folders alone) # with nothing beside it, its memory is not added to that of others
-  mapfile -d '' -t OTHERS < <(folders others)
-  # Passive: threads that wait for one another leave the core to whatever else runs on this machine.
-  AT_ONCE=1 OMP_NUM_THREADS=$THREADS_ALONE OMP_WAIT_POLICY=passive train "${ALONE[@]}"
-  train "${OTHERS[@]}"
-else # as soon as a GPU is free; a run waits for the one that it starts from
-  mapfile -d '' -t ALL < <(folders side_by_side)
-  train "${ALL[@]}"
+
+train_all() {
+  if [ "$JOBS" = 1 ]; then
+    mapfile -d '' -t ALL < <(folders in_order)
+    train "${ALL[@]}"
+  elif [ "$GPUS" = 0 ]; then
+    mapfile -d '' -t ALONE < <(folders alone) # with nothing beside it, its memory is not added to that of others
+    mapfile -d '' -t OTHERS < <(folders others)
+    # Passive: threads that wait for one another leave the core to whatever else runs on this machine.
+    AT_ONCE=1 OMP_NUM_THREADS=$THREADS_ALONE OMP_WAIT_POLICY=passive train "${ALONE[@]}"
+    train "${OTHERS[@]}"
+  else # as soon as a GPU is free; a run waits for the one that it starts from
+    mapfile -d '' -t ALL < <(folders side_by_side)
+    train "${ALL[@]}"
+  fi
+}
+
+name_unfinished() { # name_unfinished FOLDER...: what failed, with its log and command, and what did not finish for another reason
+  local folder log
+  printf '\nrun_all.sh: some runs failed; the report names what is missing. The same command repeats them:\n'
+  for folder in "$@"; do
+    log="$OUTPUT/logs/${folder/\//_}"
+    if [ -e "$log.failed" ]; then
+      cat "$log.failed"
+    else
+      printf 'run_all.sh: %s did not finish: it was stopped, or what it starts from failed.\n  log:     %s\n' "$folder" "$log.log"
+    fi
+  done
+}
+
+[ -n "$PART" ] || plan "$@"
+if [ "$SLURM" = 1 ] && [ -z "$PART" ]; then
+  "$PYTHON" "$HERE/slurm.py" submit "$TABLE" "$@"
+  status=$?
+  [ "$DRY" = 0 ] || rm -f "$TABLE"
+  exit "$status"
 fi
+if [ "$PART" != report ]; then
+  # What is decoded now lies in the cache when the trainings ask for it. On the screen also where runs are QUIET: it says how long it takes.
+  QUIET="" run read "reading all photos and trimaps that the study needs" "$PYTHON" "$HERE/read_data.py" "$OUTPUT"
+fi
+[ "$PART" != read ] || exit 0
+[ "$PART" = report ] || train_all
 [ "$NODE_RANK" = 0 ] || exit 0
 mapfile -d '' -t UNTESTED < <(folders "$([ "$DRY" = 1 ] && echo tests || echo untested)")
 evaluate ${UNTESTED[@]+"${UNTESTED[@]}"}
@@ -199,9 +248,9 @@ fi
 run report "tables, statistics and figures" "$PYTHON" "$HERE/report.py" "$OUTPUT"
 [ "$DRY" = 0 ] || { rm -f "$TABLE"; exit 0; }
 [ -z "$QUIET" ] || { echo; tail -n 5 "$OUTPUT/logs/report.log"; } # the numbers that matter, which only the log has
-if [ "$FAILED" != 0 ]; then
-  printf '\nrun_all.sh: some runs failed; the report names what is missing. The same command repeats them:\n' >&2
-  cat "$OUTPUT"/logs/*.failed >&2 2> /dev/null
+mapfile -d '' -t UNFINISHED < <(folders unfinished)
+if [ "${#UNFINISHED[@]}" -gt 0 ]; then
+  name_unfinished "${UNFINISHED[@]}" >&2
   exit 1
 fi
 printf '\nThe study is finished after %d min %d s. Read %s/report/report.html\n' $((SECONDS / 60)) $((SECONDS % 60)) "$OUTPUT"

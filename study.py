@@ -4,6 +4,7 @@
     python study.py plan --sweep label_fraction --extra_arms pets my_split
     python study.py plan --audit                                # our protocol, with one choice of the original code each
     python study.py settings --demo                                                  # what run_all.sh needs to know
+    python study.py status runs/study                                                # how far each run is, see status.py
 
 `run_all.sh` writes the table to OUTPUT/study.tsv and carries it out line by line; `report.py` reads it. A line's parent
 stands above it, and the lines of one seed and stage do not depend on each other. The arms are those of arms.py.
@@ -60,6 +61,7 @@ DEMO_MAE = {"drop_path": 0}
 DEMO_HALF = {"epoch_updates": 40}  # half of the labels for as many epochs, as in the study
 # Its first convolutions see little at 64 pixels, and an update costs ten times one of the others': fewer, larger batches.
 DEMO_RESNET = {"epochs": 4, "epoch_updates": 18, "batch_size": 8, "blr": "32e-3", "warmup_epochs": 0.4}
+SLURM_FLAGS = ("-a", "--array", "-d", "--dependency", "--wrap", "--parsable", "--test-only")  # which slurm.py sets
 DEMO_MOST_JOBS = 5  # runs of the demo that can be made at the same time
 
 DATA_FILES = (
@@ -124,7 +126,25 @@ def read_lines(text: str) -> list[PlanLine]:
             raise ValueError(f"unknown stage {line.stage!r}; stages are {', '.join(STAGES)}")
         value = float(line.value) if line.value else None
         lines.append(line._replace(seed=int(line.seed), value=value))
+    generations(lines)
     return lines
+
+
+def generations(lines: list[PlanLine]) -> list[list[PlanLine]]:
+    """Sort runs by what they wait for: those that depend on no other, those that start from one of these, and so on.
+
+    Raises ValueError if a run starts from one that does not stand above it.
+    """
+    sorted_lines: list[list[PlanLine]] = []
+    number = {"": -1}
+    for line in lines:
+        if line.parent not in number:
+            raise ValueError(f"{line.folder} starts from {line.parent}, which is no line above it")
+        number[line.folder] = number[line.parent] + 1
+        if number[line.folder] == len(sorted_lines):
+            sorted_lines.append([])
+        sorted_lines[number[line.folder]].append(line)
+    return sorted_lines
 
 
 def read_plan(table: Path) -> list[PlanLine]:
@@ -341,6 +361,12 @@ def get_args_parser(prog: str) -> PlanParser:
         help="runs at the same time, each on its own GPU or with its share of the CPU's cores (default: 1, each over "
         "all GPUs; demo on a CPU: one for each core); on a CPU, ResNet-50 comes first and alone, for its memory",
     )
+    add(
+        "--slurm",
+        metavar="FLAGS",
+        help='submit the study to Slurm with these flags of sbatch, "--partition=gpu --gres=gpu:1 --time=2:00:00": an '
+        "array of jobs for each stage, then tests and report; --jobs N: at most N runs at a time; --gpus 0: on CPUs",
+    )
     add("--seeds", nargs="+", default=["0"], metavar="SEED", help="repeat the study with these seeds (default: 0)")
     add("--sweep", action="append", choices=SWEEPS, help="also run this sweep; may be given twice")
     add(
@@ -384,7 +410,7 @@ def join_values(words: list[str]) -> list[str]:
     """Join flags and values that argparse would take for flags: --pretrain_args "--no-compile"."""
     joined = []
     for word in words:
-        if joined and joined[-1] in ("--pretrain_args", "--finetune_args"):
+        if joined and joined[-1] in ("--pretrain_args", "--finetune_args", "--slurm"):
             joined[-1] = f"{joined[-1]}={word}"
         else:
             joined.append(word)
@@ -437,9 +463,27 @@ def complete(args: argparse.Namespace) -> argparse.Namespace:
         raise PlanError(f"--gpus takes a number of GPUs, got {args.gpus}")
     if args.jobs is not None and args.jobs < 1:
         raise PlanError(f"--jobs takes a number of runs from 1 on, got {args.jobs}")
-    if args.jobs and args.gpus and args.jobs > args.gpus:
+    if args.slurm is not None:
+        args.slurm = read_words(args.slurm)
+        check_slurm_flags(args)
+        if args.gpus:
+            raise PlanError(
+                f"--gpus {args.gpus} with --slurm: say --gres=gpu:N in the flags of sbatch, or --gpus 0 for CPUs"
+            )
+    elif args.jobs and args.gpus and args.jobs > args.gpus:
         raise PlanError(f"--jobs {args.jobs} needs a GPU for each run, --gpus gives {args.gpus}")
     return args
+
+
+def check_slurm_flags(args: argparse.Namespace) -> None:
+    """Refuse flags of sbatch that the study sets itself, and options of run_all.sh in their place."""
+    own = {f"--{name}" for name in vars(args)} - {"--gpus", "--output"}  # which sbatch has too
+    for word in args.slurm:
+        name = word.split("=")[0]
+        if name in own:
+            raise PlanError(f"--slurm takes the flags of sbatch in quotes, got run_all.sh's own {name}")
+        if name in SLURM_FLAGS:
+            raise PlanError(f"--slurm sets {name}, which belongs to the study; leave it out")
 
 
 def num_cores() -> int:
@@ -449,6 +493,8 @@ def num_cores() -> int:
 
 def cpu_jobs(args: argparse.Namespace) -> int:
     """Say how many runs a CPU makes at the same time."""
+    if args.slurm is not None:  # each in a job of its own
+        return 1
     if args.jobs is not None:
         return args.jobs
     if args.demo:
@@ -525,12 +571,13 @@ def shell_settings(args: argparse.Namespace) -> str:
         "OUTPUT": args.output,
         "CACHE": args.cache_dir,
         "GPUS": "" if args.gpus is None else str(args.gpus),
-        "JOBS": "" if args.jobs is None else str(args.jobs),
+        "JOBS": "" if args.jobs is None or args.slurm is not None else str(args.jobs),
         "CPU_JOBS": str(cpu_jobs(args)),
         "CPU_THREADS": str(max(1, num_cores() // cpu_jobs(args))),
         "CPU_CORES": str(num_cores()),
         "DRAWN": str(int(args.drawn)),
         "DRY": str(int(args.dry_run)),
+        "SLURM": str(int(args.slurm is not None)),
         "TASK": args.task,
         "REFERENCE": reference_flags(args, given[-1] if given else img_size),
         "TITLE": f"model {args.model}, data {args.data_root}, seeds {' '.join(map(str, args.seeds))}",
@@ -549,8 +596,11 @@ def read_args(words: list[str], prog: str) -> argparse.Namespace:
 def main(words: list[str]) -> None:
     """Print a plan, or the settings of run_all.sh."""
     what = words[0] if words else ""
+    if what == "status":
+        script = str(Path(__file__).with_name("status.py"))
+        os.execv(sys.executable, [sys.executable, script, *words[1:]])
     if what not in ("plan", "settings"):
-        raise PlanError("say what to print: study.py plan, or study.py settings for run_all.sh")
+        raise PlanError("say what to print: study.py plan, study.py status FOLDER, or study.py settings for run_all.sh")
     args = read_args(words[1:], "run_all.sh" if what == "settings" else "study.py plan")
     sys.stdout.reconfigure(errors="surrogateescape")  # names of folders may be any bytes
     if what == "settings":

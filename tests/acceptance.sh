@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# What takes longer than the suite: the full demo with its claims, kills and faults, the over-fitting tests at 224 px.
-# usage: bash tests/acceptance.sh [demo|stress|faults|slow|clean]...   (default: all; SAMPLE_ROOT=DIR adds real photos)
+# What takes longer than the suite: the full demo with its claims, kills and faults, Slurm, the over-fitting tests at 224 px.
+# usage: bash tests/acceptance.sh [demo|stress|faults|slurm|slow|clean]...   (default: all; SAMPLE_ROOT=DIR adds real photos)
 set -eu
 cd "$(dirname "$0")/.."
 REQUIREMENTS=requirements-dev.txt
@@ -24,7 +24,7 @@ sample_memory() { # sample_memory PID FILE: each second until it ends, the large
   done
 }
 
-for part in ${*:-clean demo stress faults slow}; do
+for part in ${*:-clean demo stress faults slurm slow}; do
   case $part in
     clean) # from a clone with nothing installed; the suite leaves no file behind
       git clone -q . "$folder/clone"
@@ -47,7 +47,10 @@ for part in ${*:-clean demo stress faults slow}; do
         bash run_all.sh --demo --data_root "$SAMPLE_ROOT" --output "$folder/photos" --cache_dir "$folder/cache"
         "$PYTHON" tests/check_demo.py "$folder/photos"
       fi ;;
-    stress) "$PYTHON" tests/stress.py kills 20 ;;
+    stress) # trainings killed again and again; then whole studies: their script, one of its processes, or all
+      "$PYTHON" tests/stress.py kills 20
+      "$PYTHON" tests/stress.py studies 20 --seed "${SEED:-0}" ;;
+    slurm) "$PYTHON" tests/real_slurm.py ;; # a real one, where it may be installed
     faults) # 10,320 faults from a seed, each judged, and any words as command lines; SEED=N tries others
       "$PYTHON" tests/stress.py files 10000 --seed "${SEED:-0}"
       "$PYTHON" tests/stress.py processes 320 --seed "${SEED:-0}"

@@ -22,11 +22,13 @@ SCRIPTS = (
     "arms.py",
     "protocols.py",
     "carry_out.py",
+    "slurm.py",
     "status.py",
 )
 
 # A training appends to "starts" in its folder, does what the environment variable FAKE says for the folder's name (an exit
-# code, or "wait" for a stop request and the file "release" next to the plan), and leaves what a finished run leaves.
+# code, or "wait" for a stop request and the file "release" next to the plan), and leaves what a finished run leaves. One
+# that was stopped tells of a checkpoint at the step that FAKE_STEP says.
 TRAINING = """
 import json, os, pathlib, signal, sys, time
 
@@ -50,6 +52,7 @@ if isinstance(wanted, str):
         if stops:
             (folder / "stopped").touch()
     (folder / "stops").write_text(str(len(stops)))
+    print("checkpoint written at step", os.environ.get("FAKE_STEP", "3"), "of 10", flush=True)
 (folder / "config.json").write_text(json.dumps({"updates": 10}))
 if int(code) == 0:
     (folder / "metrics.json").write_text("{}")
@@ -131,9 +134,20 @@ def starts(study: Path, folder: str) -> list[dict]:
 
 def wait_for(ready: Callable[[], bool], process: subprocess.Popen) -> None:
     """Wait until something is so, while a process runs."""
+
+    def is_ready() -> bool:
+        if ready():
+            return True
+        assert process.poll() is None, process.communicate()
+        return False
+
+    wait_until(is_ready)
+
+
+def wait_until(ready: Callable[[], bool]) -> None:
+    """Wait until something is so."""
     end = time.monotonic() + DEADLINE
     while not ready():
-        assert process.poll() is None, process.communicate()
         assert time.monotonic() < end, "it took too long"
         time.sleep(0.02)
 

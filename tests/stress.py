@@ -1,6 +1,7 @@
 """Faults of all kinds, in all files and at all moments: each ends with the same result to the bit, or in a line about it.
 
     python tests/stress.py kills 20                  # pre-training and fine-tuning, 20 kills each (the suite does 3)
+    python tests/stress.py studies 20 --seed 0       # run_all.sh, one process of it, or all, killed at random moments
     python tests/stress.py files 10000 --seed 0      # damage to small files, in this process
     python tests/stress.py processes 300 --seed 0    # trainings killed, stopped, out of disk; ranks; damage between
 
@@ -155,12 +156,18 @@ def main(args: argparse.Namespace) -> int:
     if args.what == "kills":
         kill_trainings(args.number)
         return 0
+    if args.what == "studies":
+        sys.path.insert(0, str(ROOT / "tests"))
+        from study_kills import kill_studies
+
+        kill_studies(args.number, args.seed)
+        return 0
     return run_campaign(args)
 
 
 def get_args_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("stress.py", description="Faults of all kinds")
-    parser.add_argument("what", choices=["kills", "files", "processes"])
+    parser.add_argument("what", choices=["kills", "studies", "files", "processes"])
     parser.add_argument("number", type=int, help="how many")
     parser.add_argument("--seed", type=int, default=0, help="another seed tries other faults (default: 0)")
     parser.add_argument("--first", type=int, default=0, help="number of the first fault (default: 0)")

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from fake_study import environment, files_of, finish, make_plan, make_scripts, plan_line, starts, wait_for
+from fake_study import environment, files_of, finish, make_plan, make_scripts, plan_line, starts, wait_for, wait_until
 
 import carry_out
 from study import quote, write_lines
@@ -179,6 +179,19 @@ def test_a_killed_training_is_reported(scripts, study):
     assert files_of(study, ALONE).failure.exists()
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent has died")
+def test_a_training_whose_starter_is_killed_is_asked_to_stop(scripts, study):
+    process = start(scripts, study, ALONE, fake={"baseline_mae": "wait 143"})
+    wait_for((study / ALONE / "starts").exists, process)
+    (study / "release").touch()
+    process.kill()
+    process.wait()
+    training = starts(study, ALONE)[0]["pid"]
+    wait_until((study / ALONE / "stops").exists)
+    assert (study / ALONE / "stops").read_text() == "1"
+    wait_until(lambda: not Path(f"/proc/{training}").exists())
+
+
 ODD = ["it's", 'say "so"', "tab\there", "line\nbreak", "carriage\rreturn", "$HOME `id` \\ *", "", "Umläute", "'\n'"]
 
 
@@ -219,8 +232,8 @@ def test_a_slot_without_a_gpu_is_refused(scripts, study):
 
 def test_lists_are_in_the_order_of_the_plan(study):
     lines = carry_out.read_plan(study / "study.tsv")
-    assert carry_out.list_folders(study, lines, "first") == [PARENT, ALONE]
-    assert carry_out.list_folders(study, lines, "second") == [CHILD]
+    assert carry_out.list_folders(study, lines, "in_order") == [PARENT, ALONE, CHILD]
+    assert carry_out.list_folders(study, lines, "unfinished") == [PARENT, CHILD, ALONE]
     assert carry_out.list_folders(study, lines, "tests") == [str(study / CHILD), str(study / ALONE)]
     assert carry_out.list_folders(study, lines, "untested") == []
 
@@ -250,7 +263,7 @@ def test_a_missing_or_damaged_plan_is_named_with_what_mends_it(script, content, 
         (tmp_path / "study.tsv").write_text(content)
     words = [sys.executable, str(Path(carry_out.__file__).with_name(script)), str(tmp_path)]
     if script == "carry_out.py":
-        words += ["--list", "first"]
+        words += ["--list", "in_order"]
     done = subprocess.run(words, capture_output=True, text=True)
     assert done.returncode == 2
     assert len(done.stderr.splitlines()) == 1

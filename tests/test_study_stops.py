@@ -88,6 +88,41 @@ def test_resnet50_is_trained_alone_on_all_cores_of_a_cpu(set_by_user, alone, tmp
     assert starts(study, "seed0/pretrain_animal")[0]["threads"] == others
 
 
+@pytest.mark.parametrize("jobs", ["1", "2"])
+def test_a_killed_study_stops_its_trainings_and_goes_on_when_it_is_repeated(jobs, tmp_path):
+    process = start_fake(tmp_path, "--jobs", jobs, fake={"pretrain_animal": "wait 143"})
+    folder = tmp_path / "runs/demo/seed0/pretrain_animal"
+    wait_for((folder / "starts").exists, process)
+    process.kill()
+    process.communicate()
+    process = start_fake(tmp_path, "--jobs", jobs, fake={})
+    out, err = finish(process)
+    assert process.returncode == 0, out + err
+    assert (folder / "stops").read_text() == "1"
+    assert len(list(tmp_path.glob("runs/demo/seed0/*/metrics.json"))) == 9
+
+
+def test_a_run_that_left_no_word_is_named_at_the_end(tmp_path):
+    process = start_fake(tmp_path, "--jobs", "2", fake={"baseline_mae": "wait 143"})
+    study = tmp_path / "runs/demo"
+    wait_for((study / "seed0/baseline_mae/starts").exists, process)
+    [starter] = [entry for entry in Path("/proc").glob("[0-9]*") if is_starter(entry, study / "seed0/baseline_mae")]
+    os.kill(int(starter.name), signal.SIGKILL)
+    _, err = finish(process)
+    assert process.returncode == 1
+    assert "seed0/baseline_mae did not finish" in err and "logs/seed0_baseline_mae.log" in err
+
+
+def is_starter(entry: Path, folder: Path) -> bool:
+    """Tell whether a process carries out a run of this very study."""
+    try:
+        words = (entry / "cmdline").read_bytes().split(b"\0")
+        here = (entry / "cwd").resolve()
+    except OSError:
+        return False
+    return b"seed0/baseline_mae" in words and here == folder.parents[3] and b"--run" in words and b"xargs" not in words
+
+
 def test_a_failed_run_stops_no_other_and_is_named_at_the_end(tmp_path):
     process = start_fake(tmp_path, "--jobs", "2", fake={"pretrain_animal": 255, "baseline_mae": 3})
     out, err = finish(process)
