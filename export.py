@@ -194,7 +194,7 @@ def loading_code(model: nn.Module, to: str, target: Path, config: dict) -> str:
     config_kind = kind.replace("ForPreTraining", "Model").replace("Model", "Config")
     options = "" if is_autoencoder(model) else ", add_pooling_layer=False"
     if is_folder(target):
-        return f"from transformers import {kind}\n\nmodel = {kind}.from_pretrained({target.name!r}{options})"
+        return f"from transformers import {kind}\n\nmodel = {kind}.from_pretrained({target.absolute().name!r}{options})"
     sizes = {name: value for name, value in config.items() if name not in ("architectures", "model_type")}
     return (
         f"{imports}\nfrom transformers import {config_kind}, {kind}\n\n"
@@ -219,14 +219,19 @@ def check_target(target: Path, to: str, checkpoint: Path) -> None:
         check_folder(target)
         import_safetensors(target / "model.safetensors")
         return
-    for path in (target, card_beside(target)):
-        if path.exists() and not path.is_file():
-            raise EngineError(f"{path} is not a file that could be replaced; choose another name")
+    check_file(target)
+    check_file(card_beside(target))
     is_checkpoint = target.exists() and checkpoint.exists() and target.samefile(checkpoint)
     if is_checkpoint or recorded_hash(target) is not None:
         raise EngineError(f"{target} is the file of a run; choose another name")
     if target.suffix == ".safetensors":
         import_safetensors(target)
+
+
+def check_file(path: Path) -> None:
+    """Refuse a name that something other than a file has."""
+    if path.exists() and not path.is_file():
+        raise EngineError(f"{path} is not a file that could be replaced; choose another name")
 
 
 def check_folder(target: Path) -> None:

@@ -16,6 +16,8 @@ from hypothesis import strategies as st
 from small_models import relative_error, spread
 from small_runs import REPOSITORY, SMALL, drawn_root, mae_checkpoint, metrics, refusal, run
 
+import engine
+import export as export_script
 from engine import hash_file
 from export import timm_call
 from models import BUILDERS, build_mae, build_vit, patchify
@@ -500,6 +502,20 @@ def test_nothing_that_is_there_is_replaced_but_an_earlier_export(pretrained, tmp
     for _ in range(2):
         export("transformers", folder / "model.pt", tmp_path / "mae")
         export("facebook", folder / "model.pt", tmp_path / "mae.pth")
+
+
+@pytest.mark.parametrize("project", ["timm", "transformers"])
+@pytest.mark.parametrize("target", ["", ".", "..", "/", "/dev/full", "notes.txt/x.pth", "n" * 300 + ".pth", "lone.pt"])
+def test_an_odd_name_is_refused_in_one_line(project, target, tmp_path, tmp_path_factory, monkeypatch):
+    shutil.copy(mae_checkpoint(tmp_path_factory), tmp_path / "lone.pt")
+    (tmp_path / "notes.txt").write_text("mine")
+    monkeypatch.chdir(tmp_path)
+    words = ["export", "--to", project, "lone.pt", target]
+    with pytest.raises((ValueError, OSError)) as caught:
+        export_script.main(export_script.get_args_parser().parse_args(words))
+    failure = engine.explain(caught.value)
+    assert failure.exit_code in (1, 2) and "\n" not in failure.message
+    assert {path.name for path in tmp_path.iterdir()} == {"lone.pt", "notes.txt"}
 
 
 def test_a_full_disk_leaves_the_export_that_is_there(pretrained, tmp_path, monkeypatch):
