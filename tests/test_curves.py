@@ -181,23 +181,33 @@ pretrain.main(pretrain.get_args_parser().parse_args(sys.argv[1:]))
 def test_of_several_processes_only_the_first_writes_curves(flags, tmp_path):
     reader_of(tmp_path)
     words = [word for flag in flags for word in str(flag).split()]
-    on_two_processes(TWO_PROCESSES, *words, "--epochs", 1, "--tensorboard", "--output_dir", tmp_path / "run")
+    words += ["--epochs", 1, "--num_images", 8, "--batch_size", 4, "--tensorboard", "--output_dir", tmp_path / "run"]
+    on_two_processes(TWO_PROCESSES, *words)
     assert len(event_files(tmp_path / "run")) == 1
     assert points(reader_of(tmp_path / "run")) == points_of_log(tmp_path / "run")
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_without_the_package_the_flag_is_refused_in_one_line_before_anything_is_written(script, tmp_path):
+def test_without_the_package_the_flag_is_refused_and_all_else_works(script, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    parser = SCRIPTS[script].get_args_parser()
+    needed = {"pretrain": [], "finetune": ["--init", "model.pt"], "baseline": ["--model", "mae"]}[script]
+    assert not parser.parse_args(needed).tensorboard
+    with pytest.raises(SystemExit, match="2"):
+        parser.parse_args([*needed, "--tensorboard"])
+    assert "--tensorboard needs the package tensorboard" in capsys.readouterr().err
+
+
+def test_a_missing_package_is_one_line_before_anything_is_written(tmp_path):
     package = tmp_path / "packages" / "tensorboard"
     package.mkdir(parents=True)
     (package / "__init__.py").write_text("raise ModuleNotFoundError(\"No module named 'tensorboard'\")\n")
     (tmp_path / "work").mkdir()
-    words = {"pretrain": [], "finetune": ["--init", "model.pt"], "baseline": ["--model", "mae"]}[script]
-    command = [sys.executable, str(REPOSITORY / f"{script}.py"), *words, "--tensorboard"]
+    command = [sys.executable, str(REPOSITORY / "pretrain.py"), "--tensorboard"]
     environment = {**os.environ, "PYTHONPATH": str(package.parent)}
     done = subprocess.run(command, cwd=tmp_path / "work", env=environment, capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
-    assert "--tensorboard needs the package tensorboard (No module named 'tensorboard')" in done.stderr
+    assert "needs the package tensorboard (No module named 'tensorboard')" in done.stderr
     assert "pip install tensorboard" in done.stderr
     assert list((tmp_path / "work").iterdir()) == []

@@ -24,7 +24,7 @@ from models import BUILDERS, build_mae, build_vit, patchify
 from weights import GENERATIONS, load_pretrained, read_checkpoint, reference_keys, transformers_keys
 
 CLOSE = 1e-5
-FEW = settings(max_examples=8, deadline=None, database=None, derandomize=True)
+FEW = settings(max_examples=5, deadline=None, database=None, derandomize=True)
 ENCODERS = {
     "vit": {"kind": "vit"},
     "segmenter": {"kind": "segmenter"},
@@ -165,11 +165,10 @@ def test_timm_pools_as_our_classifier_does_where_the_norm_stays_in_its_place(tmp
     assert relative_error(found, model.pool(features_of(model))) < CLOSE
 
 
-@pytest.mark.parametrize("kind", ["segmenter", "classifier"])
-def test_resnet50_goes_to_timm_and_torchvision_and_is_refused_elsewhere_by_name(kind, tmp_path):
+def test_resnet50_goes_to_timm_and_torchvision_and_is_refused_elsewhere_by_name(tmp_path):
     timm = pytest.importorskip("timm", reason="timm is not installed")
     torchvision = pytest.importorskip("torchvision.models", reason="torchvision is not installed")
-    config = {"kind": kind, "name": "resnet50", "num_classes": 3, "img_size": 64}
+    config = {"kind": "classifier", "name": "resnet50", "num_classes": 3, "img_size": 64}
     checkpoint, model = write_checkpoint(tmp_path, config)
     for project in ("facebook", "transformers"):
         message = refusal("export", "export", f"--to {project}", checkpoint, tmp_path / "x.pth")
@@ -181,8 +180,9 @@ def test_resnet50_goes_to_timm_and_torchvision_and_is_refused_elsewhere_by_name(
         expected = model.backbone(images)
         assert relative_error(names["model"].eval().forward_features(images), expected) < CLOSE
     assert isinstance(names["model"], timm.models.resnet.ResNet)
-    missing, unexpected = torchvision.resnet50().load_state_dict(read_checkpoint(tmp_path / "resnet.pth"), strict=False)
-    assert (missing, unexpected) == (["fc.weight", "fc.bias"], [])
+    with torch.device("meta"):
+        theirs = torchvision.resnet50().state_dict()
+    assert theirs.keys() - read_checkpoint(tmp_path / "resnet.pth").keys() == {"fc.weight", "fc.bias"}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -490,7 +490,7 @@ def test_nothing_that_is_there_is_replaced_but_an_earlier_export(pretrained, tmp
         ("transformers", lone, tmp_path / "notes.txt", "is a file; transformers reads a folder"),
         ("timm", tmp_path / "absent.pt", tmp_path / "out.pth", "does not exist"),
         ("timm", tmp_path / "absent.pt", tmp_path / "notes.txt", "does not exist"),
-        ("timm", tmp_path / "notes.txt", tmp_path / "out.pth", "is damaged or no checkpoint"),
+        ("timm", tmp_path / "notes.txt", tmp_path / "out.pth", "is not a checkpoint of tensors"),
     ]
     for project, checkpoint, target, reason in refused:
         assert reason in refusal("export", "export", f"--to {project}", checkpoint, target)
