@@ -33,6 +33,7 @@ from engine import (
 )
 
 OF_TRAINING = {".lock", "config.json.tmp", "last.pt", "last.prev.pt", "last.new.pt", "last.new.pt.tmp", "log.jsonl"}
+EVENT_FILES = "events.out.tfevents.*"  # TensorBoard's, see curves.py
 
 
 class RunFolder:
@@ -50,6 +51,7 @@ class RunFolder:
         self.finished = False
         self.identity = {"experiment": digest_of(config["experiment"])}  # what a checkpoint belongs to
         self.log_text = ""  # all of log.jsonl; a checkpoint holds it, so that both go back to the same step
+        self.curves = None  # takes every line of the log as well, see curves.py
         self._log = None
         self._lock = None
         problem = None
@@ -71,6 +73,8 @@ class RunFolder:
         if resume == "never":
             for name in ("last.pt", "last.prev.pt", "log.jsonl", "metrics.json", "model.pt"):
                 (self.dir / name).unlink(missing_ok=True)
+            for path in self.dir.glob(EVENT_FILES):
+                path.unlink()
         self.finished = self._is_finished()
         if not self.finished:
             write_json(self.dir / "config.json", self.config)
@@ -108,8 +112,8 @@ class RunFolder:
         """Refuse a folder that holds something other than a run."""
         if not self.dir.is_dir() or (self.dir / "config.json").exists():
             return
-        names = {path.name for path in self.dir.iterdir()}
-        foreign = sorted(names - OF_TRAINING)  # a checkpoint knows its experiment without config.json
+        # A checkpoint knows its experiment without config.json.
+        foreign = sorted(path.name for path in self.dir.iterdir() if not is_of_training(path))
         if foreign:
             reason = f"holds {foreign[0]} and is no run of this project"
             raise EngineError(f"--output_dir {self.dir} {reason}; choose another")
@@ -171,11 +175,15 @@ class RunFolder:
             # What was logged after the checkpoint will be logged again.
             write_atomic(self.dir / "log.jsonl", lambda file: file.write(self.log_text.encode()))
             self._log = open(self.dir / "log.jsonl", "ab")  # noqa: SIM115
+            if self.curves is not None:
+                self.curves.start(self.log_text)
         content = strict_json({"event": event, **fields})
         line = json.dumps(content) + "\n"
         self._log.write(line.encode())
         self._log.flush()
         self.log_text += line
+        if self.curves is not None:
+            self.curves.add(content)
 
     def save(self, state: dict) -> None:
         """Write last.pt (first process only); the checkpoint before it stays as last.prev.pt."""
@@ -233,6 +241,8 @@ class RunFolder:
         """
         if not self.dist.is_main:
             return
+        if self.curves is not None:
+            self.curves.close()
         write_atomic(self.dir / "model.pt", lambda file: torch.save(weights, file))
         files = {path.name: hash_file(path) for path in sorted(self.dir.iterdir()) if self._is_result(path)}
         if self.log_text:
@@ -242,7 +252,12 @@ class RunFolder:
             (self.dir / name).unlink(missing_ok=True)
 
     def _is_result(self, path: Path) -> bool:
-        return path.is_file() and path.name not in OF_TRAINING and not path.name.endswith(".tmp")
+        return path.is_file() and not is_of_training(path) and not path.name.endswith(".tmp")
+
+
+def is_of_training(path: Path) -> bool:
+    """Tell whether a file of a run's folder serves its training, and is no result."""
+    return path.name in OF_TRAINING or path.match(EVENT_FILES)
 
 
 def digest_of(experiment: dict) -> str:

@@ -22,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 import engine
 from batches import TrainBatches, share_of_batch
 from cuda_graph import RecordedBackward
+from curves import Curves, SwitchOn
 from engine import Distributed, EngineError, Parser, Precision, Progress, at_least, seed_number
 from objective import Objective, ScoringNetwork
 from runs import RunFolder
@@ -127,6 +128,12 @@ def add_training_arguments(
         "--save_minutes", type=at_least(0), default=5, help="minutes between checkpoints; 0: one after every validation"
     )
     how("--log_every", type=at_least(1, int), default=50, help="steps between lines of log.jsonl")
+    how(
+        "--tensorboard",
+        action=SwitchOn,
+        help="write the lines of log.jsonl as TensorBoard curves too, for `tensorboard --logdir runs`; may be given when "
+        "a run is continued",
+    )
     how("--dry_run", action="store_true", help="print the plan of the run and leave")
 
 
@@ -691,6 +698,8 @@ def train(objective: Objective, args: argparse.Namespace, dist: Distributed) -> 
     if images.dropped and dist.is_main:
         planned = len(objective.split.images)
         print(f"note: {planned - len(images)} of {planned} images cannot be read and is left out", flush=True)
+    if args.tensorboard and dist.is_main:
+        run.curves = Curves(run.dir)
     objective.model.to(dist.device, memory_format=objective.memory_format)
     trainer = Trainer(objective, plan, run, train_batches, precision, args, dist)
     metrics = trainer.fit()

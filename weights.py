@@ -1,7 +1,9 @@
-"""Reading checkpoints safely, and loading weights that other projects published into the networks of models.py.
+"""Reading checkpoints safely, and weights in the layouts of other projects, in and out.
 
 print(load_pretrained(build_segmenter("mae_base"), "mae_pretrain_vit_base.pth"))     # what was loaded, what is new
 model, checkpoint = load_model("runs/study/seed0/finetune_animal/model.pt")
+
+python weights.py export --to timm runs/study/seed0/pretrain_animal/model.pt encoder.safetensors     # see export.py
 """
 
 import errno
@@ -10,9 +12,11 @@ import math
 import os
 import pickle
 import re
+import runpy
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from torch import nn
@@ -72,6 +76,8 @@ def read_checkpoint(path: str | os.PathLike) -> dict:
     """Read a checkpoint file to CPU memory without running any code in it; CheckpointError if that cannot be done."""
     if os.path.exists(path) and not os.path.isfile(path):
         raise CheckpointError(f"checkpoint {path} is no file but a folder, pipe or device")
+    if str(path).endswith(".safetensors"):
+        return read_safetensors(path)
     try:
         if zipfile.is_zipfile(path):  # older formats of torch have no checksums
             verify_archive(path)
@@ -92,18 +98,42 @@ def read_checkpoint(path: str | os.PathLike) -> dict:
     return content
 
 
+def read_safetensors(path: str | os.PathLike) -> State:
+    """Read a file of the safetensors format; CheckpointError if that cannot be done or its package is missing."""
+    safetensors = import_safetensors(path)
+    try:
+        return safetensors.torch.load_file(path)
+    except FileNotFoundError:
+        raise CheckpointError(f"checkpoint {path} does not exist") from None
+    except (OSError, safetensors.SafetensorError):
+        raise CheckpointError(f"{path} is damaged or no checkpoint; download or copy it again") from None
+
+
+def import_safetensors(path: str | os.PathLike) -> ModuleType:
+    """Import the optional package safetensors; CheckpointError that names the file if it is missing."""
+    try:
+        import safetensors.torch
+    except ImportError:
+        advice = "install it with `pip install safetensors`, or use a file whose name ends in .pth, which needs nothing"
+        raise CheckpointError(f"{path} needs the package safetensors; {advice}") from None
+    return safetensors
+
+
 def identify(path: str | os.PathLike) -> str:
     """Compute the SHA-256 of a checkpoint; CheckpointError if the finished run beside it recorded another."""
     found = hash_file(path)
-    path = Path(path)
-    try:
-        recorded = json.loads((path.parent / "metrics.json").read_text())["files"][path.name]
-    except (OSError, ValueError, KeyError, TypeError):  # no file of a run of ours
-        return found
-    if recorded != found:
+    if recorded_hash(Path(path)) not in (None, found):
         advice = "bring it back, or move the run's folder away and train it again"
         raise CheckpointError(f"{path} is not what its run has written (see metrics.json beside it); {advice}")
     return found
+
+
+def recorded_hash(path: Path) -> str | None:
+    """Look up the SHA-256 of a file in the record of the finished run that it belongs to; None if it is of no run."""
+    try:
+        return json.loads((path.parent / "metrics.json").read_text())["files"][path.name]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def load_model(path: str | os.PathLike) -> tuple[nn.Module, dict]:
@@ -156,7 +186,7 @@ def load_pretrained(model: nn.Module, source: str | os.PathLike | dict, part: st
     config = model_config_of(content)
     layout, state = reference_keys(content)
     if part == "encoder":
-        state = {key: value for key, value in state.items() if key.startswith(ENCODER_KEYS)}
+        state = encoder_state(state)
 
     own = model.state_dict()
     new_head = match_fresh_keys(own, model, config)
@@ -269,7 +299,7 @@ def count_blocks(state: State) -> int:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Layouts of other projects
+# Layouts of other projects, in
 
 _TRANSFORMERS_NAMES = [  # (pattern of transformers' ViTMAE key, key of facebookresearch/mae); both of its generations
     (r"^vit\.embeddings\.cls_token$", "cls_token"),
@@ -348,3 +378,67 @@ def join_qkv(state: State) -> State:
             parts.append(joined.pop(key))
         joined[query.replace(".attn.q.", ".attn.qkv.")] = torch.cat(parts)
     return joined
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Layouts of other projects, out
+
+GENERATIONS = (4, 5)  # versions of transformers that name ViT's layers differently
+
+_NAMES_IN_TRANSFORMERS = [  # (pattern of facebookresearch/mae's key, name in transformers 4, name in transformers 5)
+    (r"^cls_token$", "vit.embeddings.cls_token", "vit.embeddings.cls_token"),
+    (r"^pos_embed$", "vit.embeddings.position_embeddings", "vit.embeddings.position_embeddings"),
+    (
+        r"^patch_embed\.proj\.",
+        "vit.embeddings.patch_embeddings.projection.",
+        "vit.embeddings.patch_embeddings.projection.",
+    ),
+    (r"^norm\.", "vit.layernorm.", "vit.layernorm."),
+    (r"^blocks\.", "vit.encoder.layer.", "vit.layers."),
+    (r"^decoder_blocks\.", "decoder.decoder_layers.", "decoder.decoder_layers."),
+    (r"^(mask_token$|decoder_)", r"decoder.\1", r"decoder.\1"),
+    (r"\.norm1\.", ".layernorm_before.", ".layernorm_before."),
+    (r"\.norm2\.", ".layernorm_after.", ".layernorm_after."),
+    (r"\.attn\.q\.", ".attention.attention.query.", ".attention.q_proj."),
+    (r"\.attn\.k\.", ".attention.attention.key.", ".attention.k_proj."),
+    (r"\.attn\.v\.", ".attention.attention.value.", ".attention.v_proj."),
+    (r"\.attn\.proj\.", ".attention.output.dense.", ".attention.o_proj."),
+    (r"\.mlp\.fc1\.", ".intermediate.dense.", ".mlp.fc1."),
+    (r"\.mlp\.fc2\.", ".output.dense.", ".mlp.fc2."),
+]
+
+
+def encoder_state(state: State) -> State:
+    """Keep what belongs to the encoder of a state dict under facebookresearch/mae's keys."""
+    return {key: value for key, value in state.items() if key.startswith(ENCODER_KEYS)}
+
+
+def transformers_keys(state: State, generation: int = 5) -> State:
+    """Rename facebookresearch/mae's keys to those of transformers' ViTMAEForPreTraining, what `reference_keys` undoes.
+
+    generation: the version of transformers whose names are used, one of GENERATIONS.
+    """
+    column = 1 + GENERATIONS.index(generation)
+    renamed = {}
+    for key, value in split_qkv(state).items():
+        for names in _NAMES_IN_TRANSFORMERS:
+            key = re.sub(names[0], names[column], key)
+        renamed[key] = value
+    return renamed
+
+
+def split_qkv(state: State) -> State:
+    """Cut attn.qkv into attn.q, attn.k and attn.v, what `join_qkv` undoes."""
+    split = {}
+    for key, value in state.items():
+        if ".attn.qkv." not in key:
+            split[key] = value
+            continue
+        for letter, part in zip("qkv", value.chunk(3), strict=True):
+            split[key.replace(".attn.qkv.", f".attn.{letter}.")] = part.clone()  # a file holds no shared memory
+    return split
+
+
+if __name__ == "__main__":
+    # The command line belongs to export.py, which imports this file; copied without it, this file is a library.
+    runpy.run_path(str(Path(__file__).with_name("export.py")), run_name="__main__")

@@ -59,7 +59,7 @@ ODD += [
     "@x",
 ]
 TRAININGS = ("pretrain", "finetune", "baseline")
-OTHERS = ("evaluate", "prepare", "read_data", "report", "status", "carry_out", "bench")
+OTHERS = ("evaluate", "prepare", "read_data", "report", "status", "carry_out", "bench", "export")
 SLOW_MODELS = ("mae_base", "mae_large", "mae_huge", "mae_small", "mae_demo", "mae")
 
 
@@ -202,6 +202,8 @@ REAL = [
     "check_plan.py --demo --model x",
     "study.py plan --seeds ''",
     "bench.py --steps -1",
+    "weights.py export --to timm nowhere.pt encoder.pth",
+    "weights.py",
 ]
 
 

@@ -83,7 +83,8 @@ MAY_IMPORT = {
     "splits": {"data"},
     "batches": {"augment", "data"},
     "cuda_graph": set(),
-    "trainer": {"batches", "cuda_graph", "engine", "objective", "runs"},
+    "curves": {"engine", "runs"},
+    "trainer": {"batches", "cuda_graph", "curves", "engine", "objective", "runs"},
 }
 TRAINING = ("pretrain", "finetune", "baseline")
 AFTER_TRAINING = {"evaluate", "report", "figures", "study", "bench"}

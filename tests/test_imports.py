@@ -11,6 +11,7 @@ from fake_study import ROOT, make_plan
 from trainer import without_compiler
 
 HEAVY = ["torch", "torchvision", "torch._dynamo", "sympy", "numpy", "PIL", "matplotlib", "pycocotools", "tqdm"]
+HEAVY += ["tensorboard", "safetensors"]
 COMPILER = {"torch._dynamo", "torchvision", "sympy"}
 
 
@@ -52,7 +53,7 @@ def test_the_report_does_not_import_torch():
 
 
 def test_scripts_that_train_and_evaluate_import_no_more_of_torch_than_they_use():
-    code = "import baseline, check_plan, evaluate, finetune, prepare, pretrain"
+    code = "import baseline, check_plan, evaluate, export, finetune, prepare, pretrain"
     assert imports_of(code) == {"torch", "numpy", "PIL", "tqdm"}
 
 
