@@ -14,6 +14,7 @@ The sections on segmentation stand in results.py; here are those that any object
 import argparse
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import audit
@@ -303,11 +304,21 @@ def task_section(study: Study, page: Page, task: str) -> None:
         page.add("No arm has been trained and tested yet.")
         return
     page.add(f"Test images, {kept_weights(study, task)}. {TASK_TEXT}")
+    rows += reference_rows(study, task)
     page.table(f"task_{task}", rows, [*columns, Column("note")])
     task_curves(study, page, task)
     comparisons = [comparison for comparison in planned(study, task) if comparison.values]
     if comparisons:
         task_differences(page, task, comparisons)
+
+
+def reference_rows(study: Study, task: str) -> list[dict]:
+    """Score what looks at no image, as the first tested run of a task recorded it."""
+    for run in study.runs:
+        if run.kind == task and not run.problem and "reference_numerators" in run.test:
+            guess = replace(run, test={**run.test, "numerators": run.test["reference_numerators"]})
+            return [{"arm": literal(str(run.test["reference_name"])), **estimates([guess])}]
+    return []
 
 
 def kept_weights(study: Study, task: str) -> str:
