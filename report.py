@@ -20,7 +20,7 @@ from pathlib import Path
 import audit
 import figures
 import results
-from arms import ANIMAL, ARMS, PRETRAIN_ANIMAL, RESNET, SUPERVISED, ArmKey
+from arms import ANIMAL, ARMS, OWN, PRETRAIN_ANIMAL, PRETRAIN_OWN, RESNET, SUPERVISED, ArmKey
 from blocks import literal
 from comparisons import Comparison, estimates, planned
 from groups import Study, StudyError
@@ -428,8 +428,11 @@ def reconstructions(study: Study, page: Page) -> None:
     if rows:
         caption = (
             "Masked input, reconstruction and original of fixed validation images, one block per pre-training (the "
-            "paper's Fig. 2); left half: animal images, right half: others."
+            "paper's Fig. 2)"
         )
+        if not study.main(PRETRAIN_OWN):
+            caption += "; left half: animal images, right half: others"
+        caption += "."
         page.figure("reconstruction", caption, figures.image_grid, rows, block=3)
 
 
@@ -493,7 +496,7 @@ def settings(study: Study, page: Page) -> None:
     flags: dict[str, None] = {}
     columns = [Column("setting")]
     chosen: list[tuple[str, dict]] = []
-    for key in (PRETRAIN_ANIMAL, ANIMAL, SUPERVISED, RESNET):
+    for key in (PRETRAIN_ANIMAL, PRETRAIN_OWN, ANIMAL, OWN, SUPERVISED, RESNET):
         for run in study.main(key)[:1]:
             title = run.arm.title
             columns.append(Column(title))

@@ -11,7 +11,7 @@ NNODES=${NNODES:-1} NODE_RANK=${NODE_RANK:-0}
 case $NNODES$NODE_RANK in *[!0-9]*) refuse "NNODES and NODE_RANK must be numbers, got '$NNODES' and '$NODE_RANK'" ;; esac
 [ "$NNODES" -le 1 ] || [ -n "${MASTER_ADDR:-}" ] || refuse "with NNODES=$NNODES set MASTER_ADDR to the address of node 0"
 settings=$("$SYSTEM" "$HERE/study.py" settings "$@") || exit
-eval "$settings" # DATA_ROOT, OUTPUT, CACHE, GPUS, JOBS, CPU_JOBS, CPU_THREADS, CPU_CORES, DRAWN, DRY, TASK, REFERENCE, TITLE
+eval "$settings" # DATA_ROOT, OUTPUT, CACHE, GPUS, JOBS, CPU_JOBS, CPU_THREADS, CPU_CORES, DRAWN, DRY, TASK, SPLITS, REFERENCE, TITLE
 
 if [ "$DRY" = 1 ]; then # nothing is installed to show commands
   PYTHON=$HERE/.venv/bin/python; [ -x "$PYTHON" ] || PYTHON=$SYSTEM
@@ -165,7 +165,8 @@ DATA=(--data_root "$DATA_ROOT" --cache_dir "$CACHE" ${DEVICE[@]+"${DEVICE[@]}"})
 if [ "$DRAWN" = 1 ]; then
   run data "drawing photos of animals and things, so that nothing need be downloaded" "$PYTHON" "$HERE/prepare.py" demo --data_root "$DATA_ROOT"
 fi
-run splits "listing which images each arm sees" "$PYTHON" "$HERE/prepare.py" splits --data_root "$DATA_ROOT" --cache_dir "$CACHE" --output "$OUTPUT/splits"
+eval "SPLITS=($SPLITS)" # flags, quoted for bash
+run splits "listing which images each arm sees" "$PYTHON" "$HERE/prepare.py" splits --data_root "$DATA_ROOT" --cache_dir "$CACHE" --output "$OUTPUT/splits" ${SPLITS[@]+"${SPLITS[@]}"}
 TABLE=$OUTPUT/study.tsv
 [ "$DRY" = 0 ] || TABLE=$(mktemp)
 "$PYTHON" "$HERE/study.py" plan "$@" > "$TABLE.$$" || { status=$?; rm -f "$TABLE.$$"; exit "$status"; }
