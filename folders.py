@@ -12,7 +12,7 @@ import json
 import os
 import zlib
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -85,21 +85,21 @@ def list_tree(folder: str | Path) -> Tree:
 
 def _list_folder(root: Path, inside: str, above: tuple[tuple[int, int], ...], tree: Tree) -> None:
     """Add what lies in the folder `inside` of a tree. above: the identities of the folders that it lies in."""
-    stat = os.stat(root / inside)
+    try:
+        stat = os.stat(root / inside)
+        entries = sorted(os.scandir(root / inside), key=lambda entry: entry.name)
+    except OSError:
+        tree.left_out[CLOSED].append(inside or ".")
+        return
     identity = (stat.st_dev, stat.st_ino)
     if identity in above:
         tree.left_out[CIRCLE].append(inside)
-        return
-    try:
-        entries = sorted(os.scandir(root / inside), key=lambda entry: entry.name)
-    except PermissionError:
-        tree.left_out[CLOSED].append(inside or ".")
         return
     for entry in entries:
         path = f"{inside}/{entry.name}" if inside else entry.name
         if entry.name.startswith("."):
             continue
-        if entry.is_dir():
+        if _is_true(entry.is_dir):
             _list_folder(root, path, (*above, identity), tree)
             continue
         fault = _find_fault(entry, path)
@@ -113,11 +113,19 @@ def _find_fault(entry: os.DirEntry, path: str) -> str | None:
     """Say which kind of file is left out, or return None for an image."""
     if not entry.name.lower().endswith(IMAGE_ENDINGS):
         return NO_IMAGE
-    if not entry.is_file():
+    if not _is_true(entry.is_file):
         return NO_FILE
     if find_fault_of_name(path) is not None:
         return NO_NAME
     return None
+
+
+def _is_true(check: Callable[[], bool]) -> bool:
+    """Ask something of a file; what cannot be asked, as of a link to itself, is not true."""
+    try:
+        return check()
+    except OSError:
+        return False
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -53,6 +53,7 @@ def test_a_tree_lists_images_folder_by_folder_through_links_and_names_what_it_le
     os.symlink(tmp_path / "elsewhere", root / "linked")
     os.symlink(tmp_path / "elsewhere/c.jpeg", root / "z.jpg")
     os.symlink(tmp_path / "nowhere.jpg", root / "broken.jpg")
+    os.symlink("itself.jpg", root / "itself.jpg")
     os.symlink(root, root / "a/round")
     os.mkfifo(root / "pipe.png")
     (root / "notes.txt").write_text("no image")
@@ -64,7 +65,7 @@ def test_a_tree_lists_images_folder_by_folder_through_links_and_names_what_it_le
         "left out: 1 file(s) without the name of an image (first notes.txt)",
         r"left out: 1 file(s) whose names are not UTF-8 (first '\udcff.jpg')",
         "left out: 1 link(s) to a folder that they lie in (first a/round)",
-        "left out: 2 file(s) that lead nowhere or are pipes (first broken.jpg)",
+        "left out: 3 file(s) that lead nowhere or are pipes (first broken.jpg)",
     ]
 
 
