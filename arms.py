@@ -110,6 +110,8 @@ HALF = ArmKey("finetune", "half")
 NON_ANIMAL = ArmKey("finetune", "non_animal")
 MIXED = ArmKey("finetune", "mixed")
 PRETRAIN_ANIMAL = ArmKey("pretrain", "animal")
+OWN = ArmKey("finetune", "images")  # after pre-training on one's own images, which takes the place of all splits
+PRETRAIN_OWN = ArmKey("pretrain", "images")
 
 # Comparisons that were chosen before any result was known.
 PLANNED = [
@@ -119,6 +121,8 @@ PLANNED = [
     (ANIMAL, SUPERVISED),
     (NON_ANIMAL, SUPERVISED),
     (ANIMAL, RESNET),
+    (OWN, SUPERVISED),
+    (OWN, RESNET),
 ]
 
 STYLES = {
@@ -130,6 +134,7 @@ STYLES = {
     "resnet50": Style(BLACK, ":", "X"),
     "pets": Style(SKY, "--", "P"),
     "all": Style(GREY, "--", "*"),
+    "images": Style(RED, "-", "o"),
 }
 OTHER_STYLE = Style(GREY, "-", "o")
 
@@ -150,6 +155,7 @@ IMAGES = {
     "mixed": "mixed",
     "pets": "Pets",
     "all": "all of COCO",
+    "images": "own images",
     "mae": "no pre-training",
 }
 
@@ -160,6 +166,14 @@ def pretrain_arm(split: str, protocol: PaperProtocol | None = None) -> Arm:
     style = STYLES.get(split, OTHER_STYLE)
     label = f"pre-training ({images})"
     return Arm("pretrain", split, label, images, style, {"split": split}, protocol=protocol)
+
+
+def own_arms() -> tuple[Arm, Arm]:
+    """Describe pre-training on one's own images, which --images of pretrain.py names, and the fine-tuning that follows."""
+    images = IMAGES["images"]
+    style = STYLES["images"]
+    pretraining = Arm("pretrain", PRETRAIN_OWN.name, f"pre-training ({images})", images, style)
+    return pretraining, Arm("finetune", OWN.name, "Finetuned-Own", images, style, parent=PRETRAIN_OWN.name)
 
 
 def extra_arms(split: str) -> tuple[Arm, Arm]:
@@ -364,8 +378,9 @@ def sweep_lines(sweep: str) -> list[SweepLine]:
 
 
 def known_arms(extra: Iterable[str] = ()) -> dict[ArmKey, Arm]:
-    """Collect the paper's arms, those of further splits, of all sweeps and of the audit."""
+    """Collect the paper's arms, those of one's own images, of further splits, of all sweeps and of the audit."""
     arms = dict(ARMS)
+    arms |= {arm.key: arm for arm in own_arms()}
     arms |= {arm.key: arm for arm in audit_arms()}
     for split in extra:
         arms |= {arm.key: arm for arm in extra_arms(split)}

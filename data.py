@@ -482,8 +482,14 @@ def _require_readable(files: _CacheFiles, entries: list[CacheEntry]) -> None:
         limit = "every trimap is needed"
     if len(errors) > allowed:
         problem = f"{len(errors):,} of {len(entries):,} {files.kind}s cannot be used ({limit}), first {errors[0]}"
-        command = f"python prepare.py verify --data_root {shlex.quote(str(files.root))}"
-        raise DataError(f"{problem}; see `{command}`")
+        raise DataError(f"{problem}; {_advise(files.root)}")
+
+
+def _advise(root: Path) -> str:
+    """Say what to do about unreadable files: prepare.py names those of the data sets that it knows, not of other folders."""
+    if any((root / name).is_dir() for name in ("coco", "oxford-iiit-pet")):
+        return f"see `python prepare.py verify --data_root {shlex.quote(str(root))}`"
+    return f"repair or delete what cannot be read in {show_path(root)}"
 
 
 class _CacheWriter:

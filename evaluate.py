@@ -5,7 +5,8 @@
     python evaluate.py predict --checkpoint runs/study/seed0/finetune_animal/model.pt cat.jpg dog.png
 
 `test` writes test.npz (and panels.npz) into each run's folder; about 10 s per run and 1,103 images on a GPU. `predict`
-writes a mask (PNG with trimap values: 1 pet, 2 background, 3 border) and an overlay for any image file.
+writes a mask (PNG with trimap values: 1 pet, 2 background, 3 border) and an overlay for any image file; a network that names
+classes prints its first five guesses.
 """
 
 import argparse
@@ -18,6 +19,7 @@ from PIL import Image
 
 import data
 import splits
+from classification import Classification, classify
 from engine import (
     LARGEST_SIZE,
     EngineError,
@@ -42,15 +44,15 @@ PALETTE = [0, 0, 0, 230, 159, 0, 0, 0, 0, 86, 180, 233]
 
 
 REFERENCE_BATCH = 64  # images at a time, of predictors that look at none
+GUESSES = 5  # classes that predict names for an image
 
 
 def load_network(path: Path, device: torch.device) -> tuple[torch.nn.Module, dict]:
-    """Load what finetune.py or baseline.py trained -> (network, model_config). EngineError for an encoder."""
+    """Load what finetune.py or baseline.py trained -> (network, checkpoint). EngineError for an encoder."""
     model, checkpoint = load_model(str(path))
-    config = checkpoint["model_config"]
-    if config["kind"] in ("mae", "vit"):
+    if checkpoint["model_config"]["kind"] in ("mae", "vit"):
         raise EngineError(f"{path} is a pre-trained autoencoder; fine-tune it: finetune.py --init {path}")
-    return model.to(device), config
+    return model.to(device), checkpoint
 
 
 def read_config(run: Path) -> dict:
@@ -118,10 +120,15 @@ def main_test(args: argparse.Namespace) -> None:
         if is_tested(run, weights) and not args.again:
             print(f"{run}: tested before; nothing to do (--again repeats it)")
             continue
-        model, config = load_network(run / "model.pt", dist.device)
+        model, checkpoint = load_network(run / "model.pt", dist.device)
+        config = checkpoint["model_config"]
         recorded = read_config(run)
         task = task_of(run, recorded, config)
         flags = recorded.get("args", {})
+        if args.images is not None:
+            if "images" not in flags:
+                raise EngineError(f"{run} was not trained on a folder of classes; leave --images out")
+            flags["images"] = args.images
         setting = TestSetting(args.data_root, args.cache_dir, args.batch_size, dist, precision, flags)
         records = task.test(model, config["img_size"], setting)
         write_records(run, records, weights)
@@ -166,34 +173,70 @@ def is_drawn_demo(run: Path) -> bool:
     return str(title).startswith("drawn demo photos")
 
 
-def main_predict(args: argparse.Namespace) -> None:
-    """Segment image files."""
-    device = setup(args.device).device
-    checkpoint = Path(args.checkpoint)
-    model, config = load_network(checkpoint, device)
-    if config["kind"] != Segmentation.model_kind:
-        raise EngineError(f"{checkpoint} holds a {config['kind']!r}; predict draws masks, which needs a segmenter")
-    if is_drawn_demo(checkpoint.parent):
-        print("note: this network was trained on a few drawn pets; its masks of photos mean nothing")
-    folder = Path(args.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    inputs = {Path(path).resolve() for path in args.images}
-    used: set[Path] = set()
-    failed = 0
-    for number, path in enumerate(args.images):
-        try:
-            image = data.read_image(path)
-        except (data.DataError, OSError) as error:
-            print(f"skipped: {error}")
-            failed += 1
-            continue
-        classes = predict(model, image, config["img_size"], device)
-        stem = free_stem(folder, Path(path), number, used, inputs)
-        used.add(stem)
+class Masks:
+    """Writes the mask and the overlay of each image into a folder."""
+
+    what = "masks"
+
+    def __init__(self, args: argparse.Namespace, checkpoint: dict):
+        self.folder = Path(args.output_dir)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.inputs = {Path(path).resolve() for path in args.images}
+        self.img_size = checkpoint["model_config"]["img_size"]
+        self.used: set[Path] = set()
+
+    def show(self, model: torch.nn.Module, image: Image.Image, path: str, device: torch.device) -> None:
+        """Segment an image and say where its mask is."""
+        classes = predict(model, image, self.img_size, device)
+        stem = free_stem(self.folder, Path(path), len(self.used), self.used, self.inputs)
+        self.used.add(stem)
         write_prediction(image, classes, stem)
         share = 100 * (classes == PET).mean()
         outputs = ", ".join(data.show_path(f"{stem}_{end}.png") for end in ("mask", "overlay"))
         print(f"{data.show_path(path)}: pet {share:.1f} % of the pixels -> {outputs}")
+
+
+class Names:
+    """Prints the most probable classes of each image, a line `name, probability` for each."""
+
+    what = "names"
+
+    def __init__(self, args: argparse.Namespace, checkpoint: dict):
+        self.img_size = checkpoint["model_config"]["img_size"]
+        numbered = [f"class {number}" for number in range(checkpoint["model_config"]["num_classes"])]
+        self.classes = checkpoint.get("classes", numbered)
+
+    def show(self, model: torch.nn.Module, image: Image.Image, path: str, device: torch.device) -> None:
+        """Print an image's path and its most probable classes."""
+        probabilities = classify(model, image, self.img_size, device)
+        print(f"{data.show_path(path)}:")
+        for number in np.argsort(-probabilities, kind="stable")[:GUESSES]:
+            print(f"  {data.show_path(self.classes[number])}, {probabilities[number]:.3f}")
+
+
+PREDICTIONS = {Segmentation.model_kind: Masks, Classification.model_kind: Names}
+
+
+def main_predict(args: argparse.Namespace) -> None:
+    """Segment image files, or name what they show."""
+    device = setup(args.device).device
+    path = Path(args.checkpoint)
+    model, checkpoint = load_network(path, device)
+    kind = checkpoint["model_config"]["kind"]
+    if kind not in PREDICTIONS:
+        raise EngineError(f"{path} holds a {kind!r}; predict shows what {' or '.join(PREDICTIONS)}s find")
+    prediction = PREDICTIONS[kind](args, checkpoint)
+    if is_drawn_demo(path.parent):
+        print(f"note: this network was trained on a few drawn pets; its {prediction.what} of photos mean nothing")
+    failed = 0
+    for image_path in args.images:
+        try:
+            image = data.read_image(image_path)
+        except (data.DataError, OSError) as error:
+            print(f"skipped: {error}")
+            failed += 1
+            continue
+        prediction.show(model, image, image_path, device)
     if failed:
         raise EngineError(f"{failed} of {len(args.images)} images could not be read", 1)
 
@@ -210,6 +253,7 @@ def get_args_parser() -> Parser:
     )
     test.add_argument("--precision", choices=["auto", "bf16", "fp16", "fp32"], default="auto", help="as in training")
     test.add_argument("--again", action="store_true", help="score again what was scored before")
+    test.add_argument("--images", metavar="DIR", help="of --task classify, if the folder of classes has moved")
     reference = commands.add_parser("reference", help="scores of predictors that look at no image")
     reference.set_defaults(function=main_reference)
     reference.add_argument(
@@ -219,7 +263,7 @@ def get_args_parser() -> Parser:
     reference.add_argument("--pets_listing", choices=splits.PETS_LISTS, default="list.txt", help="as in training")
     reference.add_argument("--pets_division", choices=splits.PETS_DIVISIONS, default="disjoint", help="as in training")
     reference.add_argument("--trimap_resize", choices=data.TRIMAP_RESIZE, default="nearest", help="as in training")
-    guess = commands.add_parser("predict", help="masks and overlays of any image files")
+    guess = commands.add_parser("predict", help="masks and overlays of any image files, or their classes")
     guess.set_defaults(function=main_predict)
     guess.add_argument("images", nargs="+", help="image files")
     guess.add_argument("--checkpoint", required=True, help="model.pt of a fine-tuned run or a baseline")

@@ -327,10 +327,13 @@ class ViT(nn.Module):
 
         drop_path: uniform draws [B, depth, 2] that decide which residual branches are dropped; None: no branch.
         """
-        scales = None
-        if drop_path is not None and self.drop_rates is not None:
-            scales = drop_path_scales(drop_path, self.drop_rates)
-        return self.forward_encoder(patchify(images, self.patch_size), drop_path=scales)
+        return self.forward_encoder(patchify(images, self.patch_size), drop_path=self.branch_scales(drop_path))
+
+    def branch_scales(self, draws: torch.Tensor | None) -> torch.Tensor | None:
+        """Turn uniform draws [B, depth, 2] into the factors of `forward_encoder`; None: no branch is dropped."""
+        if draws is None or self.drop_rates is None:
+            return None
+        return drop_path_scales(draws, self.drop_rates)
 
     def forward_encoder(
         self, patches: torch.Tensor, ids: torch.Tensor | None = None, drop_path: torch.Tensor | None = None
@@ -339,6 +342,12 @@ class ViT(nn.Module):
 
         drop_path: factors of the residual branches [depth, B, 2], see `drop_path_scales`; None: all are 1.
         """
+        return self.norm(self.forward_blocks(patches, ids, drop_path))
+
+    def forward_blocks(
+        self, patches: torch.Tensor, ids: torch.Tensor | None = None, drop_path: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Encode as `forward_encoder` does, without the last normalisation."""
         x = self.patch_embed(patches)
         positions = self.pos_embed[:, 1:]
         if ids is not None:
@@ -351,7 +360,7 @@ class ViT(nn.Module):
                 x = block(x)
             else:
                 x = block(x, drop_path[i])
-        return self.norm(x)
+        return x
 
     def flops(self, training: bool = True, mask_ratio: float = 0.0) -> float:
         """Count floating-point operations per image, 2 per multiply-add, matrix products only.
@@ -619,11 +628,12 @@ class LinearSegmenter(ViT):
 class Classifier(ViT):
     """ViT encoder and one linear layer that predicts num_classes for an image.
 
-    pooling: "mean" averages the normalised patch tokens, "cls" takes the class token. Position embeddings are trained.
+    pooling: "mean" averages the patch tokens of the last block and normalises the average with a layer of its own, as
+    facebookresearch/mae fine-tunes (global_pool); "cls" takes the normalised class token. Position embeddings are trained.
     sizes: further arguments of `ViT`.
     """
 
-    fresh_keys = ("head.",)
+    fresh_keys = ("head.", "fc_norm.")
 
     def __init__(self, num_classes: int, pooling: str = "mean", drop_path: float = 0.0, **sizes: Any) -> None:
         if pooling not in ("mean", "cls"):
@@ -632,18 +642,22 @@ class Classifier(ViT):
         self.num_classes = num_classes
         self.pooling = pooling
         self.pos_embed.requires_grad = True
+        if pooling == "mean":
+            self.fc_norm = nn.LayerNorm(self.embed_dim, eps=1e-6)
+            self.norm.requires_grad_(False)  # unused; kept for its keys
         self.head = nn.Linear(self.embed_dim, num_classes)
         init_weights(self.head)
 
     def forward(self, images: torch.Tensor, drop_path: torch.Tensor | None = None) -> torch.Tensor:
         """Predict class logits [B, num_classes] of images [B, C, H, W]; drop_path: see `forward_features`."""
-        return self.head(self.pool(self.forward_features(images, drop_path)))
+        tokens = self.forward_blocks(patchify(images, self.patch_size), drop_path=self.branch_scales(drop_path))
+        return self.head(self.pool(tokens))
 
-    def pool(self, features: torch.Tensor) -> torch.Tensor:
-        """Reduce features [B, 1 + L, D] to one vector per image [B, D]."""
+    def pool(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Reduce tokens [B, 1 + L, D] of the last block to one normalised vector per image [B, D]."""
         if self.pooling == "cls":
-            return features[:, 0]
-        return features[:, 1:].mean(dim=1)
+            return self.norm(tokens[:, 0])
+        return self.fc_norm(tokens[:, 1:].mean(dim=1))
 
     def head_flops(self, tokens: int) -> float:
         return matrix_product_flops(self.head, 1)

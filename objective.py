@@ -15,10 +15,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
+import augment
 import data
 import engine
+import folders
 import splits
 from batches import Augmentation, Draw, EvalBatches, Examples, TrainBatches, uniform
 from data import ImageStore
@@ -58,6 +61,7 @@ class Reading(NamedTuple):
     images: tuple[str, ...]
     size: int | None
     kind: str = "image"  # or "trimap"
+    root: str | None = None  # the folder that the paths are relative to; None: --data_root
 
 
 class Objective:
@@ -127,6 +131,8 @@ class Objective:
 
     def data_title(self) -> str:
         """Name the data: the first line of DATASET.txt, which other data than the study's bring along, or by counts."""
+        if getattr(self.args, "images", None):
+            return folders.name_folder(self.args.images)
         path = Path(self.args.data_root, "DATASET.txt")
         if path.is_file():
             lines = path.read_text(errors="replace").splitlines()
@@ -197,6 +203,8 @@ class Objective:
 class Pretraining(Objective):
     """An objective of pretrain.py: trained on a split of COCO, judged on fixed animal and non-animal images of val2017.
 
+    With --images it is trained on one's own images and judged on a few of them that are held out, in the list "held_out".
+
     A subclass gives build_model and loss. Random numbers that the loss needs come from draws(); validation takes them from
     one fixed seed, so they are the same for every arm, seed and machine. The encoder kept in model.pt is the part of the
     network that has the keys of models.ViT.
@@ -212,10 +220,14 @@ class Pretraining(Objective):
         except ValueError as error:
             raise EngineError(str(error)) from None
         self.init_sha256 = load_init(self.model, args.init, dist)
-        self.split = select_images(args)
+        lists = pretraining_lists(args)
+        self.split = lists.train
+        self.held_out = lists.held_out
+        self.said_of_images = lists.remarks
+        if args.images and self.scores is Pretraining.scores:
+            self.scores = {"loss_held_out": "loss on held-out images"}
         self.epoch_images = images_of_an_epoch(args, self.split)
         self.batch_size = args.batch_size
-        self.held_out = splits.mae_validation(args.data_root, categories=args.categories, cache_dir=args.cache_dir)
 
     def build_model(self) -> nn.Module:
         """Build the network of --model; a ValueError is reported as wrong use."""
@@ -224,11 +236,17 @@ class Pretraining(Objective):
     def lists(self) -> list[Split]:
         return [self.split, *self.held_out.values()]
 
+    def remarks(self) -> list[str]:
+        """Say what of one's own images is left out, and why."""
+        return list(self.said_of_images)
+
     def readings(self) -> list[Reading]:
         args = self.args
-        held_out = splits.mae_validation(args.data_root, categories=args.categories, cache_dir=args.cache_dir)
-        lists = [select_images(args), *held_out.values()]
-        return [Reading(split.images, args.cache_size) for split in lists]
+        lists = pretraining_lists(args)
+        return [
+            Reading(split.images, args.cache_size, root=args.images)
+            for split in (lists.train, *lists.held_out.values())
+        ]
 
     def identity(self) -> dict[str, str]:
         validation = {f"val_{name}": split.sha256 for name, split in self.held_out.items()}
@@ -256,7 +274,7 @@ class Pretraining(Objective):
         return self.train_batches(Examples(open_store(self.args, self.dist, self.split.images)), self.augmentation())
 
     def validate(self, step: int, stopping: Callable[[], bool]) -> dict[str, float] | None:
-        """Average the loss over the animal and the non-animal images, each once."""
+        """Average the loss over each list of validation images, each image once."""
         scores = {}
         for name in self.stores:
             mean = self.mean_over(name, self._loss_of_model, stopping)
@@ -291,13 +309,17 @@ class Pretraining(Objective):
         return {"model": encoder, "model_config": config}
 
 
+# What chooses images of COCO, with the defaults.
+USUAL_SPLIT = {"split": "animal", "animal_fraction": None, "animal_images": "per_category", "categories": None}
+
+
 def add_split_arguments(parser: Parser) -> None:
     """Add the flags that choose the images of a pre-training."""
     arm = parser.flags("split", role="arm")
     arm(
         "--split",
         choices=splits.split_names(),
-        default="animal",
+        default=USUAL_SPLIT["split"],
         help="which images to pre-train on; see `prepare.py splits`",
     )
     arm("--animal_fraction", type=float, help="share of animal images in the mixed split, 0 to 1 (default 0.5)")
@@ -309,16 +331,40 @@ def add_split_arguments(parser: Parser) -> None:
     arm(
         "--animal_images",
         choices=splits.ANIMAL_IMAGES,
-        default="per_category",
+        default=USUAL_SPLIT["animal_images"],
         help="count an image once per animal category (the paper), once, or only if it has exactly one",
     )
     recipe = parser.flags("split", role="recipe")
     recipe("--categories", nargs="+", help="COCO categories that take the place of the animals, for other studies")
+    how = parser.flags("split", role="computation")  # its content defines the experiment, not its path
+    how(
+        "--images",
+        metavar="DIR",
+        help="pre-train on all image files below this folder instead of a split of COCO; 5 %% of them are held out",
+    )
 
 
-def select_images(args: argparse.Namespace) -> Split:
-    """List the images that the flags of a pre-training ask for."""
-    return splits.select_split(args.data_root, args.split, animal_fraction=args.animal_fraction, **split_options(args))
+class PretrainingLists(NamedTuple):
+    """What a pre-training reads: training images, lists of validation images by name, and remarks on them."""
+
+    train: Split
+    held_out: dict[str, Split]
+    remarks: tuple[str, ...] = ()
+
+
+def pretraining_lists(args: argparse.Namespace) -> PretrainingLists:
+    """List the images that the flags of a pre-training ask for; EngineError for flags that contradict each other."""
+    if args.images is None:
+        train = splits.select_split(
+            args.data_root, args.split, animal_fraction=args.animal_fraction, **split_options(args)
+        )
+        held_out = splits.mae_validation(args.data_root, categories=args.categories, cache_dir=args.cache_dir)
+        return PretrainingLists(train, held_out)
+    for flag, usual in USUAL_SPLIT.items():
+        if getattr(args, flag) != usual:
+            raise EngineError(f"--{flag} chooses images of COCO, and --images takes their place; leave one of them out")
+    own = folders.read_tree(args.images, args.num_images, args.split_seed)
+    return PretrainingLists(own.train, {"held_out": own.held_out}, own.remarks)
 
 
 def split_options(args: argparse.Namespace) -> dict:
@@ -331,9 +377,9 @@ def images_of_an_epoch(args: argparse.Namespace, split: Split) -> int:
     """Count the images of a nominal epoch.
 
     A split of another size than the animal split trains for as many updates as an arm of that size, unless --num_images
-    sets the size on purpose. Splits that are shares of animals have that size anyway.
+    sets the size on purpose. Splits that are shares of animals have that size anyway. One's own images are an epoch.
     """
-    if args.num_images is not None or args.split in splits.ANIMAL_FRACTIONS:
+    if args.images or args.num_images is not None or args.split in splits.ANIMAL_FRACTIONS:
         return len(split.images)
     return splits.reference_size(args.data_root, **split_options(args))
 
@@ -350,21 +396,8 @@ class Task(Objective):
 
     @staticmethod
     def add_arguments(parser: Parser) -> None:
-        """Add the flags of every task."""
-        arm = parser.flags("labels", role="arm")
-        arm(
-            "--train_fraction",
-            type=engine.fraction,
-            default=1.0,
-            help="random part of the training images; 0.5 is the half arm",
-        )
-        arm(
-            "--equal_updates",
-            action=argparse.BooleanOptionalAction,
-            default=False,
-            help="as many updates as with all labels; the batch shrinks to the number of images if need be",
-        )
-
+        """Add the flags of every task on the pets."""
+        Task.add_label_arguments(parser)
         recipe = parser.flags("labels", role="recipe")
         recipe(
             "--pets_listing",
@@ -377,6 +410,23 @@ class Task(Objective):
             choices=splits.PETS_DIVISIONS,
             default="disjoint",
             help="leaking: shuffle anew for each part, as in the original code: 70 %% of the test images are trained on",
+        )
+
+    @staticmethod
+    def add_label_arguments(parser: Parser) -> None:
+        """Add the flags of every task: how many labels there are, and which weights are kept."""
+        arm = parser.flags("labels", role="arm")
+        arm(
+            "--train_fraction",
+            type=engine.fraction,
+            default=1.0,
+            help="random part of the training images; 0.5 is the half arm",
+        )
+        arm(
+            "--equal_updates",
+            action=argparse.BooleanOptionalAction,
+            default=False,
+            help="as many updates as with all labels; the batch shrinks to the number of images if need be",
         )
         recipe = parser.flags("optimisation", role="recipe")
         recipe(
@@ -500,6 +550,11 @@ def list_readings(kind: type[Objective], args: argparse.Namespace) -> list[Readi
     return unbuilt.readings()
 
 
+def image_root(data_root: str, flags: dict) -> str:
+    """Name the folder that the paths of a run's images are relative to: --images where it was given, else data_root."""
+    return flags.get("images") or data_root
+
+
 def pets_source(flags: dict) -> splits.PetsSource:
     """Say which pets the flags of a run divide, and how; flags of earlier versions mean the default."""
     return splits.PetsSource(flags.get("pets_listing", "list.txt"), flags.get("pets_division", "disjoint"))
@@ -527,9 +582,10 @@ class TestSetting:
 
     def open_store(self, images: Sequence[str], size: int) -> ImageStore:
         """Decode images at a size where the cache lacks them, and open them."""
+        root = image_root(self.data_root, self.flags)
         options = {"cache_dir": self.cache_dir, "cache_size": size}
-        data.build_cache(self.data_root, images, progress=Progress, **options)
-        return ImageStore(self.data_root, images, device=self.dist.device, **options)
+        data.build_cache(root, images, progress=Progress, **options)
+        return ImageStore(root, images, device=self.dist.device, **options)
 
     def batches(self, model: nn.Module, store: ImageStore, targets: dict[str, Tensor]) -> EvalBatches:
         """Make batches of all images of a store, scaled as the model takes them; targets: name -> tensor [N, ...]."""
@@ -562,6 +618,13 @@ class TestSetting:
 def inputs_of(model: nn.Module) -> str:
     """Say how a network takes pixels, see models.INPUTS."""
     return getattr(model, "inputs", "imagenet")
+
+
+def as_input(image: Image.Image, img_size: int, model: nn.Module, device: torch.device | str) -> Tensor:
+    """Squash one image to the size that a network takes, and scale it -> [1, 3, img_size, img_size] on the device."""
+    small = np.array(image.convert("RGB").resize((img_size, img_size), Image.Resampling.BICUBIC))
+    pixels = torch.from_numpy(small).to(device).permute(2, 0, 1)[None].float()
+    return augment.scale_pixels(pixels, inputs_of(model))
 
 
 def mean_records(ids: Sequence[str], **values: np.ndarray) -> dict[str, np.ndarray]:
@@ -643,11 +706,12 @@ def open_store(
     kind: image or trimap; size: side of the decoded square (default: --cache_size).
     """
     size = size or args.cache_size
+    root = image_root(args.data_root, vars(args))
     options = {"kind": kind, "cache_dir": args.cache_dir, "cache_size": size}
-    data.build_cache(args.data_root, images, progress=Progress, **options)  # shown by the process that builds
+    data.build_cache(root, images, progress=Progress, **options)  # shown by the process that builds
     channels = 3 if kind == "image" else 1
     on_device = fits_on_device(args, dist, len(set(images)) * size**2 * channels)
-    store = ImageStore(args.data_root, images, device=dist.device, on_device=on_device, **options)
+    store = ImageStore(root, images, device=dist.device, on_device=on_device, **options)
     if not len(store):
         advice = "`python prepare.py verify` names the cause"
         raise EngineError(f"none of the {len(images)} images of this split can be read; {advice}")

@@ -26,6 +26,7 @@ from typing import NamedTuple
 import data
 import download
 import draw
+import folders
 import splits
 from engine import Parser, Progress, launch, write_json
 
@@ -40,6 +41,7 @@ PAPER = {
     "pets test": 1_103,
 }
 PETS_PARTS = ("train", "val", "test")
+DATA_SETS = ("coco", "pets")
 VERIFY_SLICE = 1024  # files submitted at a time, so that Ctrl-C need not wait for all
 MIN_CACHE_SIZE = 16
 LARGE_SPLITS = {"all"}  # decoded only when named: 52 GB for COCO at 384 pixels
@@ -145,7 +147,8 @@ def run_splits(args: argparse.Namespace) -> None:
         raise PrepareError(problems[0])
     print_splits(table)
     print_categories(table)
-    print_rules()
+    if args.images is None:
+        print_rules()
     output.mkdir(parents=True, exist_ok=True)
     for title, split in table.items():
         write_json(manifest_path(output, title), split.manifest)
@@ -160,6 +163,27 @@ def manifest_path(output: Path, title: str) -> Path:
 
 def list_selections(args: argparse.Namespace) -> dict[str, Callable[[], splits.Split]]:
     """List the rows of the table: title -> what selects the split. All rules of splits.SPLITS are among them."""
+    if args.images is not None:
+        return list_own_selections(args)
+    rows = {}
+    if "coco" in args.only:
+        rows |= list_pretraining_selections(args)
+    if "pets" in args.only:
+        for part in PETS_PARTS:
+            rows[f"pets {part}"] = partial(splits.pets_split, args.data_root, part)
+    return rows
+
+
+def list_own_selections(args: argparse.Namespace) -> dict[str, Callable[[], splits.Split]]:
+    """List the rows of a table of one's own images, and print what is to be said of them."""
+    own = folders.read_tree(args.images, split_seed=args.split_seed)
+    for remark in own.remarks:
+        print(f"note: {remark}")
+    return {"images": lambda: own.train, "images held out": lambda: own.held_out}
+
+
+def list_pretraining_selections(args: argparse.Namespace) -> dict[str, Callable[[], splits.Split]]:
+    """List the rows of the splits of pre-training and of what it is validated on."""
     root = args.data_root
     options = {"split_seed": args.split_seed, "cache_dir": args.cache_dir}
     rows = {}
@@ -176,8 +200,6 @@ def list_selections(args: argparse.Namespace) -> dict[str, Callable[[], splits.S
     for listing in splits.ANIMAL_IMAGES:  # pre-training's validation takes the unique ones
         title = listing_title("validation", listing)
         rows[title] = partial(select_validation, root, args.cache_dir, title, listing)
-    for part in PETS_PARTS:
-        rows[f"pets {part}"] = partial(splits.pets_split, root, part)
     return rows
 
 
@@ -219,7 +241,7 @@ def print_splits(table: dict[str, splits.Split]) -> None:
             manifest["entries"],
             PAPER.get(title, ""),
             manifest["unique"],
-            manifest["animal_images"],
+            manifest.get("animal_images", ""),
             manifest.get("without_annotation", ""),
             person,
             split.sha256[:12],
@@ -436,6 +458,12 @@ def add_cache_dir(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cache_dir", default="cache", help="folder of decoded images and annotations, as in training")
 
 
+def add_only(parser: argparse.ArgumentParser, verb: str) -> None:
+    parser.add_argument(
+        "--only", nargs="+", choices=DATA_SETS, default=DATA_SETS, help=f"data sets to {verb} (default: both)"
+    )
+
+
 def add_split_seed(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--split_seed", type=int, default=0, help="seed of the draws; another one selects other images")
 
@@ -447,8 +475,7 @@ def add_workers(parser: argparse.ArgumentParser) -> None:
 def add_download(commands: argparse._SubParsersAction) -> None:
     parser = add_command(commands, run_download)
     add = parser.add_argument
-    data_sets = ("coco", "pets")
-    add("--only", nargs="+", choices=data_sets, default=data_sets, help="data sets to fetch (default: both)")
+    add_only(parser, "fetch")
     add("--mirror", help="address of a folder that holds the archives by name, to use instead of the publishers'")
     add("--keep_archives", action="store_true", help="keep the archives after extraction; needs twice the disk space")
 
@@ -463,6 +490,8 @@ def add_splits(commands: argparse._SubParsersAction) -> None:
     parser = add_command(commands, run_splits)
     add_cache_dir(parser)
     add_split_seed(parser)
+    add_only(parser, "list")
+    parser.add_argument("--images", metavar="DIR", help="list one's own images instead, as pretrain.py --images does")
     parser.add_argument("--output", default="splits", help="folder for the manifests, a JSON file for each split")
 
 

@@ -33,8 +33,8 @@ def collect_readings(study: Path) -> list[tuple[Place, Reading]]:
     found = {}
     for line in read_plan(study / "study.tsv"):
         kind, args = parse_command(line)
-        place = Place(args.data_root, args.cache_dir)
         for reading in list_readings(kind, args):
+            place = Place(reading.root or args.data_root, args.cache_dir)
             found[place, reading] = None
     return list(found)
 

@@ -355,6 +355,8 @@ def check_test(test: dict[str, np.ndarray], kind: str) -> None:
         shapes = {"score_names": (k,), "numerators": (n, k), "denominators": (n, k)}
         if not k:
             raise RecordError("test.npz: no score_names")
+        if "reference_numerators" in test:
+            shapes["reference_numerators"] = (n, k)
     for name, shape in shapes.items():
         if name not in test or test[name].shape != shape:
             found = list(test[name].shape) if name in test else "nothing"

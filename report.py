@@ -14,12 +14,13 @@ The sections on segmentation stand in results.py; here are those that any object
 import argparse
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import audit
 import figures
 import results
-from arms import ANIMAL, ARMS, PRETRAIN_ANIMAL, RESNET, SUPERVISED, ArmKey
+from arms import ANIMAL, ARMS, OWN, PRETRAIN_ANIMAL, PRETRAIN_OWN, RESNET, SUPERVISED, ArmKey
 from blocks import literal
 from comparisons import Comparison, estimates, planned
 from groups import Study, StudyError
@@ -303,11 +304,21 @@ def task_section(study: Study, page: Page, task: str) -> None:
         page.add("No arm has been trained and tested yet.")
         return
     page.add(f"Test images, {kept_weights(study, task)}. {TASK_TEXT}")
+    rows += reference_rows(study, task)
     page.table(f"task_{task}", rows, [*columns, Column("note")])
     task_curves(study, page, task)
     comparisons = [comparison for comparison in planned(study, task) if comparison.values]
     if comparisons:
         task_differences(page, task, comparisons)
+
+
+def reference_rows(study: Study, task: str) -> list[dict]:
+    """Score what looks at no image, as the first tested run of a task recorded it."""
+    for run in study.runs:
+        if run.kind == task and not run.problem and "reference_numerators" in run.test:
+            guess = replace(run, test={**run.test, "numerators": run.test["reference_numerators"]})
+            return [{"arm": literal(str(run.test["reference_name"])), **estimates([guess])}]
+    return []
 
 
 def kept_weights(study: Study, task: str) -> str:
@@ -417,8 +428,11 @@ def reconstructions(study: Study, page: Page) -> None:
     if rows:
         caption = (
             "Masked input, reconstruction and original of fixed validation images, one block per pre-training (the "
-            "paper's Fig. 2); left half: animal images, right half: others."
+            "paper's Fig. 2)"
         )
+        if not study.main(PRETRAIN_OWN):
+            caption += "; left half: animal images, right half: others"
+        caption += "."
         page.figure("reconstruction", caption, figures.image_grid, rows, block=3)
 
 
@@ -482,7 +496,7 @@ def settings(study: Study, page: Page) -> None:
     flags: dict[str, None] = {}
     columns = [Column("setting")]
     chosen: list[tuple[str, dict]] = []
-    for key in (PRETRAIN_ANIMAL, ANIMAL, SUPERVISED, RESNET):
+    for key in (PRETRAIN_ANIMAL, PRETRAIN_OWN, ANIMAL, OWN, SUPERVISED, RESNET):
         for run in study.main(key)[:1]:
             title = run.arm.title
             columns.append(Column(title))

@@ -11,7 +11,7 @@ NNODES=${NNODES:-1} NODE_RANK=${NODE_RANK:-0}
 case $NNODES$NODE_RANK in *[!0-9]*) refuse "NNODES and NODE_RANK must be numbers, got '$NNODES' and '$NODE_RANK'" ;; esac
 [ "$NNODES" -le 1 ] || [ -n "${MASTER_ADDR:-}" ] || refuse "with NNODES=$NNODES set MASTER_ADDR to the address of node 0"
 settings=$("$SYSTEM" "$HERE/study.py" settings "$@") || exit
-eval "$settings" # DATA_ROOT, OUTPUT, CACHE, GPUS, JOBS, CPU_JOBS, CPU_THREADS, CPU_CORES, DRAWN, DRY, SLURM, TASK, REFERENCE, TITLE
+eval "$settings" # DATA_ROOT, OUTPUT, CACHE, GPUS, JOBS, CPU_JOBS, CPU_THREADS, CPU_CORES, DRAWN, DRY, SLURM, TASK, SPLITS, REFERENCE, TITLE
 PART=${RUN_ALL_PART:-} # what a job of Slurm does of the study, see slurm.py: read, or report
 [ "$SLURM" = 0 ] || [ "$NNODES" -le 1 ] || refuse "--slurm goes without NNODES; each run is a job of its own"
 
@@ -183,6 +183,7 @@ if [ "$DRY" = 0 ]; then
   if [ "$NODE_RANK" = 0 ] && command -v flock > /dev/null; then lock_study; fi
 fi
 DATA=(--data_root "$DATA_ROOT" --cache_dir "$CACHE" ${DEVICE[@]+"${DEVICE[@]}"})
+eval "SPLITS=($SPLITS)" # flags, quoted for bash
 TABLE=$OUTPUT/study.tsv
 [ "$DRY" = 0 ] || TABLE=$(mktemp)
 
@@ -190,7 +191,7 @@ plan() { # data, splits, and the table of runs
   if [ "$DRAWN" = 1 ]; then
     run data "drawing photos of animals and things, so that nothing need be downloaded" "$PYTHON" "$HERE/prepare.py" demo --data_root "$DATA_ROOT"
   fi
-  run splits "listing which images each arm sees" "$PYTHON" "$HERE/prepare.py" splits --data_root "$DATA_ROOT" --cache_dir "$CACHE" --output "$OUTPUT/splits"
+  run splits "listing which images each arm sees" "$PYTHON" "$HERE/prepare.py" splits --data_root "$DATA_ROOT" --cache_dir "$CACHE" --output "$OUTPUT/splits" ${SPLITS[@]+"${SPLITS[@]}"}
   "$PYTHON" "$HERE/study.py" plan "$@" > "$TABLE.$$" || { status=$?; rm -f "$TABLE.$$"; exit "$status"; }
   mv "$TABLE.$$" "$TABLE" || exit
 }

@@ -23,7 +23,7 @@ from batches import Augmentation, Examples, TrainBatches
 from engine import Distributed, EngineError, Parser, Progress, at_least, fraction
 from metrics import BACKGROUND, BORDER, CLASSES, PET, dataset_scores
 from models import INPUTS, build_segmenter
-from objective import Reading, Task, TestSetting, block_activations, open_store, pets_source, sum_over
+from objective import Reading, Task, TestSetting, as_input, block_activations, open_store, pets_source, sum_over
 from runs import RunFolder
 
 NUM_CLASSES = len(CLASSES)
@@ -407,8 +407,6 @@ def read_training_masks(setting: TestSetting, img_size: int) -> Tensor:
 @torch.no_grad()
 def predict(model: nn.Module, image: Image.Image, img_size: int, device: torch.device | str = "cpu") -> np.ndarray:
     """Segment one image -> uint8 [H, W] at its own size: 0 pet, 1 background, 2 border."""
-    small = np.array(image.convert("RGB").resize((img_size, img_size), Image.Resampling.BICUBIC))
-    pixels = torch.from_numpy(small).to(device).permute(2, 0, 1)[None].float()
-    logits = model(augment.scale_pixels(pixels, model.inputs)).float()
+    logits = model(as_input(image, img_size, model, device)).float()
     classes = upsample(logits, image.size[::-1]).argmax(1)
     return to_array(classes[0])

@@ -33,6 +33,7 @@ DRAW_OTHERS = 1
 DRAW_PETS = 2
 DRAW_ALL = 3
 DRAW_TRAIN_FRACTION = 4
+DRAW_OWN = 5
 
 VALIDATION_SEED = 2017
 PETS_PARTS_KEY = (0, 701515)  # the one draw of the 70/15/15 parts
@@ -103,14 +104,18 @@ def _make_split(images: Sequence[str], definition: dict, coco: "CocoPart | None"
         photos[coco.part] = len(coco.images)
     if pets:
         photos["pets"] = pets
+    return list_split(images, definition, {"photos": photos, **_describe(images, coco)})
+
+
+def list_split(images: Sequence[str], definition: dict, facts: dict) -> Split:
+    """Make a split of any images; the definition, which names it, is hashed with them. facts: what else is recorded."""
     text = json.dumps([definition, list(images)], sort_keys=True, separators=(",", ":"))
     manifest = {
         "name": definition["split"],
         "definition": definition,
         "entries": len(images),
         "unique": len(set(images)),
-        "photos": photos,
-        **_describe(images, coco),
+        **facts,
         "sha256": hashlib.sha256(text.encode()).hexdigest(),
     }
     return Split(definition["split"], tuple(images), manifest)
@@ -229,13 +234,13 @@ def _find_unknown_reference(dataset: dict) -> str | None:
 
 def _find_bad_name(dataset: dict) -> str | None:
     for entry in dataset["images"]:
-        fault = _find_fault_of_name(entry["file_name"])
+        fault = find_fault_of_name(entry["file_name"])
         if fault is not None:
             return f"file_name {fault}"
     return None
 
 
-def _find_fault_of_name(name: str) -> str | None:
+def find_fault_of_name(name: str) -> str | None:
     """Say what is wrong with the name of an image file, or return None."""
     path = PurePosixPath(name)
     if path.is_absolute() or ".." in path.parts or not path.name:
@@ -449,7 +454,7 @@ class Source:
     def draw(self, pool: Sequence[str], count: int, what: str, number: int) -> list[str]:
         """Draw `count` entries of a pool with split_seed, as draw_prefix does.
 
-        number: makes the draw independent of others; new rules take one from 5 on.
+        number: makes the draw independent of others; new rules take one from 6 on.
         """
         return draw_prefix(pool, count, what, self.selection.split_seed, number)
 
@@ -621,7 +626,7 @@ def read_pets_list(data_root: str | Path) -> list[PetEntry]:
         except ValueError:
             layout = "a name and three numbers"
             raise DataError(f"{show_path(path)}: line {number} must hold {layout}; fetch it again") from None
-        fault = _find_fault_of_name(name)
+        fault = find_fault_of_name(name)
         require(fault is None, f"{show_path(path)}: the name in line {number}, {fault}; fetch it again")
     names = {entry.name for entry in entries}
     good = len(entries) >= MIN_PETS and len(names) == len(entries)

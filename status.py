@@ -19,13 +19,14 @@ from pathlib import Path
 
 from arms import Arm, find_arm
 from carry_out import Files, is_held, takes_much_memory
-from study import PlanLine, PlanParser, one_line, read_plan
+from study import DEFAULT_TASK, PlanLine, PlanParser, flag_values, one_line, read_plan
 
 PURPOSES = {
     "pretrain": "learning to fill in hidden patches of {images}",
-    "finetune": "learning to outline pets after pre-training on {images}",
-    "baseline": "learning to outline pets from random weights ({label})",
+    "finetune": "learning to {goal} after pre-training on {images}",
+    "baseline": "learning to {goal} from random weights ({label})",
 }
+GOALS = {"segment": "outline pets", "breeds": "tell breeds apart", "classify": "tell classes apart"}
 # How long a run takes compared with the others, until one of its kind has begun: roughly the demo's on two
 # cores, which ResNet-50 has both of.
 USUAL = {("pretrain", ""): 2.4, ("train", ""): 1.0, ("train", "resnet50"): 1.3}
@@ -53,7 +54,9 @@ class Progress:
     @property
     def purpose(self) -> str:
         """Say what the run does and why."""
-        return PURPOSES[self.line.stage].format(images=self.arm.images, label=self.arm.label)
+        task = (flag_values(self.line.command.split(), "--task") or [DEFAULT_TASK])[-1]
+        goal = GOALS.get(task, f"do {task}")
+        return PURPOSES[self.line.stage].format(goal=goal, images=self.arm.images, label=self.arm.label)
 
 
 def last_step(log: Path) -> tuple[int, float]:

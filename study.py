@@ -23,7 +23,21 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
-from arms import ANIMAL_FRACTION, ARMS, CHOICES, HALF, MIXED, STAGES, SWEEPS, Arm, audit_arms, extra_arms, sweep_arms
+from arms import (
+    ANIMAL_FRACTION,
+    ARMS,
+    CHOICES,
+    HALF,
+    MIXED,
+    STAGES,
+    SWEEPS,
+    Arm,
+    audit_arms,
+    baseline_arms,
+    extra_arms,
+    own_arms,
+    sweep_arms,
+)
 from protocols import PROTOCOLS, protocol_flags
 
 SCRIPTS = {"pretrain": "pretrain.py", "finetune": "finetune.py", "baseline": "baseline.py"}
@@ -64,11 +78,8 @@ DEMO_RESNET = {"epochs": 4, "epoch_updates": 18, "batch_size": 8, "blr": "32e-3"
 SLURM_FLAGS = ("-a", "--array", "-d", "--dependency", "--wrap", "--parsable", "--test-only")  # which slurm.py sets
 DEMO_MOST_JOBS = 5  # runs of the demo that can be made at the same time
 
-DATA_FILES = (
-    "coco/annotations/instances_train2017.json",
-    "coco/annotations/instances_val2017.json",
-    "oxford-iiit-pet/annotations/list.txt",
-)
+COCO_FILES = ("coco/annotations/instances_train2017.json", "coco/annotations/instances_val2017.json")
+PETS_FILES = ("oxford-iiit-pet/annotations/list.txt",)
 
 
 class PlanError(ValueError):
@@ -189,6 +200,8 @@ def flag_words(flags: dict[str, object]) -> list[str]:
 
 def study_arms(args: argparse.Namespace, paper_sizes: bool) -> list[Arm]:
     """List the arms of a study, stage after stage."""
+    if names_images(args.pretrain_args):
+        return [*own_arms(), *baseline_arms()]
     arms = list(ARMS.values())
     for split in args.extra_arms:
         arms.extend(extra_arms(split))
@@ -217,6 +230,11 @@ def kind_of(arm: Arm) -> str:
 def has_flag(words: list[str], flag: str, value: str) -> bool:
     """Check whether a command line sets a flag to this value."""
     return value in flag_values(words, flag)
+
+
+def names_images(words: list[str]) -> bool:
+    """Check whether a command line names a folder of one's own images."""
+    return bool(flag_values(words, "--images"))
 
 
 def flag_values(words: list[str], flag: str) -> list[str]:
@@ -288,9 +306,9 @@ def has_gpus(args: argparse.Namespace) -> bool:
 
 def has_paper_sizes(args: argparse.Namespace) -> bool:
     """Check whether the animal split is the paper's; then the mixed one has the paper's size. Assumed without data."""
-    if args.demo:
+    if args.demo or names_images(args.pretrain_args):
         return False
-    countable = Path(args.data_root, DATA_FILES[0]).exists() and importlib.util.find_spec("torch") is not None
+    countable = Path(args.data_root, COCO_FILES[0]).exists() and importlib.util.find_spec("torch") is not None
     if args.dry_run and not countable:
         return True
     import splits
@@ -321,8 +339,13 @@ def check_names(args: argparse.Namespace) -> None:
 
 
 def check_data(args: argparse.Namespace) -> None:
-    """Refuse a folder without the annotations that every study reads."""
-    for name in DATA_FILES:
+    """Refuse a folder without the annotations that the study reads; one's own images need none."""
+    needed = []
+    if not names_images(args.pretrain_args):
+        needed += COCO_FILES
+    if not names_images(args.finetune_args):
+        needed += PETS_FILES
+    for name in needed:
         path = Path(args.data_root, name)
         if not path.exists():
             advice = f"python prepare.py download --data_root {quote(args.data_root)}"
@@ -502,6 +525,25 @@ def cpu_jobs(args: argparse.Namespace) -> int:
     return 1
 
 
+def check_own_images(args: argparse.Namespace) -> None:
+    """Refuse arms of COCO's splits where one's own images take their place."""
+    if not names_images(args.pretrain_args):
+        return
+    options = {"--sweep": args.sweep, "--extra_arms": args.extra_arms, "--audit": args.audit}
+    for option, value in options.items():
+        if value:
+            raise PlanError(f"{option} needs the splits of COCO; leave it or --images in --pretrain_args out")
+
+
+def splits_flags(args: argparse.Namespace) -> str:
+    """Write the flags of `prepare.py splits`: which images the study lists, its own or those of the data sets it reads."""
+    if names_images(args.pretrain_args):
+        return f"--images {quote(flag_values(args.pretrain_args, '--images')[-1])}"
+    if names_images(args.finetune_args):
+        return "--only coco"
+    return ""
+
+
 def check_protocol(args: argparse.Namespace) -> None:
     """Refuse options that contradict a protocol or an audit."""
     wanted = ""
@@ -579,6 +621,7 @@ def shell_settings(args: argparse.Namespace) -> str:
         "DRY": str(int(args.dry_run)),
         "SLURM": str(int(args.slurm is not None)),
         "TASK": args.task,
+        "SPLITS": splits_flags(args),
         "REFERENCE": reference_flags(args, given[-1] if given else img_size),
         "TITLE": f"model {args.model}, data {args.data_root}, seeds {' '.join(map(str, args.seeds))}",
     }
@@ -590,6 +633,7 @@ def read_args(words: list[str], prog: str) -> argparse.Namespace:
     args = complete(get_args_parser(prog).parse_args(join_values(words)))
     check_names(args)
     check_protocol(args)
+    check_own_images(args)
     return args
 
 

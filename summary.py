@@ -1,13 +1,13 @@
 """The numbers of a study that matter, in at most three lines for a terminal."""
 
-from arms import ANIMAL, MIXED, NON_ANIMAL, RESNET, SUPERVISED, ArmKey
+from arms import ANIMAL, MIXED, NON_ANIMAL, OWN, RESNET, SUPERVISED, ArmKey
 from comparisons import Comparison, compare
 from groups import Study
 from records import SEGMENT
 from results import best_trivial
 
-MAIN_ARMS = (ANIMAL, NON_ANIMAL, MIXED, SUPERVISED, RESNET)
-PRETRAINED = (ANIMAL, NON_ANIMAL, MIXED)
+MAIN_ARMS = (ANIMAL, NON_ANIMAL, MIXED, OWN, SUPERVISED, RESNET)
+PRETRAINED = (ANIMAL, NON_ANIMAL, MIXED, OWN)
 
 
 def summary_lines(study: Study, comparisons: list[Comparison]) -> list[str]:

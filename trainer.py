@@ -24,7 +24,7 @@ from batches import TrainBatches, share_of_batch
 from cuda_graph import RecordedBackward
 from curves import Curves, SwitchOn
 from engine import Distributed, EngineError, Parser, Precision, Progress, at_least, seed_number
-from objective import Objective, ScoringNetwork
+from objective import Objective, ScoringNetwork, image_root
 from runs import RunFolder
 
 OPTIMIZERS = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}
@@ -739,7 +739,7 @@ def describe_run(
         "n_train": len(objective.split.images),
         "n_unique": objective.split.unique,
         "manifest": {"train": manifest},
-        "data": {"root": str(args.data_root), "title": objective.data_title()},
+        "data": {"root": image_root(str(args.data_root), flags), "title": objective.data_title()},
     }
 
 

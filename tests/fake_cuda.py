@@ -49,6 +49,7 @@ SIZES = {
     "decoder_depth": 2,
     "decoder_num_heads": 2,
 }
+CLASS_FOLDERS = "coco"  # of the data root: its parts stand for two classes
 FLAGS = ["--batch_size 8", f"--img_size {IMG}", f"--cache_size {IMG}", "--no-compile"]
 
 
@@ -83,6 +84,8 @@ def arguments(case: Case, folders: Folders) -> argparse.Namespace:
         flags.append("--model small")
     if case.script == "finetune":
         flags.append("--init none")
+    if case.name == "classify":
+        flags.append("--images " + str(folders.data_root / CLASS_FOLDERS))
     args = module.get_args_parser(case.name).parse_args(words_of(flags))
     args.init = None
     if case.script == "baseline":

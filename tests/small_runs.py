@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from models import build_mae
+from objective import chosen
 
 REPOSITORY = Path(__file__).parent.parent
 IMG = 64
@@ -68,13 +69,24 @@ def words_of(flags) -> list[str]:
     return words
 
 
+def parser_of(script: str, words: list[str]):
+    """Make the parser of a command line as the script does: that of its objective or task."""
+    module = importlib.import_module(script)
+    if script == "pretrain":
+        return module.get_args_parser(chosen("--objective", module.OBJECTIVES, "mae", words))
+    if script in ("finetune", "baseline"):
+        return module.get_args_parser(chosen("--task", module.TASKS, "segment", words))
+    return module.get_args_parser()
+
+
 def run(script: str, *flags) -> str:
     """Run a script's main in this process -> what it printed; its errors come up as exceptions."""
     module = importlib.import_module(script)
+    words = words_of(flags)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     with contextlib.redirect_stdout(io.StringIO()) as out:
         try:
-            module.main(module.get_args_parser().parse_args(words_of(flags)))
+            module.main(parser_of(script, words).parse_args(words))
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)

@@ -63,6 +63,11 @@ assert low < mean < high
 import splits
 assert "animal" in splits.split_names()
 """,
+    "data engine folders splits": """
+import folders
+open("a.jpg", "wb").write(b"a")
+assert folders.list_tree(".").images == ["a.jpg"]
+""",
     "engine models weights": """
 import models, torch, weights
 encoder = models.build_vit("mae_tiny", img_size=32)
@@ -81,6 +86,7 @@ MAY_IMPORT = {
     "weights": {"engine", "models"},
     "runs": {"engine"},
     "splits": {"data"},
+    "folders": {"data", "engine", "splits"},
     "batches": {"augment", "data"},
     "cuda_graph": set(),
     "curves": {"engine", "runs"},

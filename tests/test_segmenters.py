@@ -213,11 +213,15 @@ def test_a_classifier_is_a_linear_layer_on_the_pooled_features(pooling):
     torch.manual_seed(0)
     model = spread(make_classifier(pooling=pooling))
     images = torch.randn(3, 3, 32, 32)
-    features = encode(model, images)
-    if pooling == "cls":
-        pooled = features[:, 0]
-    else:
-        pooled = sum(features[:, i] for i in range(1, 17)) / 16
+    with torch.no_grad():
+        tokens = model.forward_blocks(patchify(images, model.patch_size))
+        if pooling == "cls":
+            pooled = encode(model, images)[:, 0]
+        else:
+            pooled = model.fc_norm(sum(tokens[:, i] for i in range(1, 17)) / 16)
+            assert (
+                relative_error(pooled, encode(model, images)[:, 1:].mean(1)) > 1e-2
+            )  # not the mean of normalised tokens
     expected = pooled @ model.head.weight.T + model.head.bias
     with torch.no_grad():
         assert relative_error(model(images), expected) <= 1e-5
@@ -230,7 +234,7 @@ def test_a_classifier_takes_the_encoder_and_nothing_else():
     state = pretrained.state_dict()
     state["head.weight"] = torch.ones(5, 32)  # timm's name for the layer of a supervised network
     report = load_pretrained(model, state)
-    assert report.new_head == ["head.weight", "head.bias"]
+    assert report.new_head == ["fc_norm.weight", "fc_norm.bias", "head.weight", "head.bias"]
     assert report.missing == []
     assert torch.equal(model.head.weight, before)
     images = torch.randn(2, 3, 32, 32)
