@@ -10,6 +10,7 @@ stop request (SIGTERM, Ctrl-C) is passed on, so that the training writes a check
 import argparse
 import contextlib
 import fcntl
+import itertools
 import json
 import os
 import shlex
@@ -23,7 +24,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from arms import RESNET
-from study import PlanLine, PlanParser, one_line, read_plan
+from study import PlanLine, PlanParser, generations, one_line, read_plan
 
 HERE = Path(__file__).resolve().parent
 LISTS = ("first", "second", "side_by_side", "alone", "others", "tests", "untested")
@@ -62,22 +63,24 @@ def find_line(plan: list[PlanLine], folder: str) -> PlanLine:
 def list_folders(study: Path, plan: list[PlanLine], which: str) -> list[str]:
     """List folders of runs, relative to the study's for --run; those of tests as paths.
 
-    which: first (runs that depend on no other), second (those that start from one of these), side_by_side (all, in the order
-    that leaves no GPU idle), alone (those that a CPU makes with nothing beside them), others (side_by_side without these),
-    tests (whatever is tested), or untested (those of them that are finished and not tested yet).
+    which: first (runs that depend on no other), second (all others, each after the one that it starts from), side_by_side
+    (all, in the order that leaves no GPU idle), alone (those that a CPU makes with nothing beside them), others (side by
+    side, without these), tests (whatever is tested), or untested (those of them that are finished and not tested yet).
     """
     if which == "alone":
         return [line.folder for line in plan if takes_much_memory(line)]
     if which in ("side_by_side", "others"):
         # Parents before those that start from them; ResNet-50 takes longest next to pre-training, so it begins early.
-        lines = sorted(plan, key=lambda line: (bool(line.parent), line.seed, not takes_much_memory(line)))
+        lines = []
+        for generation in generations(plan):
+            lines += sorted(generation, key=lambda line: (line.seed, not takes_much_memory(line)))
         if which == "others":
             lines = [line for line in lines if not takes_much_memory(line)]
         return [line.folder for line in lines]
-    if which == "first":
-        return [line.folder for line in plan if not line.parent]
-    if which == "second":
-        return [line.folder for line in plan if line.parent]
+    if which in ("first", "second"):
+        first, *later = generations(plan)
+        lines = first if which == "first" else itertools.chain.from_iterable(later)
+        return [line.folder for line in lines]
     tested = [study / line.folder for line in plan if line.stage != "pretrain"]
     if which == "untested":
         tested = [folder for folder in tested if (folder / "metrics.json").exists() and not is_tested(folder)]
@@ -148,11 +151,24 @@ def is_held(path: Path) -> bool:
     return False
 
 
-def wait_for(parent: Files) -> None:
-    """Wait for the end of the run that another one starts from, if it runs or is about to; runs side by side need it."""
+def ancestors(plan: list[PlanLine], line: PlanLine) -> list[PlanLine]:
+    """List the run that a run starts from, the one that this starts from, and so on."""
+    found = []
+    while line.parent:
+        line = find_line(plan, line.parent)
+        found.append(line)
+    return found
+
+
+def wait_for(before: list[Files]) -> None:
+    """Wait for the end of the run that another one starts from, if it runs or is about to; runs side by side need it.
+
+    before: the run that it starts from, and those that this one waits for in turn.
+    """
+    parent = before[0]
     idle_since = time.monotonic()
     while time.monotonic() - idle_since < START_SECONDS:
-        if is_held(parent.lock):
+        if any(is_held(files.lock) for files in before):
             idle_since = time.monotonic()
         elif parent.metrics.exists() or parent.failure.exists():
             return
@@ -240,7 +256,7 @@ def carry_out(study: Path, line: PlanLine, args: argparse.Namespace) -> int:
         print(f"\n== {name}\n$ {shlex.join(words)}", flush=True)
         return 0
     if args.wait and line.parent:
-        wait_for(Files(study, find_line(read_plan(args.plan), line.parent)))
+        wait_for([Files(study, earlier) for earlier in ancestors(read_plan(args.plan), line)])
     if files.parent is not None and not files.parent.exists():
         print(f"== {name}: not run, for {line.parent} is not finished", file=sys.stderr, flush=True)
         return 1

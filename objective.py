@@ -186,7 +186,10 @@ class Objective:
         """Take back what state() gave."""
 
     def finish(self) -> dict:
-        """Draw figures after the last step; give further metrics."""
+        """Draw figures after the last step; give further metrics.
+
+        "trivial" among them shows what any training must beat: name -> the scores that it has among those of validate().
+        """
         return {}
 
     def export(self, weights: dict[str, Tensor]) -> dict:
@@ -212,23 +215,35 @@ class Pretraining(Objective):
         except ValueError as error:
             raise EngineError(str(error)) from None
         self.init_sha256 = load_init(self.model, args.init, dist)
-        self.split = select_images(args)
+        self.split = self.training_split()
         self.epoch_images = images_of_an_epoch(args, self.split)
         self.batch_size = args.batch_size
-        self.held_out = splits.mae_validation(args.data_root, categories=args.categories, cache_dir=args.cache_dir)
+        self.held_out = self.validation_splits()
 
     def build_model(self) -> nn.Module:
         """Build the network of --model; a ValueError is reported as wrong use."""
         raise NotImplementedError
 
+    @staticmethod
+    def default_blr(args: argparse.Namespace) -> float:
+        """Give the base rate where it depends on other flags: an objective that makes it None by default says it here."""
+        raise NotImplementedError
+
+    def training_split(self) -> Split:
+        """List the images to train on. Only self.args are there yet."""
+        return select_images(self.args)
+
+    def validation_splits(self) -> dict[str, Split]:
+        """List the animal and the non-animal images to validate on. Only self.args are there yet."""
+        args = self.args
+        return splits.mae_validation(args.data_root, categories=args.categories, cache_dir=args.cache_dir)
+
     def lists(self) -> list[Split]:
         return [self.split, *self.held_out.values()]
 
     def readings(self) -> list[Reading]:
-        args = self.args
-        held_out = splits.mae_validation(args.data_root, categories=args.categories, cache_dir=args.cache_dir)
-        lists = [select_images(args), *held_out.values()]
-        return [Reading(split.images, args.cache_size) for split in lists]
+        lists = [self.training_split(), *self.validation_splits().values()]
+        return [Reading(split.images, self.args.cache_size) for split in lists]
 
     def identity(self) -> dict[str, str]:
         validation = {f"val_{name}": split.sha256 for name, split in self.held_out.items()}
@@ -237,6 +252,10 @@ class Pretraining(Objective):
     def augmentation(self) -> Augmentation:
         """Say how training images are cropped and flipped."""
         return Augmentation(self.args.img_size, crop_scale=(0.2, 1.0))
+
+    def examples(self, store: ImageStore) -> Examples:
+        """Join the training images with what else belongs to each, such as targets."""
+        return Examples(store)
 
     def validation_targets(self, images: Sequence[str]) -> dict[str, Tensor]:
         """Give what validation batches carry besides images: fixed draws, name -> tensor [N, ...]."""
@@ -253,7 +272,8 @@ class Pretraining(Objective):
             self.stores[name] = store
             # On the device once: a copy for each batch would make a GPU wait.
             self.targets[name] = {key: target.to(self.dist.device) for key, target in targets.items()}
-        return self.train_batches(Examples(open_store(self.args, self.dist, self.split.images)), self.augmentation())
+        store = open_store(self.args, self.dist, self.split.images)
+        return self.train_batches(self.examples(store), self.augmentation())
 
     def validate(self, step: int, stopping: Callable[[], bool]) -> dict[str, float] | None:
         """Average the loss over the animal and the non-animal images, each once."""
@@ -268,13 +288,17 @@ class Pretraining(Objective):
     def _loss_of_model(self, batch: dict[str, Tensor]) -> Tensor:
         return self.loss(self.scoring_network, batch)
 
+    @property
+    def validation_batch_size(self) -> int:
+        """Images that a process scores at a time."""
+        return min(self.args.micro_batch_size or self.args.batch_size, LARGEST_VALIDATION_BATCH)
+
     def mean_over(
         self, name: str, loss_of: Callable[[dict[str, Tensor]], Tensor], stopping: Callable[[], bool] = lambda: False
     ) -> float | None:
         """Average loss_of(batch) over the images of a validation list; None if a process was to stop meanwhile."""
         store = self.stores[name]
-        batch_size = min(self.args.micro_batch_size or self.args.batch_size, LARGEST_VALIDATION_BATCH)
-        batches = self.eval_batches(store, self.targets[name], batch_size)
+        batches = self.eval_batches(store, self.targets[name], self.validation_batch_size)
 
         def score(batch: dict[str, Tensor]) -> dict[str, Tensor]:
             return {"loss": loss_of(batch).double() * len(batch["images"])}
@@ -401,7 +425,8 @@ class Task(Objective):
             self.model = self.build_model(drop_path=self.drop_path, **self.model_options())
         except ValueError as error:
             raise EngineError(str(error)) from None
-        self.init_sha256 = load_init(self.model, args.init, dist)
+        # From random weights (baseline.py) there is nothing to choose from.
+        self.init_sha256 = load_init(self.model, args.init, dist, part=getattr(args, "load", "all"))
         if self.frozen:
             for name, parameter in self.model.named_parameters():
                 if name.startswith(ENCODER_KEYS):
@@ -625,11 +650,14 @@ def sum_over(
     return totals
 
 
-def load_init(model: nn.Module, path: str | None, dist: Distributed) -> str | None:
-    """Load a checkpoint into a network and say what was taken; give its SHA-256, which defines the result."""
+def load_init(model: nn.Module, path: str | None, dist: Distributed, part: str = "all") -> str | None:
+    """Load a checkpoint, or a part of it, into a network and say what was taken; give its SHA-256, which defines the result.
+
+    part: see weights.PARTS.
+    """
     if path is None:
         return None
-    report = load_pretrained(model, path)
+    report = load_pretrained(model, path, part)
     if dist.is_main:
         print(f"init: {report}", flush=True)
     return identify(path)

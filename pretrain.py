@@ -22,7 +22,8 @@ import augment
 from batches import Alone, Draw, EvalBatches, uniform
 from engine import Parser, at_least, launch, setup
 from models import MODELS, build_mae, patchify, take_rows
-from objective import Objective, Pretraining, add_split_arguments, block_activations, chosen
+from objective import Pretraining, add_split_arguments, block_activations, chosen
+from objectives.labels import Labels
 from trainer import add_training_arguments, train
 
 FIGURE_IMAGES = 4  # of each validation list
@@ -139,7 +140,7 @@ def to_photos(images: Tensor) -> np.ndarray:
 
 
 # The objectives by name: what --objective accepts. Name yours here.
-OBJECTIVES: dict[str, type[Objective]] = {"mae": MaskedPixels}
+OBJECTIVES: dict[str, type[Pretraining]] = {"mae": MaskedPixels, "labels": Labels}
 
 
 def get_args_parser(objective: str = "mae") -> Parser:
@@ -164,8 +165,17 @@ def get_args_parser(objective: str = "mae") -> Parser:
     return parser
 
 
+def resolve(args: argparse.Namespace) -> argparse.Namespace:
+    """Fill in the base rate where its default depends on other flags."""
+    resolved = argparse.Namespace(**vars(args))
+    if args.blr is None:
+        resolved.blr = OBJECTIVES[args.objective].default_blr(args)
+    return resolved
+
+
 def main(args: argparse.Namespace) -> None:
     """Pre-train by an objective."""
+    args = resolve(args)
     dist = setup(args.device)
     train(OBJECTIVES[args.objective](args, dist), args, dist)
 

@@ -16,7 +16,7 @@ import os
 import shlex
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
@@ -319,7 +319,8 @@ class CocoPart:
     """The images of one COCO annotation file with their labels, divided into animal images and others.
 
     part: "train2017" or "val2017". categories: names of the categories that take the animals' place.
-    `.images`: path -> LabelledImage, in the order of their ids. `.animals`: names of the animal categories.
+    `.images`: path -> LabelledImage, in the order of their ids. `.animals`: names of the animal categories. `.categories`:
+    names of all categories, in the order of their ids.
     Raises DataError if the file is missing or damaged, or if a category is unknown.
     """
 
@@ -330,6 +331,7 @@ class CocoPart:
         path = _find_source(data_root, f"{COCO_FOLDER}/annotations/instances_{part}.json")
         content = _read_labels(path, cache_dir)
         names = dict(content["categories"])
+        self.categories = list(names.values())
         if categories:
             for name in categories:
                 require(name in names.values(), f"unknown category {name!r}; valid: {', '.join(names.values())}")
@@ -374,6 +376,12 @@ class CocoPart:
             if count == 1 or (count > 1 and listing == "unique"):
                 entries.append(path)
         return entries
+
+    def labels_of(self, image: str) -> frozenset[str]:
+        """Name the categories that an image shows; none for an image of another data set."""
+        if image not in self.images:
+            return frozenset()
+        return self.images[image].labels
 
     def make_split(self, name: str, images: Sequence[str], definition: dict) -> Split:
         """Make a split of images of this part; `definition` states what it follows from besides the categories."""
@@ -568,6 +576,25 @@ def _define(source: Source, images: Sequence[str], coco: CocoPart | None) -> dic
     if source.animal_fraction is not None:
         definition["animal_fraction"] = source.animal_fraction
     return definition
+
+
+def keep_labelled(split: Split, coco: CocoPart) -> Split:
+    """Leave out the images of a split without a label of COCO; the manifest names them under "unlabelled".
+
+    Raises TooFewImagesError if no image is left.
+    """
+    kept = []
+    left_out = {}
+    for image in split.images:
+        if coco.labels_of(image):
+            kept.append(image)
+        else:
+            left_out[image] = None
+    if not kept:
+        problem = f"none of the {len(split.images):,} images of the split {split.name} has a label of COCO"
+        raise TooFewImagesError(f"{problem}; choose a --split of COCO, such as animal")
+    labelled = _make_split(kept, {**split.manifest["definition"], "labelled": True}, coco)
+    return replace(labelled, manifest={**labelled.manifest, "unlabelled": list(left_out)})
 
 
 def reference_size(data_root: str | Path, **options: object) -> int:

@@ -6,7 +6,7 @@
     python study.py settings --demo                                                  # what run_all.sh needs to know
 
 `run_all.sh` writes the table to OUTPUT/study.tsv and carries it out line by line; `report.py` reads it. A line's parent
-stands above it, and the lines of one seed and stage do not depend on each other. The arms are those of arms.py.
+stands above it; `generations` tells which lines do not depend on each other. The arms are those of arms.py.
 Standard library only, so that a plan can be shown before anything is installed; splits.py is asked where it can be.
 """
 
@@ -22,7 +22,21 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
-from arms import ANIMAL_FRACTION, ARMS, CHOICES, HALF, MIXED, STAGES, SWEEPS, Arm, audit_arms, extra_arms, sweep_arms
+from arms import (
+    ANIMAL_FRACTION,
+    ARMS,
+    CHOICES,
+    HALF,
+    LABELS,
+    MIXED,
+    STAGES,
+    SWEEPS,
+    Arm,
+    audit_arms,
+    extra_arms,
+    label_sweep_arms,
+    sweep_arms,
+)
 from protocols import PROTOCOLS, protocol_flags
 
 SCRIPTS = {"pretrain": "pretrain.py", "finetune": "finetune.py", "baseline": "baseline.py"}
@@ -60,6 +74,10 @@ DEMO_MAE = {"drop_path": 0}
 DEMO_HALF = {"epoch_updates": 40}  # half of the labels for as many epochs, as in the study
 # Its first convolutions see little at 64 pixels, and an update costs ten times one of the others': fewer, larger batches.
 DEMO_RESNET = {"epochs": 4, "epoch_updates": 18, "batch_size": 8, "blr": "32e-3", "warmup_epochs": 0.4}
+# Labels: 1,000 updates of the autoencoder take as many operations as 443 of these, so that with 2 epochs more they equal 11.
+DEMO_LABEL_EPOCHS = (2, 11)
+DEMO_LABELS = {"epoch_updates": 50, "warmup_epochs": 0.5}
+DEMO_LABEL_RATES = {"none": "16e-3", "mae": "8e-3"}
 DEMO_MOST_JOBS = 5  # runs of the demo that can be made at the same time
 
 DATA_FILES = (
@@ -150,6 +168,26 @@ def quote(word: str) -> str:
     return f"$'{word}'"
 
 
+def generations(lines: list[PlanLine]) -> list[list[PlanLine]]:
+    """Divide a plan into runs that depend on no other, those that start from one of these, and so on, each in its order.
+
+    Raises PlanError where a run stands before the one that it starts from.
+    """
+    place: dict[str, int] = {}
+    found: list[list[PlanLine]] = []
+    for line in lines:
+        number = 0
+        if line.parent:
+            if line.parent not in place:
+                raise PlanError(f"{line.folder} starts from {line.parent}, which the plan does not list before it")
+            number = place[line.parent] + 1
+        place[line.folder] = number
+        if number == len(found):
+            found.append([])
+        found[number].append(line)
+    return found
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Arms and commands
 
@@ -174,7 +212,7 @@ def study_arms(args: argparse.Namespace, paper_sizes: bool) -> list[Arm]:
         arms.extend(extra_arms(split))
     unique = has_flag(args.pretrain_args, "--animal_images", "unique")
     for sweep in args.sweep:
-        further = sweep_arms(sweep)
+        further = label_sweep_arms(DEMO_LABEL_EPOCHS) if args.demo and sweep == LABELS else sweep_arms(sweep)
         if sweep == ANIMAL_FRACTION and unique:
             # With distinct images the study's own arms are the doses 0 and 1, and 0.5 where it has the same size.
             own = {0.0, 1.0} if paper_sizes else {0.0, 0.5, 1.0}
@@ -228,7 +266,12 @@ def command(arm: Arm, seed: int, args: argparse.Namespace, paper_sizes: bool) ->
         words += flag_words(DEMO_HALF)
     if arm.key == ("pretrain", MIXED.name) and paper_sizes:
         words += ["--num_images", str(PAPER_MIXED)]
+    on_labels = arm.sweep == LABELS and arm.stage == "pretrain"
+    if args.demo and on_labels:
+        words += flag_words({**DEMO_LABELS, "blr": DEMO_LABEL_RATES[arm.line]})
     words += args.pretrain_args if arm.stage == "pretrain" else args.finetune_args
+    if on_labels:  # after the user's, which are for all pre-trainings: the sweep is one over epochs
+        words += ["--epochs", f"{arm.value:g}"]
     words += ["--data_root", args.data_root, "--cache_dir", args.cache_dir]
     words += ["--seed", str(seed), "--split_seed", str(seed)]
     return [*words, "--output_dir", str(output / run_folder(seed, arm.stage, arm.name))]
@@ -456,6 +499,16 @@ def cpu_jobs(args: argparse.Namespace) -> int:
     return 1
 
 
+def check_label_sweep(args: argparse.Namespace) -> None:
+    """Refuse options that contradict pre-training on labels after a Masked Autoencoder."""
+    if LABELS not in args.sweep:
+        return
+    if args.objective != DEFAULT_OBJECTIVE:
+        raise PlanError(f"--sweep {LABELS} begins with Masked Autoencoders; leave --objective {args.objective} out")
+    if args.protocol != "ours":
+        raise PlanError(f"--sweep {LABELS} is no part of --protocol {args.protocol}; leave one of them out")
+
+
 def check_protocol(args: argparse.Namespace) -> None:
     """Refuse options that contradict a protocol or an audit."""
     wanted = ""
@@ -542,6 +595,7 @@ def read_args(words: list[str], prog: str) -> argparse.Namespace:
     """Read the options of a study; PlanError for what cannot be."""
     args = complete(get_args_parser(prog).parse_args(join_values(words)))
     check_names(args)
+    check_label_sweep(args)
     check_protocol(args)
     return args
 

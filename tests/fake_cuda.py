@@ -85,7 +85,7 @@ def arguments(case: Case, folders: Folders) -> argparse.Namespace:
         flags.append("--init none")
     args = module.get_args_parser(case.name).parse_args(words_of(flags))
     args.init = None
-    if case.script == "baseline":
+    if case.script != "finetune":
         args = module.resolve(args)
     return args
 
