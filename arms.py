@@ -115,6 +115,13 @@ HALF = ArmKey("finetune", "half")
 NON_ANIMAL = ArmKey("finetune", "non_animal")
 MIXED = ArmKey("finetune", "mixed")
 PRETRAIN_ANIMAL = ArmKey("pretrain", "animal")
+IMAGENET = ArmKey("finetune", "imagenet")  # starts from a file of published weights
+
+# Controls among the extra arms: their split, and its images in a few words. Both have as many images and updates.
+CONTROLS = {
+    "animal_no_person": ("animal", "animals without people"),
+    "non_animal_no_person": ("non_animal", "non-animals without people"),
+}
 
 # Comparisons that were chosen before any result was known.
 PLANNED = [
@@ -168,12 +175,26 @@ def pretrain_arm(split: str, protocol: PaperProtocol | None = None) -> Arm:
     return Arm("pretrain", split, label, images, style, {"split": split}, protocol=protocol)
 
 
-def extra_arms(split: str) -> tuple[Arm, Arm]:
-    """Describe pre-training on a further split and the fine-tuning that follows it."""
+def extra_arms(split: str) -> list[Arm]:
+    """Describe pre-training on a further split and the fine-tuning that follows it, or a control."""
+    if split in CONTROLS or split == IMAGENET.name:
+        return control_arms(split)
     pretraining = pretrain_arm(split)
     label = {"pets": "Finetuned-Pets", "all": "Finetuned-All"}.get(split, f"Finetuned-{split}")
     finetuning = Arm("finetune", split, label, pretraining.images, pretraining.style, parent=split)
-    return pretraining, finetuning
+    return [pretraining, finetuning]
+
+
+def control_arms(name: str) -> list[Arm]:
+    """Describe a control of CONTROLS, or the fine-tuning of published ImageNet weights."""
+    if name == IMAGENET.name:
+        style = Style(BLACK, "-.", "d")
+        return [Arm("finetune", name, "Finetuned-ImageNet", "ImageNet, published weights", style, {"load": "encoder"})]
+    split, images = CONTROLS[name]
+    style = STYLES[split]._replace(line=":")
+    flags = {"split": split, "exclude_categories": "person"}
+    pretraining = Arm("pretrain", name, f"pre-training ({images})", images, style, flags)
+    return [pretraining, Arm("finetune", name, f"Finetuned, {images}", images, style, parent=name)]
 
 
 def dose_arms(share: float) -> tuple[Arm, Arm]:
@@ -422,7 +443,7 @@ def find_arm(stage: str, name: str, sweep: str = "", value: float | None = None)
     known = known_arms().get(ArmKey(stage, name))
     if known is not None:
         return known
-    candidates: tuple[Arm, ...] = ()
+    candidates: Iterable[Arm] = ()
     if sweep == ANIMAL_FRACTION and value is not None:
         candidates = dose_arms(value)
     elif sweep == LABELS and value is not None:

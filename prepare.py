@@ -161,7 +161,11 @@ def manifest_path(output: Path, title: str) -> Path:
 def list_selections(args: argparse.Namespace) -> dict[str, Callable[[], splits.Split]]:
     """List the rows of the table: title -> what selects the split. All rules of splits.SPLITS are among them."""
     root = args.data_root
-    options = {"split_seed": args.split_seed, "cache_dir": args.cache_dir}
+    options = {
+        "split_seed": args.split_seed,
+        "cache_dir": args.cache_dir,
+        "exclude_categories": args.exclude_categories,
+    }
     rows = {}
     for name in splits.split_names():
         if name == "animal":
@@ -463,7 +467,14 @@ def add_splits(commands: argparse._SubParsersAction) -> None:
     parser = add_command(commands, run_splits)
     add_cache_dir(parser)
     add_split_seed(parser)
-    parser.add_argument("--output", default="splits", help="folder for the manifests, a JSON file for each split")
+    add = parser.add_argument
+    add(
+        "--exclude_categories",
+        nargs="+",
+        metavar="CATEGORY",
+        help="list pre-training images without these COCO categories, as pretrain.py does with this flag",
+    )
+    add("--output", default="splits", help="folder for the manifests, a JSON file for each split")
 
 
 def add_cache(commands: argparse._SubParsersAction) -> None:

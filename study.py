@@ -26,7 +26,9 @@ from arms import (
     ANIMAL_FRACTION,
     ARMS,
     CHOICES,
+    CONTROLS,
     HALF,
+    IMAGENET,
     LABELS,
     MIXED,
     STAGES,
@@ -43,6 +45,7 @@ SCRIPTS = {"pretrain": "pretrain.py", "finetune": "finetune.py", "baseline": "ba
 DEFAULT_OBJECTIVE = "mae"
 DEFAULT_TASK = "segment"
 DEFAULT_EXTRA_ARMS = ("pets", "all")
+KNOWN_EXTRA_ARMS = (*DEFAULT_EXTRA_ARMS, *CONTROLS, IMAGENET.name)  # others are looked up in splits.py
 MODEL = "mae_base"
 IMG_SIZE = 224
 PAPER_ANIMALS = 25_739  # list entries of the paper's animal split
@@ -252,6 +255,8 @@ def command(arm: Arm, seed: int, args: argparse.Namespace, paper_sizes: bool) ->
     words = [SCRIPTS[arm.stage], "--model", arm.network or args.model]
     if arm.parent:
         words += ["--init", str(output / run_folder(seed, "pretrain", arm.parent) / "model.pt")]
+    if arm.key == IMAGENET:
+        words += ["--init", args.imagenet_weights]
     if arm.stage == "pretrain" and args.objective != DEFAULT_OBJECTIVE:
         words += ["--objective", args.objective]
     if arm.stage != "pretrain" and args.task != DEFAULT_TASK:
@@ -329,7 +334,8 @@ def check_names(args: argparse.Namespace) -> None:
     for split in args.extra_arms:
         if ("pretrain", split) in ARMS:
             raise PlanError(f"--extra_arms {split}: this split is part of every study")
-    if args.model in (MODEL, DEMO_MODEL) and not set(args.extra_arms) - set(DEFAULT_EXTRA_ARMS):
+    further = set(args.extra_arms) - set(KNOWN_EXTRA_ARMS)
+    if args.model in (MODEL, DEMO_MODEL) and not further:
         return
     try:
         import models
@@ -338,9 +344,10 @@ def check_names(args: argparse.Namespace) -> None:
         return
     if args.model not in models.MODELS:
         raise PlanError(f"unknown --model {args.model!r}; there are {', '.join(models.MODELS)}")
-    unknown = [split for split in args.extra_arms if split not in list(splits.SPLITS)]
+    unknown = sorted(further - set(splits.SPLITS))
     if unknown:
-        raise PlanError(f"unknown split --extra_arms {unknown[0]!r}; there are {', '.join(splits.SPLITS)}")
+        names = ", ".join([*splits.SPLITS, *CONTROLS, IMAGENET.name])
+        raise PlanError(f"unknown split --extra_arms {unknown[0]!r}; there are {names}")
 
 
 def check_data(args: argparse.Namespace) -> None:
@@ -390,7 +397,13 @@ def get_args_parser(prog: str) -> PlanParser:
         "--extra_arms",
         nargs="*",
         metavar="SPLIT",
-        help="also pre-train on these splits of splits.py (default: pets all)",
+        help="also pre-train on these splits of splits.py (default: pets all); animal_no_person and non_animal_no_person "
+        "are controls without people, imagenet fine-tunes --imagenet_weights",
+    )
+    add(
+        "--imagenet_weights",
+        metavar="FILE",
+        help="published weights of a ViT of --model's size for --extra_arms imagenet, an anchor from 1.28 million images",
     )
     add("--model", help="size of the networks, a name of models.py (default: mae_base; demo: mae_demo)")
     add("--objective", default=DEFAULT_OBJECTIVE, metavar="NAME", help="what pre-training does (default: mae)")
@@ -499,6 +512,18 @@ def cpu_jobs(args: argparse.Namespace) -> int:
     return 1
 
 
+def check_imagenet(args: argparse.Namespace) -> None:
+    """Refuse the arm of published weights without a file, and a file without the arm."""
+    asked = IMAGENET.name in args.extra_arms
+    if asked and args.imagenet_weights is None:
+        raise PlanError(f"--extra_arms {IMAGENET.name} needs --imagenet_weights FILE, a ViT of facebookresearch/mae, timm "
+                        "or transformers")  # fmt: skip
+    if args.imagenet_weights is not None and not asked:
+        raise PlanError(f"--imagenet_weights is for the arm --extra_arms {IMAGENET.name}; name it too")
+    if asked and not args.dry_run and not Path(args.imagenet_weights).is_file():
+        raise PlanError(f"--imagenet_weights {quote(args.imagenet_weights)} is no file")
+
+
 def check_label_sweep(args: argparse.Namespace) -> None:
     """Refuse options that contradict pre-training on labels after a Masked Autoencoder."""
     if LABELS not in args.sweep:
@@ -595,6 +620,7 @@ def read_args(words: list[str], prog: str) -> argparse.Namespace:
     """Read the options of a study; PlanError for what cannot be."""
     args = complete(get_args_parser(prog).parse_args(join_values(words)))
     check_names(args)
+    check_imagenet(args)
     check_label_sweep(args)
     check_protocol(args)
     return args
