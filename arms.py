@@ -117,10 +117,20 @@ MIXED = ArmKey("finetune", "mixed")
 PRETRAIN_ANIMAL = ArmKey("pretrain", "animal")
 IMAGENET = ArmKey("finetune", "imagenet")  # starts from a file of published weights
 
-# Controls among the extra arms: their split, and its images in a few words. Both have as many images and updates.
+
+class Control(NamedTuple):
+    """An extra arm that changes one thing of a pre-training, to tell what its effect comes from."""
+
+    split: str
+    images: str  # in a few words
+    flags: dict[str, object]
+
+
+# The two without people have equally many images. Predicting another image's pixels leaves what all images have in common.
 CONTROLS = {
-    "animal_no_person": ("animal", "animals without people"),
-    "non_animal_no_person": ("non_animal", "non-animals without people"),
+    "animal_no_person": Control("animal", "animals without people", {"exclude_categories": "person"}),
+    "non_animal_no_person": Control("non_animal", "non-animals without people", {"exclude_categories": "person"}),
+    "other_targets": Control("animal", "animals, other images' pixels", {"targets": "other"}),
 }
 
 # Comparisons that were chosen before any result was known.
@@ -190,11 +200,11 @@ def control_arms(name: str) -> list[Arm]:
     if name == IMAGENET.name:
         style = Style(BLACK, "-.", "d")
         return [Arm("finetune", name, "Finetuned-ImageNet", "ImageNet, published weights", style, {"load": "encoder"})]
-    split, images = CONTROLS[name]
-    style = STYLES[split]._replace(line=":")
-    flags = {"split": split, "exclude_categories": "person"}
-    pretraining = Arm("pretrain", name, f"pre-training ({images})", images, style, flags)
-    return [pretraining, Arm("finetune", name, f"Finetuned, {images}", images, style, parent=name)]
+    control = CONTROLS[name]
+    style = STYLES[control.split]._replace(line=":")
+    flags = {"split": control.split, **control.flags}
+    pretraining = Arm("pretrain", name, f"pre-training ({control.images})", control.images, style, flags)
+    return [pretraining, Arm("finetune", name, f"Finetuned, {control.images}", control.images, style, parent=name)]
 
 
 def dose_arms(share: float) -> tuple[Arm, Arm]:

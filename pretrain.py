@@ -19,7 +19,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 import augment
-from batches import Alone, Draw, EvalBatches, uniform
+from batches import Alone, Draw, EvalBatches, Examples, uniform
+from data import ImageStore
 from engine import Parser, at_least, launch, setup
 from models import MODELS, build_mae, patchify, take_rows
 from objective import Pretraining, add_split_arguments, block_activations, chosen
@@ -46,6 +47,14 @@ class MaskedPixels(Pretraining):
             default=True,
             help="predict pixels normalised per patch; gives better features, blurrier colours",
         )
+        arm = parser.flags("objective", role="arm")
+        arm(
+            "--targets",
+            choices=["own", "other"],
+            default="own",
+            help="other: a control, to predict the pixels of another image of the batch, so that only what all images have "
+            "in common can be learnt; validation asks for an image's own",
+        )
         how = parser.flags("objective", role="computation")
         how("--figure_every", type=at_least(0, int), default=0, help="epochs between figures (0: only at the end)")
 
@@ -58,8 +67,12 @@ class MaskedPixels(Pretraining):
     def draws(self) -> dict[str, Draw]:
         return {"noise": uniform(self.model.num_patches)}
 
+    def examples(self, store: ImageStore) -> Examples:
+        return Examples(store, strangers=self.args.targets == "other")
+
     def loss(self, network: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-        return network(batch["images"], self.args.mask_ratio, batch["noise"], loss_only=True)
+        targets = batch.get("strangers")
+        return network(batch["images"], self.args.mask_ratio, batch["noise"], loss_only=True, targets=targets)
 
     def validate(self, step: int, stopping: Callable[[], bool]) -> dict[str, float] | None:
         epoch_updates = self.args.epoch_updates or self.epoch_images // self.batch_size

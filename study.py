@@ -398,7 +398,7 @@ def get_args_parser(prog: str) -> PlanParser:
         nargs="*",
         metavar="SPLIT",
         help="also pre-train on these splits of splits.py (default: pets all); animal_no_person and non_animal_no_person "
-        "are controls without people, imagenet fine-tunes --imagenet_weights",
+        "are controls without people, other_targets predicts other images' pixels, imagenet fine-tunes --imagenet_weights",
     )
     add(
         "--imagenet_weights",
