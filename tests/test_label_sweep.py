@@ -4,19 +4,25 @@ import itertools
 import json
 import shlex
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from study_folder import write_study
+from test_report import draw_nothing
 
 import arms
 import carry_out
+import figures
+import label_pretraining
 import report
 import status
 import study as study_script
 from groups import Study
+from records import SEGMENT
 from study import PlanError, PlanLine, generations, read_args
+from tables import Page
 
 DEMO = ["--demo", "--dry_run", "--sweep", "labels"]
 
@@ -165,21 +171,28 @@ def test_an_arm_of_the_sweep_is_found_by_its_name_and_says_what_it_does(tmp_path
 # -- The report ---------------------------------------------------------------------------------------------------------
 
 
+def make_section(folder: Path) -> tuple[Study, str]:
+    """Write the section of a study -> (the study, its text)."""
+    study = Study(folder)
+    page = Page(folder)
+    label_pretraining.section(study, page, label_pretraining.read_sweep(study, SEGMENT))
+    page.write("report")
+    return study, (folder / "report.md").read_text()
+
+
 @pytest.fixture(scope="module")
-def made(tmp_path_factory) -> tuple[Path, str]:
-    """A study of two seeds with the sweep -> (its folder, the text of its report)."""
-    folder = write_study(tmp_path_factory.mktemp("labels") / "study", sweeps=("labels",), n=40, epochs=10)
-    report.main(report.get_args_parser().parse_args([str(folder)]))
-    return folder, (folder / "report/report.md").read_text()
+def made(tmp_path_factory) -> tuple[Study, str]:
+    """A study of two seeds with the sweep -> (it, the text of its section)."""
+    return make_section(write_study(tmp_path_factory.mktemp("labels") / "study", sweeps=("labels",), n=40, epochs=10))
 
 
-def table(folder: Path, name: str) -> list[dict]:
-    return json.loads((folder / f"report/{name}.json").read_text())
+def table(study: Study, name: str) -> list[dict]:
+    return json.loads((study.path / f"{name}.json").read_text())
 
 
 def test_the_table_has_each_chain_with_its_operations_and_marks_pairs_of_equal_cost(made):
-    folder, _ = made
-    rows = {(row["line"], row["epochs"]): row for row in table(folder, "label_pretraining")}
+    study, _ = made
+    rows = {(row["line"], row["epochs"]): row for row in table(study, "label_pretraining")}
     assert set(rows) == {
         *itertools.product(["from random weights"], [0, 15, 50, 100]),
         *itertools.product(["after the MAE"], [0, 15, 50, 100]),
@@ -190,10 +203,8 @@ def test_the_table_has_each_chain_with_its_operations_and_marks_pairs_of_equal_c
     assert rows["from random weights", 0]["tflop"] == 0
     assert rows["after the MAE", 15]["tflop"] == pytest.approx(mae * (1 + 15 / 35))
     assert rows["from random weights", 50]["tflop"] == pytest.approx(mae * 50 / 35)
-    assert {key for key, row in rows.items() if row["pair"] == "a"} == {
-        ("after the MAE", 15),
-        ("from random weights", 50),
-    }
+    pair = {("after the MAE", 15), ("from random weights", 50)}
+    assert {key for key, row in rows.items() if row["pair"] == "a"} == pair
     assert rows["after the MAE", 15]["before"] == 620
     assert rows["after the MAE", 15]["updates"] == 15 * 62
     assert rows["after the MAE", 100]["prior"] == 3.2
@@ -201,18 +212,17 @@ def test_the_table_has_each_chain_with_its_operations_and_marks_pairs_of_equal_c
 
 
 def test_the_report_says_who_reaches_a_cross_entropy_first_and_what_the_autoencoder_changes(made):
-    folder, text = made
+    study, text = made
     for seed in (0, 1):
         assert (
             f"Seed {seed}: from random weights, the lowest cross-entropy 2.500 is reached after 6,200 updates" in text
         )
     assert "after the MAE the same is reached after" in text
-    found = {row["epochs"]: row for row in table(folder, "label_differences")}
+    found = {row["epochs"]: row for row in table(study, "label_differences")}
     assert set(found) == {0, 15, 50, 100}
     assert found[50]["mean"] > 0
-    assert (folder / "report/label_pretraining.png").stat().st_size > 10_000
-    assert "label_pretraining.png" in text
-    assert "other settings" not in text
+    assert (study.path / "label_pretraining.png").stat().st_size > 10_000
+    assert study.notes == []
 
 
 def test_a_run_of_the_sweep_with_another_fine_tuning_is_named_and_left_out(tmp_path):
@@ -221,22 +231,23 @@ def test_a_run_of_the_sweep_with_another_fine_tuning_is_named_and_left_out(tmp_p
     config = json.loads(path.read_text())
     config["experiment"]["crop_scale"] = 0.9
     path.write_text(json.dumps(config))
-    report.main(report.get_args_parser().parse_args([str(folder)]))
-    assert len(table(folder, "label_pretraining")) == 7
-    assert "`seed0/finetune_labels_mae_50` has other settings than" in (folder / "report/report.md").read_text()
+    study = Study(folder)
+    assert len(label_pretraining.read_sweep(study, SEGMENT)) == 7
+    assert any("`seed0/finetune_labels_mae_50` has other settings than" in note for note in study.notes)
 
 
 def test_a_chain_without_its_pre_training_is_no_point(tmp_path):
     folder = write_study(tmp_path / "study", seeds=(0,), sweeps=("labels",), n=40, epochs=3)
     (folder / "seed0/pretrain_labels_none_15/metrics.json").unlink()
-    study = Study(folder)
-    points = report.label_pretraining.read_sweep(study, "segment")
+    points = label_pretraining.read_sweep(Study(folder), SEGMENT)
     assert [(point.line.name, point.epochs) for point in points if point.epochs == 15] == [("mae", 15)]
 
 
-def test_a_study_of_another_task_has_the_sweep_too(tmp_path):
+def test_the_report_of_another_task_has_the_sweep_too(tmp_path):
     folder = write_study(tmp_path / "study", seeds=(0,), sweeps=("labels",), n=40, epochs=3, task="breeds")
-    report.main(report.get_args_parser().parse_args([str(folder)]))
+    with mock.patch.multiple(figures, curve_panels=draw_nothing, image_grid=draw_nothing):
+        report.main(report.get_args_parser().parse_args([str(folder)]))
     text = (folder / "report/report.md").read_text()
     assert "| accuracy [95 %] |" in text
-    assert len(table(folder, "label_pretraining")) == 8
+    assert "label_pretraining.png" in text
+    assert len(json.loads((folder / "report/label_pretraining.json").read_text())) == 8
