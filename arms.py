@@ -25,10 +25,15 @@ STAGES = ("pretrain", "finetune", "baseline")
 SCHEDULE = ("epochs", "epoch_updates", "batch_size", "warmup_epochs")  # flags that say how long and in which batches
 ANIMAL_FRACTION = "animal_fraction"
 LABEL_FRACTION = "label_fraction"
-SWEEPS = (ANIMAL_FRACTION, LABEL_FRACTION)
+LABELS = "labels"
+SWEEPS = (ANIMAL_FRACTION, LABEL_FRACTION, LABELS)
 AUDIT = "audit"  # the sweep over choices of the original code, which has no values
 DOSES = (0, 0.05, 0.1, 0.25, 0.5, 0.75, 1)
 LABEL_SHARES = (0.05, 0.1, 0.25, 0.5)  # all labels: the arms that the sweep belongs to
+# Epochs of pre-training on labels. 150 epochs of a Masked Autoencoder take as many operations as 83 of these, so that with
+# 15 more they equal 100 from random weights.
+LABEL_EPOCHS = (15, 50, 100)
+LABEL_RATES = {"none": "1e-3", "mae": "5e-4"}  # base rates of pre-training on labels, by what came before
 
 
 class Style(NamedTuple):
@@ -65,7 +70,7 @@ class ArmKey(NamedTuple):
 
 @dataclass(frozen=True)
 class Arm:
-    """One kind of run. `parent` names the pre-training arm whose weights it starts from."""
+    """One kind of run. `parent` names the pre-training arm whose weights it starts from; a pre-training may have one too."""
 
     stage: str
     name: str
@@ -112,6 +117,23 @@ MIXED = ArmKey("finetune", "mixed")
 PRETRAIN_ANIMAL = ArmKey("pretrain", "animal")
 OWN = ArmKey("finetune", "images")  # after pre-training on one's own images, which takes the place of all splits
 PRETRAIN_OWN = ArmKey("pretrain", "images")
+IMAGENET = ArmKey("finetune", "imagenet")  # starts from a file of published weights
+
+
+class Control(NamedTuple):
+    """An extra arm that changes one thing of a pre-training, to tell what its effect comes from."""
+
+    split: str
+    images: str  # in a few words
+    flags: dict[str, object]
+
+
+# The two without people have equally many images. Predicting another image's pixels leaves what all images have in common.
+CONTROLS = {
+    "animal_no_person": Control("animal", "animals without people", {"exclude_categories": "person"}),
+    "non_animal_no_person": Control("non_animal", "non-animals without people", {"exclude_categories": "person"}),
+    "other_targets": Control("animal", "animals, other images' pixels", {"targets": "other"}),
+}
 
 # Comparisons that were chosen before any result was known.
 PLANNED = [
@@ -137,6 +159,7 @@ STYLES = {
     "images": Style(RED, "-", "o"),
 }
 OTHER_STYLE = Style(GREY, "-", "o")
+LABEL_STYLES = {"none": Style(ORANGE, "--", "s"), "mae": Style(BLUE, "-", "o")}
 
 # Shades between the two ends of a scale (matplotlib's cividis), closer together for large shares.
 DOSE_STYLES = {
@@ -176,12 +199,26 @@ def own_arms() -> tuple[Arm, Arm]:
     return pretraining, Arm("finetune", OWN.name, "Finetuned-Own", images, style, parent=PRETRAIN_OWN.name)
 
 
-def extra_arms(split: str) -> tuple[Arm, Arm]:
-    """Describe pre-training on a further split and the fine-tuning that follows it."""
+def extra_arms(split: str) -> list[Arm]:
+    """Describe pre-training on a further split and the fine-tuning that follows it, or a control."""
+    if split in CONTROLS or split == IMAGENET.name:
+        return control_arms(split)
     pretraining = pretrain_arm(split)
     label = {"pets": "Finetuned-Pets", "all": "Finetuned-All"}.get(split, f"Finetuned-{split}")
     finetuning = Arm("finetune", split, label, pretraining.images, pretraining.style, parent=split)
-    return pretraining, finetuning
+    return [pretraining, finetuning]
+
+
+def control_arms(name: str) -> list[Arm]:
+    """Describe a control of CONTROLS, or the fine-tuning of published ImageNet weights."""
+    if name == IMAGENET.name:
+        style = Style(BLACK, "-.", "d")
+        return [Arm("finetune", name, "Finetuned-ImageNet", "ImageNet, published weights", style, {"load": "encoder"})]
+    control = CONTROLS[name]
+    style = STYLES[control.split]._replace(line=":")
+    flags = {"split": control.split, **control.flags}
+    pretraining = Arm("pretrain", name, f"pre-training ({control.images})", control.images, style, flags)
+    return [pretraining, Arm("finetune", name, f"Finetuned, {control.images}", control.images, style, parent=name)]
 
 
 def dose_arms(share: float) -> tuple[Arm, Arm]:
@@ -203,6 +240,36 @@ def label_arm(arm: Arm, share: float) -> Arm:
     flags = {"train_fraction": share, "equal_updates": True}
     place = {"sweep": LABEL_FRACTION, "value": float(share), "line": arm.name}
     return Arm(arm.stage, name, words, words, arm.style, flags, arm.parent, **place)
+
+
+def label_pretraining_arms(before: str, epochs: float) -> list[Arm]:
+    """Describe pre-training on the labels of animal images, and the fine-tuning that follows it from the encoder alone.
+
+    before: what comes first, "none" or "mae", the study's autoencoder. epochs: of labels; 0 fine-tunes what came first.
+    """
+    name = f"labels_{before}_{epochs:g}"
+    words = f"{epochs:g} epochs of labels"
+    first = ""
+    if before == "mae":
+        first = "animal"
+        words = f"MAE, then {words}" if epochs else "MAE, its encoder alone"
+    style = LABEL_STYLES[before]
+    place = {"sweep": LABELS, "value": float(epochs), "line": before}
+    load = {"load": "encoder"}  # pre-training on labels has no decoder, so no arm keeps one
+    if epochs == 0:
+        return [Arm("finetune", name, words, words, style, load, first, **place)]
+    flags = {"objective": "labels", "split": "animal", "epochs": f"{epochs:g}", "blr": LABEL_RATES[before]}
+    pretraining = Arm("pretrain", name, f"pre-training ({words})", words, style, flags, first, **place)
+    return [pretraining, Arm("finetune", name, words, words, style, load, name, **place)]
+
+
+def label_sweep_arms(lengths: Iterable[float]) -> list[Arm]:
+    """Describe pre-training on labels for each of these numbers of epochs, from random weights and after the MAE."""
+    arms = label_pretraining_arms("mae", 0)
+    for before in LABEL_RATES:
+        for epochs in lengths:
+            arms.extend(label_pretraining_arms(before, epochs))
+    return arms
 
 
 def pretrained_arms() -> list[Arm]:
@@ -362,6 +429,8 @@ def sweep_arms(sweep: str) -> list[Arm]:
     if sweep == LABEL_FRACTION:
         for share in LABEL_SHARES:
             arms.extend(label_arm(ARMS[key], share) for key in LABEL_SWEEP)
+    if sweep == LABELS:
+        arms.extend(label_sweep_arms(LABEL_EPOCHS))
     return arms
 
 
@@ -370,6 +439,11 @@ def sweep_lines(sweep: str) -> list[SweepLine]:
     if sweep == ANIMAL_FRACTION:
         own = {0.0: NON_ANIMAL, 0.5: MIXED, 1.0: ANIMAL}
         return [SweepLine(sweep, "dose", "mixtures", Style(BLUE, "-", "o"), own)]
+    if sweep == LABELS:
+        return [
+            SweepLine(sweep, "none", "from random weights", LABEL_STYLES["none"], {0.0: SUPERVISED}),
+            SweepLine(sweep, "mae", "after the MAE", LABEL_STYLES["mae"], {}),
+        ]
     lines = []
     for key in LABEL_SWEEP:
         arm = ARMS[key]
@@ -394,9 +468,11 @@ def find_arm(stage: str, name: str, sweep: str = "", value: float | None = None)
     known = known_arms().get(ArmKey(stage, name))
     if known is not None:
         return known
-    candidates: tuple[Arm, ...] = ()
+    candidates: Iterable[Arm] = ()
     if sweep == ANIMAL_FRACTION and value is not None:
         candidates = dose_arms(value)
+    elif sweep == LABELS and value is not None:
+        candidates = tuple(arm for before in LABEL_RATES for arm in label_pretraining_arms(before, value))
     elif not sweep:
         candidates = extra_arms(name)
     for arm in candidates:

@@ -27,6 +27,7 @@ PREFETCH = 2  # batches that the host prepares ahead of the one in use
 ORDER_STREAM = 0
 CROP_STREAM = 1
 NAMED_STREAM = 2
+STRANGER_STREAM = 3
 
 ELASTIC_DRAW = "elastic"  # the name of the deformation's random numbers in a batch
 OUTSIDE = 1  # background: what a deformation fills masks with
@@ -82,11 +83,13 @@ class Examples:
     """A list of images and what belongs to each entry.
 
     masks: trimaps of the same list, cut with the same boxes. targets: name -> array [N, ...], a row for each entry.
+    strangers: give with each image another one of its global batch, cut as that one is.
     """
 
     images: ImageStore
     masks: ImageStore | None = None
     targets: dict[str, np.ndarray] = field(default_factory=dict)
+    strangers: bool = False
 
     def stores(self) -> dict[str, ImageStore]:
         """Name the stores as the batches name what they give."""
@@ -115,6 +118,7 @@ class HostBatch(NamedTuple):
     boxes: np.ndarray  # [B, 4] top, left, height, width as shares of the image
     flips: np.ndarray  # bool [B, 2] horizontal, vertical
     arrays: dict[str, np.ndarray]
+    strangers: np.ndarray | None = None  # int64 [B], for each image another entry of the batch
 
 
 class Pipeline:
@@ -138,13 +142,18 @@ class Pipeline:
         arrays = {"boxes": host.boxes, "flips": host.flips, **host.arrays}
         batch = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
         for name, store in self.stores.items():
-            if store.tensor is None:
-                batch[name] = store.gather(host.index, self.on_gpu)
-            else:  # row numbers are all that the host contributes
-                batch[name] = torch.from_numpy(store.rows[host.index])
+            batch[name] = self._gather(store, host.index)
+        if host.strangers is not None:
+            batch["strangers"] = self._gather(self.stores["images"], host.strangers)
         if self.on_gpu:
             batch = {name: tensor.pin_memory() for name, tensor in batch.items()}
         return batch
+
+    def _gather(self, store: ImageStore, index: np.ndarray) -> Tensor:
+        """Give the pixels of entries, or where the device has these, the row numbers: all that the host contributes."""
+        if store.tensor is None:
+            return store.gather(index, self.on_gpu)
+        return torch.from_numpy(store.rows[index])
 
     def augment(self, batch: dict[str, Tensor], first: int) -> dict[str, Tensor]:
         """Move the micro-batch that starts at image `first` to the device, crop, flip, resize, deform and scale it."""
@@ -157,12 +166,20 @@ class Pipeline:
         if ELASTIC_DRAW in part:
             displacement = augment.elastic_displacement(part.pop(ELASTIC_DRAW), self.augmentation.elastic)
         for name, store in self.stores.items():
-            pixels = part[name]
-            if store.tensor is not None:
-                pixels = store.tensor.index_select(0, pixels)
             cut = self._cut_images if name == "images" else self._cut_masks
-            part[name] = cut(pixels, boxes * store.size, flips, displacement)
+            part[name] = cut(self._pixels(store, part[name]), boxes * store.size, flips, displacement)
+        if "strangers" in part:
+            store = self.stores["images"]
+            boxes = part.pop("stranger_boxes") * store.size
+            flips = part.pop("stranger_flips")
+            part["strangers"] = self._cut_images(self._pixels(store, part["strangers"]), boxes, flips, None)
         return part
+
+    def _pixels(self, store: ImageStore, gathered: Tensor) -> Tensor:
+        """Look up the pixels of what _gather gave, on the device."""
+        if store.tensor is None:
+            return gathered
+        return store.tensor.index_select(0, gathered)
 
     def _cut_images(self, pixels: Tensor, boxes: Tensor, flips: Tensor, displacement: Tensor | None) -> Tensor:
         images = crop_resize(pixels, boxes, flips, self.augmentation.img_size)
@@ -252,6 +269,7 @@ class TrainBatches:
         images = examples.images
         same_list = examples.masks is None or examples.masks.images == images.images
         require(same_list, "images and masks must be stores of the same list")
+        require(batch_size > 1 or not examples.strangers, "a batch of 1 image has no other one; raise --batch_size")
         share, micro = share_of_batch(batch_size, dist.world_size, micro_batch_size, len(images))
         self.examples = examples
         self.augmentation = augmentation
@@ -283,8 +301,22 @@ class TrainBatches:
         for name, draw in self.draws.items():
             key = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big")
             arrays[name] = draw(seeded_rng(self.seed, NAMED_STREAM, epoch, number, key), len(index))
+        strangers = None
+        if self.examples.strangers:
+            other = self._strangers(epoch, number)
+            arrays["stranger_boxes"] = boxes[other]
+            arrays["stranger_flips"] = flips[other]
+            strangers = index[other][self.mine]
         mine = {name: array[self.mine] for name, array in arrays.items()}
-        return HostBatch(index[self.mine], boxes[self.mine], flips[self.mine], mine)
+        return HostBatch(index[self.mine], boxes[self.mine], flips[self.mine], mine, strangers)
+
+    def _strangers(self, epoch: int, number: int) -> np.ndarray:
+        """Draw for each position of a global batch another one -> int64 [B]."""
+        rng = seeded_rng(self.seed, STRANGER_STREAM, epoch, number)
+        circle = rng.permutation(self.batch_size)
+        other = np.empty_like(circle)
+        other[circle] = np.roll(circle, 1)
+        return other
 
     def _boxes(self, rng: np.random.Generator, index: np.ndarray) -> np.ndarray:
         """Draw crops as shares of each image [B, 4], so that they fit a cache of any size."""
@@ -297,7 +329,7 @@ class TrainBatches:
         return boxes / np.hstack([sizes, sizes])
 
     def run(self, first_step: int, last_step: int) -> Iterator[list[dict[str, Tensor]]]:
-        """Yield, for each global step, this rank's micro-batches: images [b, 3, H, W], masks [b, H, W], draws."""
+        """Yield, for each global step, this rank's micro-batches: images [b, 3, H, W], masks [b, H, W], draws, strangers."""
         return self.pipeline.run(self.prepare, range(first_step, last_step))
 
 

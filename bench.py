@@ -315,7 +315,7 @@ class Workshop:
         if device is not None:
             dist = dataclasses.replace(dist, device=device)
         flags = [f"--objective={name}", f"--model={self.args.model}", "--split=all", *self._flags(count)]
-        args = pretrain.get_args_parser(name).parse_args(flags)
+        args = pretrain.resolve(pretrain.get_args_parser(name).parse_args(flags))
         return self._sized(pretrain.OBJECTIVES[name](args, dist))
 
     def _flags(self, count: int) -> list[str]:

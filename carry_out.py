@@ -154,11 +154,24 @@ def is_held(path: Path) -> bool:
     return False
 
 
-def wait_for(parent: Files) -> None:
-    """Wait for the end of the run that another one starts from, if it runs or is about to; runs side by side need it."""
+def ancestors(plan: list[PlanLine], line: PlanLine) -> list[PlanLine]:
+    """List the run that a run starts from, the one that this starts from, and so on."""
+    found = []
+    while line.parent:
+        line = find_line(plan, line.parent)
+        found.append(line)
+    return found
+
+
+def wait_for(before: list[Files]) -> None:
+    """Wait for the end of the run that another one starts from, if it runs or is about to; runs side by side need it.
+
+    before: the run that it starts from, and those that this one waits for in turn.
+    """
+    parent = before[0]
     idle_since = time.monotonic()
     while time.monotonic() - idle_since < START_SECONDS:
-        if is_held(parent.lock):
+        if any(is_held(files.lock) for files in before):
             idle_since = time.monotonic()
         elif parent.metrics.exists() or parent.failure.exists():
             return
@@ -261,7 +274,7 @@ def carry_out(study: Path, line: PlanLine, args: argparse.Namespace) -> int:
         print(f"\n== {name}\n$ {shlex.join(words)}", flush=True)
         return 0
     if args.wait and line.parent:
-        wait_for(Files(study, find_line(read_plan(args.plan), line.parent)))
+        wait_for([Files(study, earlier) for earlier in ancestors(read_plan(args.plan), line)])
     if files.parent is not None and not files.parent.exists():
         print(f"== {name}: not run, for {line.parent} is not finished", file=sys.stderr, flush=True)
         return 1

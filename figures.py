@@ -6,7 +6,7 @@ function knows an arm. Copy this file together with arms.py.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import matplotlib
@@ -130,12 +130,16 @@ def mask_legend(names: Sequence[str]) -> list[Patch]:
 
 @dataclass
 class Panel:
-    """One panel of curves: `key` of the log lines of an event. zero: height of "predicting zero", if there is one."""
+    """One panel of curves: `key` of the log lines of an event against their `x`.
+
+    levels: what the scores of predictors that learn nothing, and other fixed heights, are called.
+    """
 
     title: str
     event: str
     key: str
-    zero: float | None = None
+    levels: dict[str, float] = field(default_factory=dict)
+    x: str = "epoch"
 
 
 @dataclass
@@ -149,17 +153,17 @@ class Curve:
 
 @dataclass
 class Series:
-    """Values of one log [k] against the epoch [k]."""
+    """Values of one log [k] against the epoch or update [k]."""
 
-    epochs: np.ndarray
+    x: np.ndarray
     values: np.ndarray
 
 
 def read_series(log: list[dict], panel: Panel) -> Series:
     """Take what a panel shows from a log."""
     lines = [line for line in log if line["event"] == panel.event and panel.key in line]
-    epochs = np.array([line["epoch"] for line in lines])
-    return Series(epochs, np.array([line[panel.key] for line in lines]))
+    x = np.array([line[panel.x] for line in lines])
+    return Series(x, np.array([line[panel.key] for line in lines]))
 
 
 def curve_panels(path: Path, panels: Sequence[Panel], curves: Sequence[Curve]) -> None:
@@ -167,15 +171,7 @@ def curve_panels(path: Path, panels: Sequence[Panel], curves: Sequence[Curve]) -
     figure, axes = plt.subplots(1, len(panels), figsize=(4.3 * len(panels), 3.4), squeeze=False)
     labels: dict[str, object] = {}
     for axis, panel in zip(axes[0], panels, strict=True):
-        for curve in curves:
-            draw_curve(axis, panel, curve)
-        if panel.zero is not None:
-            axis.axhline(panel.zero, color="#555555", ls="--", lw=1.2)
-            place = axis.get_yaxis_transform()
-            axis.text(0.99, panel.zero, "predicting zero", transform=place, ha="right", va="bottom", fontsize=9)
-        axis.set_xlabel("epoch")
-        axis.set_ylabel(panel.title)
-        axis.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        draw_panel(axis, panel, curves)
         handles, names = axis.get_legend_handles_labels()
         labels.update(zip(names, handles, strict=True))
     figure.tight_layout()
@@ -184,20 +180,32 @@ def curve_panels(path: Path, panels: Sequence[Panel], curves: Sequence[Curve]) -
     save(figure, path)
 
 
+def draw_panel(axis: Axes, panel: Panel, curves: Sequence[Curve]) -> None:
+    """Draw the curves of a panel and its levels."""
+    for curve in curves:
+        draw_curve(axis, panel, curve)
+    for name, height in panel.levels.items():
+        axis.axhline(height, color="#555555", ls="--", lw=1.2)
+        axis.text(0.99, height, name, transform=axis.get_yaxis_transform(), ha="right", va="bottom", fontsize=9)
+    axis.set_xlabel({"epoch": "epoch", "step": "updates"}[panel.x])
+    axis.set_ylabel(panel.title)
+    axis.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+
+
 def draw_curve(axis: Axes, panel: Panel, curve: Curve) -> None:
-    """Draw the seeds of an arm and the mean of those that were logged at the same epochs."""
+    """Draw the seeds of an arm and the mean of those that were logged at the same epochs or updates."""
     runs = [read_series(log, panel) for log in curve.logs]
-    runs = [run for run in runs if len(run.epochs)]
+    runs = [run for run in runs if len(run.x)]
     if not runs:
         return
     style = curve.style
     if len(runs) > 1:
         for run in runs:
-            axis.plot(run.epochs, run.values, style.line, color=style.colour, lw=0.8, alpha=0.45)
-    epochs = runs[0].epochs
-    mean = np.mean([run.values for run in runs if np.array_equal(run.epochs, epochs)], axis=0)
-    marker = "." if len(epochs) < MANY_POINTS else ""
-    axis.plot(epochs, mean, style.line, marker=marker, color=style.colour, lw=1.8, label=curve.label)
+            axis.plot(run.x, run.values, style.line, color=style.colour, lw=0.8, alpha=0.45)
+    x = runs[0].x
+    mean = np.mean([run.values for run in runs if np.array_equal(run.x, x)], axis=0)
+    marker = "." if len(x) < MANY_POINTS else ""
+    axis.plot(x, mean, style.line, marker=marker, color=style.colour, lw=1.8, label=curve.label)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -279,11 +287,15 @@ def draw_mean(axis: Axes, mean: Interval, number: int, limit: float) -> None:
 
 @dataclass
 class SweepPoint:
-    """IoU at a share in percent, with its interval and the value of each seed."""
+    """IoU, or a task's score, at a share in percent or a number of epochs, with its interval and each seed's value.
+
+    mark: a letter beside the point.
+    """
 
     share: float
     iou: Interval
     seeds: list[float]
+    mark: str = ""
 
 
 @dataclass
@@ -319,6 +331,24 @@ def bands(path: Path, lines: Sequence[Line], xlabel: str, log: bool = False) -> 
     save(figure, path)
 
 
+def sweep_beside_curves(
+    path: Path, lines: Sequence[Line], axes_of_sweep: tuple[str, str], panel: Panel, curves: Sequence[Curve]
+) -> None:
+    """Draw the lines of a sweep, with the titles of its two axes, beside a panel of curves."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2))
+    for line in lines:
+        draw_line(left, line, shift=1.0, band=False)
+    left.set_xlabel(axes_of_sweep[0])
+    left.set_ylabel(axes_of_sweep[1])
+    left.set_ylim(*visible_range(lines))
+    left.set_xticks(sorted({point.share for line in lines for point in line.points}))
+    left.legend(loc="lower right")
+    draw_panel(right, panel, curves)
+    right.legend(loc="upper right")
+    figure.tight_layout()
+    save(figure, path)
+
+
 def visible_range(lines: Sequence[Line]) -> tuple[float, float]:
     """Choose limits in [0, 1] that hold all values, and of their intervals what is not too far away."""
     shown = []
@@ -346,6 +376,7 @@ def draw_line(axis: Axes, line: Line, shift: float, band: bool) -> None:
         axis.vlines(x, low, high, color=style.colour, lw=1.4, alpha=0.6)
     for place, point in zip(x, line.points, strict=True):
         axis.plot(np.full(len(point.seeds), place), point.seeds, ".", color=style.colour, alpha=0.6, ms=5)
+        axis.annotate(point.mark, (place, point.iou.value), (6, 6), textcoords="offset points", color=style.colour)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

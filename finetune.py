@@ -2,6 +2,7 @@
 
     python finetune.py --init runs/study/seed0/pretrain_animal/model.pt                          # one GPU
     torchrun --nproc_per_node=4 finetune.py --init mae_pretrain_vit_base.pth --train_fraction 0.5
+    python finetune.py --init MODEL.pt --load encoder                                            # with a fresh decoder
     python finetune.py --init MODEL.pt --head linear                                             # what frozen features know
 
 The complete network is trained, encoder and decoder, with masking off (the paper, section 2.1); its last layer starts fresh.
@@ -16,6 +17,7 @@ from models import MODELS
 from objective import chosen
 from tasks import TASKS
 from trainer import add_task_training_arguments, train
+from weights import PARTS
 
 
 def get_args_parser(task: str = "segment") -> Parser:
@@ -27,6 +29,12 @@ def get_args_parser(task: str = "segment") -> Parser:
     network("--model", choices=list(MODELS), default="mae_base", help="size of the checkpoint in --init")
     network("--freeze", choices=["none", "encoder"], default="none", help="encoder: train what follows it only")
     network("--drop_path", type=at_least(0), default=0.1, help="stochastic depth of the last encoder block")
+    arm(
+        "--load",
+        choices=list(PARTS),
+        default="all",
+        help="encoder: a pre-trained decoder starts fresh too, so that objectives with and without one compare equally",
+    )
     how = parser.flags("model", role="computation")  # its content defines the experiment, not its path
     how("--init", required=True, help="checkpoint of pretrain.py, facebookresearch/mae, timm or transformers")
     add_task_training_arguments(parser, output_dir="runs/finetune")

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from arms import LABEL_FRACTION, PRETRAIN_ANIMAL, SCHEDULE, Arm, ArmKey, audited_flags, in_table_order
+from arms import LABEL_FRACTION, LABELS, PRETRAIN_ANIMAL, SCHEDULE, Arm, ArmKey, audited_flags, in_table_order
 from blocks import literal
 from records import MAE, SEGMENT, SIZES, RecordError, RunRecord, Setting, check_file, load_run
 from study import PlanError, PlanLine, read_plan
@@ -40,10 +40,11 @@ class Tolerance:
         name = key.removeprefix("pretrain.")
         if name in self.strict:
             return False
-        return name in self.keys or role in self.roles
+        return name in self.keys or key in self.keys or role in self.roles
 
 
 NO_TOLERANCE = Tolerance()
+LABEL_SETTINGS = ("kind", "objective", "blr", *SCHEDULE)  # of pre-training on labels, beside those of the autoencoders
 
 
 def tolerance(a: Arm, b: Arm) -> Tolerance:
@@ -53,6 +54,9 @@ def tolerance(a: Arm, b: Arm) -> Tolerance:
         allowed.roles.add("network")
     if LABEL_FRACTION in (a.sweep, b.sweep):
         allowed.keys.add("batch_size")  # there may be fewer labels than images in a batch
+    if LABELS in (a.sweep, b.sweep):  # another objective with its own recipe, in pre-training alone
+        before = "" if a.stage == "pretrain" else "pretrain."
+        allowed.keys |= {f"{before}{name}" for name in LABEL_SETTINGS}
     allowed.keys |= audited_flags(a) | audited_flags(b)
     return allowed
 
@@ -114,6 +118,15 @@ class Study:
     def parent(self, run: RunRecord) -> RunRecord | None:
         """Find the run that a run started from."""
         return self.by_folder.get(run.line.parent)
+
+    def before(self, run: RunRecord) -> list[RunRecord]:
+        """List the pre-trainings that a run started from, the last one first."""
+        found = []
+        parent = self.parent(run)
+        while parent is not None:
+            found.append(parent)
+            parent = self.parent(parent)
+        return found
 
     def main(self, key: ArmKey) -> list[RunRecord]:
         """List the runs of an arm that count: the largest group of equal settings."""

@@ -4,6 +4,7 @@
     dataset_scores(counts)["miou"]                  # counts summed over images first, the common practice
     image_iou(counts)                               # the IoU of each image first, as the original study scored
     bootstrap(counts, lambda c: scores(c)["iou"])   # Interval(value, low, high) over test images
+    macro_average_precision(logits, shown)          # how well scores [n, categories] rank what images show
 
 Classes in order: 0 pet, 1 background, 2 border. Intervals over seeds are Student's t; over images, the bootstrap.
 """
@@ -135,6 +136,32 @@ def boundary_iou(boundary: ArrayLike) -> dict[str, dict[str, np.ndarray]]:
     union = b[..., 1]
     levels = {"dataset": ratio(intersection.sum(0), union.sum(0)), "image": mean(ratio(intersection, union), 0)}
     return {level: {"pet": value[0], "pet_or_border": value[1]} for level, value in levels.items()}
+
+
+# -- Ranking
+
+
+def average_precision(scores: ArrayLike, shown: ArrayLike) -> float:
+    """Average the precision at each image that shows a category: scores [n], shown [n] 0 or 1 -> number in (0, 1].
+
+    The area under the curve of precision against recall as a step function. Images of equal scores count as one step, so
+    equal scores for all give the base rate. nan where no image shows the category.
+    """
+    values = np.asarray(scores, float)
+    order = np.argsort(-values, kind="stable")
+    ranked = values[order]
+    found = np.cumsum(np.asarray(shown, float)[order])
+    last_of_equals = np.append(ranked[1:] != ranked[:-1], True)
+    found = found[last_of_equals]
+    precision = found / (np.flatnonzero(last_of_equals) + 1)
+    gained = np.diff(found, prepend=0.0)
+    return float(ratio((gained * precision).sum(), found[-1]))
+
+
+def macro_average_precision(scores: ArrayLike, shown: ArrayLike) -> float:
+    """Average average_precision over the categories that some image shows: scores and shown [n, categories]."""
+    columns = zip(np.asarray(scores).T, np.asarray(shown).T, strict=True)
+    return float(mean([average_precision(values, truth) for values, truth in columns]))
 
 
 # -- Student's t

@@ -429,25 +429,32 @@ class MaskedAutoencoder(ViT):
         nn.init.normal_(self.mask_token, std=0.02)
 
     def forward(
-        self, images: torch.Tensor, mask_ratio: float = 0.75, noise: torch.Tensor | None = None, loss_only: bool = False
+        self,
+        images: torch.Tensor,
+        mask_ratio: float = 0.75,
+        noise: torch.Tensor | None = None,
+        loss_only: bool = False,
+        targets: torch.Tensor | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Mask, encode, decode and score images [B, C, H, W] -> (loss, pred [B, L, p*p*C] in image order, mask [B, L]).
 
         noise [B, L] in [0, 1) fixes the masking: the patches of lowest noise stay visible (mask 0), ties broken by position.
         The loss is the mean squared error over the masked patches, over all of them at mask_ratio 0. loss_only: give the
-        loss alone, as training does; what only the visible patches' predictions need is then not computed.
+        loss alone, as training does; what only the visible patches' predictions need is then not computed. targets: images
+        [B, C, H, W] whose patches are to be predicted, by default `images`.
         """
         patches = patchify(images, self.patch_size)
+        wanted = patches if targets is None else patchify(targets, self.patch_size)
         B, L, _ = patches.shape
         visible = self.num_visible(mask_ratio)
         if visible == L:
-            loss, pred, mask = self.forward_unmasked(patches)
+            loss, pred, mask = self.forward_unmasked(patches, wanted)
             return loss if loss_only else (loss, pred, mask)
         if noise is None:
             noise = torch.rand(B, L, device=images.device)
         order = torch.argsort(noise, dim=1, stable=True)  # [B, L], visible patches first
         visible_ids = order[:, :visible]
-        masked = take_rows(patches, order[:, visible:])
+        masked = take_rows(wanted, order[:, visible:])
         latent = self.forward_encoder(take_rows(patches, visible_ids), visible_ids)
         # Self-attention is permutation-equivariant, so the decoder runs on the shuffled sequence: its features need no
         # unshuffling, and the masked patches, the only ones in the loss, are one slice.
@@ -459,10 +466,12 @@ class MaskedAutoencoder(ViT):
         mask = (restore >= visible).to(images.dtype)
         return loss, take_rows(pred, restore), mask
 
-    def forward_unmasked(self, patches: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Reconstruct all patches [B, L, p*p*C] from all of them -> (loss, pred, mask) as `forward` does."""
+    def forward_unmasked(
+        self, patches: torch.Tensor, wanted: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Predict all patches `wanted` from all of `patches`, both [B, L, p*p*C] -> (loss, pred, mask) as `forward` does."""
         pred = self.forward_decoder(self.forward_encoder(patches))
-        loss = self.forward_loss(patches, pred)
+        loss = self.forward_loss(wanted, pred)
         # The mask token takes no part, but DistributedDataParallel waits for the gradient of every parameter.
         loss = loss + 0 * self.mask_token.sum()
         return loss, pred, patches.new_zeros(patches.shape[:2])

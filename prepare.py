@@ -185,7 +185,11 @@ def list_own_selections(args: argparse.Namespace) -> dict[str, Callable[[], spli
 def list_pretraining_selections(args: argparse.Namespace) -> dict[str, Callable[[], splits.Split]]:
     """List the rows of the splits of pre-training and of what it is validated on."""
     root = args.data_root
-    options = {"split_seed": args.split_seed, "cache_dir": args.cache_dir}
+    options = {
+        "split_seed": args.split_seed,
+        "cache_dir": args.cache_dir,
+        "exclude_categories": args.exclude_categories,
+    }
     rows = {}
     for name in splits.split_names():
         if name == "animal":
@@ -491,8 +495,15 @@ def add_splits(commands: argparse._SubParsersAction) -> None:
     add_cache_dir(parser)
     add_split_seed(parser)
     add_only(parser, "list")
-    parser.add_argument("--images", metavar="DIR", help="list one's own images instead, as pretrain.py --images does")
-    parser.add_argument("--output", default="splits", help="folder for the manifests, a JSON file for each split")
+    add = parser.add_argument
+    add("--images", metavar="DIR", help="list one's own images instead, as pretrain.py --images does")
+    add(
+        "--exclude_categories",
+        nargs="+",
+        metavar="CATEGORY",
+        help="list pre-training images without these COCO categories, as pretrain.py does with this flag",
+    )
+    add("--output", default="splits", help="folder for the manifests, a JSON file for each split")
 
 
 def add_cache(commands: argparse._SubParsersAction) -> None:

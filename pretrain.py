@@ -19,10 +19,12 @@ from PIL import Image
 from torch import Tensor, nn
 
 import augment
-from batches import Alone, Draw, EvalBatches, uniform
+from batches import Alone, Draw, EvalBatches, Examples, uniform
+from data import ImageStore
 from engine import Parser, at_least, launch, setup
 from models import MODELS, build_mae, patchify, take_rows
-from objective import Objective, Pretraining, add_split_arguments, block_activations, chosen
+from objective import Pretraining, add_split_arguments, block_activations, chosen
+from objectives.labels import Labels
 from trainer import add_training_arguments, train
 
 FIGURE_IMAGES = 4  # of each validation list
@@ -45,6 +47,14 @@ class MaskedPixels(Pretraining):
             default=True,
             help="predict pixels normalised per patch; gives better features, blurrier colours",
         )
+        arm = parser.flags("objective", role="arm")
+        arm(
+            "--targets",
+            choices=["own", "other"],
+            default="own",
+            help="other: a control, to predict the pixels of another image of the batch, so that only what all images have "
+            "in common can be learnt; validation asks for an image's own",
+        )
         how = parser.flags("objective", role="computation")
         how("--figure_every", type=at_least(0, int), default=0, help="epochs between figures (0: only at the end)")
 
@@ -57,8 +67,12 @@ class MaskedPixels(Pretraining):
     def draws(self) -> dict[str, Draw]:
         return {"noise": uniform(self.model.num_patches)}
 
+    def examples(self, store: ImageStore) -> Examples:
+        return Examples(store, strangers=self.args.targets == "other")
+
     def loss(self, network: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-        return network(batch["images"], self.args.mask_ratio, batch["noise"], loss_only=True)
+        targets = batch.get("strangers")
+        return network(batch["images"], self.args.mask_ratio, batch["noise"], loss_only=True, targets=targets)
 
     def validate(self, step: int, stopping: Callable[[], bool]) -> dict[str, float] | None:
         epoch_updates = self.args.epoch_updates or self.epoch_images // self.batch_size
@@ -139,7 +153,7 @@ def to_photos(images: Tensor) -> np.ndarray:
 
 
 # The objectives by name: what --objective accepts. Name yours here.
-OBJECTIVES: dict[str, type[Objective]] = {"mae": MaskedPixels}
+OBJECTIVES: dict[str, type[Pretraining]] = {"mae": MaskedPixels, "labels": Labels}
 
 
 def get_args_parser(objective: str = "mae") -> Parser:
@@ -164,8 +178,17 @@ def get_args_parser(objective: str = "mae") -> Parser:
     return parser
 
 
+def resolve(args: argparse.Namespace) -> argparse.Namespace:
+    """Fill in the base rate where its default depends on other flags."""
+    resolved = argparse.Namespace(**vars(args))
+    if args.blr is None:
+        resolved.blr = OBJECTIVES[args.objective].default_blr(args)
+    return resolved
+
+
 def main(args: argparse.Namespace) -> None:
     """Pre-train by an objective."""
+    args = resolve(args)
     dist = setup(args.device)
     train(OBJECTIVES[args.objective](args, dist), args, dist)
 

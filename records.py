@@ -167,6 +167,18 @@ class RunRecord:
         table = self.table()
         return float(table.score(table.sums.sum(0))[table.names.index(name)])
 
+    def trivial(self, score: str) -> dict[str, float]:
+        """Name what learns nothing and has this score of pre-training's validation, as the run recorded it."""
+        levels = {}
+        zero = self.metrics.get("predict_zero", {})
+        name = score.removeprefix("loss_")
+        if name in zero:
+            levels["predicting zero"] = zero[name]
+        for predictor, values in self.metrics.get("trivial", {}).items():
+            if score in values:
+                levels[predictor] = values[score]
+        return levels
+
     @property
     def iou(self) -> float:
         """Test IoU of a segmentation, in [0, 1]."""
@@ -331,6 +343,10 @@ def check_metrics(metrics: object, run: RunRecord) -> None:
         check_numbers(metrics.get("last"), run.config["scores"], "metrics.json, last")
         zero = metrics.get("predict_zero", {})
         check_numbers(zero, zero, "metrics.json, predict_zero")
+        trivial = metrics.get("trivial", {})
+        check_numbers(trivial, (), "metrics.json, trivial")
+        for values in trivial.values():
+            check_numbers(values, values, "metrics.json, trivial")
         return
     select = run.config.get("select")
     if run.kind == SEGMENT:

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import audit
 import figures
+import label_pretraining
 import results
 from arms import ANIMAL, ARMS, OWN, PRETRAIN_ANIMAL, PRETRAIN_OWN, RESNET, SUPERVISED, ArmKey
 from blocks import literal
@@ -46,6 +47,8 @@ TABLES = (
     "validation",
     "dose",
     "labels",
+    "label_pretraining",
+    "label_differences",
     "pretraining",
     "stages",
     "settings",
@@ -60,6 +63,7 @@ FIGURES = (
     "masks",
     "dose",
     "labels",
+    "label_pretraining",
     "scatter",
 )
 FURTHER = ("task_*.csv", "task_*.json", "task_*.png", "pretraining_*.png")
@@ -95,6 +99,7 @@ def write_report(study: Study, folder: Path, title: str | None = None) -> list[C
     segmentation = SEGMENT in tasks or not tasks
     comparisons = planned(study, SEGMENT) if segmentation else []
     found = results.read_results(study, comparisons) if segmentation else None
+    on_labels = label_pretraining.read_sweep(study, SEGMENT if segmentation else tasks[0])
 
     masks_first = opening(study, page, title or default_title(tasks), found)
     if found:
@@ -121,6 +126,8 @@ def write_report(study: Study, folder: Path, title: str | None = None) -> list[C
     if found:
         results.doses(page, found.doses)
         results.labels(page, found.labels)
+    label_pretraining.section(study, page, on_labels)
+    if found:
         results.pretraining_scores(study, page)
     stages(study, page)
     settings(study, page)
@@ -257,7 +264,7 @@ def what_arms_saw(study: Study, page: Page) -> None:
         if not runs:
             continue
         config = runs[0].config
-        parent = study.parent(runs[0])
+        before = study.before(runs[0])
         rows.append(
             {
                 "arm": arm.label,
@@ -267,7 +274,7 @@ def what_arms_saw(study: Study, page: Page) -> None:
                 "epochs": config["args"].get("epochs"),
                 "batch": config.get("batch_size"),
                 "animals": config.get("manifest", {}).get("train", {}).get("animal_images"),
-                "before": parent.config.get("updates") if parent else None,
+                "before": sum(run.config.get("updates", 0) for run in before) or None,
             }
         )
     if rows:
@@ -408,12 +415,10 @@ def pretraining_curves(study: Study, page: Page) -> None:
 
 
 def objective_panels(run: RunRecord) -> list[figures.Panel]:
-    """Make a panel for each validation score, with the height of predicting zero where the run recorded it."""
-    zero = run.metrics.get("predict_zero", {})
+    """Make a panel for each validation score, with the heights of trivial predictors where the run recorded them."""
     panels = []
     for score, words in run.config["scores"].items():
-        height = zero.get(score, zero.get(score.removeprefix("loss_")))
-        panels.append(figures.Panel(words, "val", score, height))
+        panels.append(figures.Panel(words, "val", score, run.trivial(score)))
     return panels
 
 

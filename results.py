@@ -16,6 +16,7 @@ from arms import (
     AUDIT,
     HALF,
     LABEL_FRACTION,
+    LABELS,
     MIXED,
     NON_ANIMAL,
     RESNET,
@@ -613,7 +614,7 @@ def pretraining_scores(study: Study, page: Page) -> None:
     """Show each run's last score of pre-training beside its test IoU; for arms that differ in pre-training alone."""
     pairs = []
     for key, arm in study.arms.items():
-        if arm.stage != "finetune" or "train_fraction" in arm.flags or arm.sweep == AUDIT:
+        if arm.stage != "finetune" or "train_fraction" in arm.flags or arm.sweep in (AUDIT, LABELS):
             continue
         for run in study.main_of(key, SEGMENT):
             parent = study.parent(run)

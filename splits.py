@@ -16,7 +16,7 @@ import os
 import shlex
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
@@ -323,21 +323,29 @@ def _read_digest(path: Path) -> dict | None:
 class CocoPart:
     """The images of one COCO annotation file with their labels, divided into animal images and others.
 
-    part: "train2017" or "val2017". categories: names of the categories that take the animals' place.
-    `.images`: path -> LabelledImage, in the order of their ids. `.animals`: names of the animal categories.
+    part: "train2017" or "val2017". categories: names of the categories that take the animals' place. exclude: names of
+    categories whose images no list holds; their labels stay known.
+    `.images`: path -> LabelledImage, in the order of their ids. `.animals`: names of the animal categories. `.categories`:
+    names of all categories, in the order of their ids.
     Raises DataError if the file is missing or damaged, or if a category is unknown.
     """
 
     def __init__(
-        self, data_root: str | Path, part: str, categories: Sequence[str] | None = None, cache_dir: str | Path = "cache"
+        self,
+        data_root: str | Path,
+        part: str,
+        categories: Sequence[str] | None = None,
+        cache_dir: str | Path = "cache",
+        exclude: Sequence[str] | None = None,
     ):
         self.part = part
         path = _find_source(data_root, f"{COCO_FOLDER}/annotations/instances_{part}.json")
         content = _read_labels(path, cache_dir)
         names = dict(content["categories"])
+        self.categories = list(names.values())
+        for name in (*(categories or ()), *(exclude or ())):
+            require(name in names.values(), f"unknown category {name!r}; valid: {', '.join(names.values())}")
         if categories:
-            for name in categories:
-                require(name in names.values(), f"unknown category {name!r}; valid: {', '.join(names.values())}")
             self.animals = [name for name in names.values() if name in categories]
         else:
             self.animals = [names[category] for category in content["animals"]]
@@ -347,20 +355,24 @@ class CocoPart:
             labels = frozenset(names[category] for category in category_ids)
             is_animal = not labels.isdisjoint(self.animals)
             self.images[f"{COCO_FOLDER}/{part}/{file_name}"] = LabelledImage(image_id, labels, is_animal)
+        self.listed = {}  # of the images, those that lists may hold
+        for path, image in self.images.items():
+            if image.labels.isdisjoint(exclude or ()):
+                self.listed[path] = image
 
     @property
     def paths(self) -> list[str]:
-        """All images."""
-        return list(self.images)
+        """All images, but for those that are excluded."""
+        return list(self.listed)
 
     @property
     def others(self) -> list[str]:
         """Images that show no animal."""
-        return [path for path, image in self.images.items() if not image.is_animal]
+        return [path for path, image in self.listed.items() if not image.is_animal]
 
     def images_with(self, category: str) -> list[str]:
         """List the images that show a category."""
-        return [path for path, image in self.images.items() if category in image.labels]
+        return [path for path, image in self.listed.items() if category in image.labels]
 
     def animal_entries(self, listing: str = "per_category") -> list[str]:
         """List the images that show animals.
@@ -374,11 +386,17 @@ class CocoPart:
             for category in self.animals:
                 entries += self.images_with(category)
             return entries
-        for path, image in self.images.items():
+        for path, image in self.listed.items():
             count = len(image.labels.intersection(self.animals))
             if count == 1 or (count > 1 and listing == "unique"):
                 entries.append(path)
         return entries
+
+    def labels_of(self, image: str) -> frozenset[str]:
+        """Name the categories that an image shows; none for an image of another data set."""
+        if image not in self.images:
+            return frozenset()
+        return self.images[image].labels
 
     def make_split(self, name: str, images: Sequence[str], definition: dict) -> Split:
         """Make a split of images of this part; `definition` states what it follows from besides the categories."""
@@ -400,7 +418,8 @@ class Selection:
 
     animal_fraction: share of animal entries, for split "mixed". num_images: default the number of animal entries, so that
     arms are matched ("all" and "pets": everything). animal_images: see CocoPart.animal_entries. categories: names of COCO
-    categories that take the animals' place. split_seed: the only thing that the draws depend on.
+    categories that take the animals' place. split_seed: the only thing that the draws depend on. exclude_categories: names
+    of COCO categories; images that show one of them are left out.
     """
 
     split: str
@@ -409,6 +428,7 @@ class Selection:
     animal_images: str = "per_category"
     categories: Sequence[str] | None = None
     split_seed: int = 0
+    exclude_categories: Sequence[str] | None = None
 
 
 @dataclass(frozen=True)
@@ -422,7 +442,8 @@ class Source:
     @cached_property
     def coco(self) -> CocoPart:
         """The training part of COCO."""
-        return CocoPart(self.data_root, "train2017", self.selection.categories, self.cache_dir)
+        selection = self.selection
+        return CocoPart(self.data_root, "train2017", selection.categories, self.cache_dir, selection.exclude_categories)
 
     @cached_property
     def animals(self) -> list[str]:
@@ -572,12 +593,37 @@ def _define(source: Source, images: Sequence[str], coco: CocoPart | None) -> dic
     }
     if source.animal_fraction is not None:
         definition["animal_fraction"] = source.animal_fraction
+    if selection.exclude_categories:
+        definition["exclude_categories"] = sorted(selection.exclude_categories)
     return definition
 
 
+def keep_labelled(split: Split, coco: CocoPart) -> Split:
+    """Leave out the images of a split without a label of COCO; the manifest names them under "unlabelled".
+
+    Raises TooFewImagesError if no image is left.
+    """
+    kept = []
+    left_out = {}
+    for image in split.images:
+        if coco.labels_of(image):
+            kept.append(image)
+        else:
+            left_out[image] = None
+    if not kept:
+        problem = f"none of the {len(split.images):,} images of the split {split.name} has a label of COCO"
+        raise TooFewImagesError(f"{problem}; choose a --split of COCO, such as animal")
+    labelled = _make_split(kept, {**split.manifest["definition"], "labelled": True}, coco)
+    return replace(labelled, manifest={**labelled.manifest, "unlabelled": list(left_out)})
+
+
 def reference_size(data_root: str | Path, **options: object) -> int:
-    """Count the entries of the animal list, the epoch that all arms are matched to (takes select_split's keywords)."""
+    """Count the entries of the animal list, the epoch that all arms are matched to (takes select_split's keywords).
+
+    Images that an arm leaves out shorten its list, not its epoch.
+    """
     options["num_images"] = None
+    options["exclude_categories"] = None
     return len(select_split(data_root, "animal", **options).images)
 
 

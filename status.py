@@ -25,11 +25,12 @@ PURPOSES = {
     "pretrain": "learning to fill in hidden patches of {images}",
     "finetune": "learning to {goal} after pre-training on {images}",
     "baseline": "learning to {goal} from random weights ({label})",
+    "labels": "learning what images show ({images})",
 }
 GOALS = {"segment": "outline pets", "breeds": "tell breeds apart", "classify": "tell classes apart"}
 # How long a run takes compared with the others, until one of its kind has begun: roughly the demo's on two
 # cores, which ResNet-50 has both of.
-USUAL = {("pretrain", ""): 2.4, ("train", ""): 1.0, ("train", "resnet50"): 1.3}
+USUAL = {("pretrain", ""): 2.4, ("labels", ""): 1.5, ("train", ""): 1.0, ("train", "resnet50"): 1.3}
 QUIET_SECONDS = 15  # between lines where there is no terminal
 STALE_SECONDS = 300  # without a new line in its log a run is taken for stopped
 
@@ -48,15 +49,17 @@ class Progress:
     @property
     def kind(self) -> tuple[str, str]:
         """Runs of one kind take about as long for an update."""
-        stage = "pretrain" if self.line.stage == "pretrain" else "train"
-        return stage, self.arm.network
+        if self.line.stage != "pretrain":
+            return "train", self.arm.network
+        return self.arm.flags.get("objective", "pretrain"), self.arm.network
 
     @property
     def purpose(self) -> str:
         """Say what the run does and why."""
         task = (flag_values(self.line.command.split(), "--task") or [DEFAULT_TASK])[-1]
         goal = GOALS.get(task, f"do {task}")
-        return PURPOSES[self.line.stage].format(goal=goal, images=self.arm.images, label=self.arm.label)
+        purpose = self.arm.flags.get("objective", self.line.stage)
+        return PURPOSES[purpose].format(goal=goal, images=self.arm.images, label=self.arm.label)
 
 
 def last_step(log: Path) -> tuple[int, float]:

@@ -7,7 +7,7 @@
     python study.py status runs/study                                                # how far each run is, see status.py
 
 `run_all.sh` writes the table to OUTPUT/study.tsv and carries it out line by line; `report.py` reads it. A line's parent
-stands above it, and the lines of one seed and stage do not depend on each other. The arms are those of arms.py.
+stands above it; `generations` tells which lines do not depend on each other. The arms are those of arms.py.
 Standard library only, so that a plan can be shown before anything is installed; splits.py is asked where it can be.
 """
 
@@ -27,7 +27,10 @@ from arms import (
     ANIMAL_FRACTION,
     ARMS,
     CHOICES,
+    CONTROLS,
     HALF,
+    IMAGENET,
+    LABELS,
     MIXED,
     STAGES,
     SWEEPS,
@@ -35,6 +38,7 @@ from arms import (
     audit_arms,
     baseline_arms,
     extra_arms,
+    label_sweep_arms,
     own_arms,
     sweep_arms,
 )
@@ -44,6 +48,7 @@ SCRIPTS = {"pretrain": "pretrain.py", "finetune": "finetune.py", "baseline": "ba
 DEFAULT_OBJECTIVE = "mae"
 DEFAULT_TASK = "segment"
 DEFAULT_EXTRA_ARMS = ("pets", "all")
+KNOWN_EXTRA_ARMS = (*DEFAULT_EXTRA_ARMS, *CONTROLS, IMAGENET.name)  # others are looked up in splits.py
 MODEL = "mae_base"
 IMG_SIZE = 224
 PAPER_ANIMALS = 25_739  # list entries of the paper's animal split
@@ -76,6 +81,10 @@ DEMO_HALF = {"epoch_updates": 40}  # half of the labels for as many epochs, as i
 # Its first convolutions see little at 64 pixels, and an update costs ten times one of the others': fewer, larger batches.
 DEMO_RESNET = {"epochs": 4, "epoch_updates": 18, "batch_size": 8, "blr": "32e-3", "warmup_epochs": 0.4}
 SLURM_FLAGS = ("-a", "--array", "-d", "--dependency", "--wrap", "--parsable", "--test-only")  # which slurm.py sets
+# Labels: 1,000 updates of the autoencoder take as many operations as 443 of these, so that with 2 epochs more they equal 11.
+DEMO_LABEL_EPOCHS = (2, 11)
+DEMO_LABELS = {"epoch_updates": 50, "warmup_epochs": 0.5}
+DEMO_LABEL_RATES = {"none": "16e-3", "mae": "8e-3"}
 DEMO_MOST_JOBS = 5  # runs of the demo that can be made at the same time
 
 COCO_FILES = ("coco/annotations/instances_train2017.json", "coco/annotations/instances_val2017.json")
@@ -142,20 +151,23 @@ def read_lines(text: str) -> list[PlanLine]:
 
 
 def generations(lines: list[PlanLine]) -> list[list[PlanLine]]:
-    """Sort runs by what they wait for: those that depend on no other, those that start from one of these, and so on.
+    """Divide a plan into runs that depend on no other, those that start from one of these, and so on, each in its order.
 
-    Raises ValueError if a run starts from one that does not stand above it.
+    Raises PlanError where a run stands before the one that it starts from.
     """
-    sorted_lines: list[list[PlanLine]] = []
-    number = {"": -1}
+    place: dict[str, int] = {}
+    found: list[list[PlanLine]] = []
     for line in lines:
-        if line.parent not in number:
-            raise ValueError(f"{line.folder} starts from {line.parent}, which is no line above it")
-        number[line.folder] = number[line.parent] + 1
-        if number[line.folder] == len(sorted_lines):
-            sorted_lines.append([])
-        sorted_lines[number[line.folder]].append(line)
-    return sorted_lines
+        number = 0
+        if line.parent:
+            if line.parent not in place:
+                raise PlanError(f"{line.folder} starts from {line.parent}, which the plan does not list before it")
+            number = place[line.parent] + 1
+        place[line.folder] = number
+        if number == len(found):
+            found.append([])
+        found[number].append(line)
+    return found
 
 
 def read_plan(table: Path) -> list[PlanLine]:
@@ -207,7 +219,7 @@ def study_arms(args: argparse.Namespace, paper_sizes: bool) -> list[Arm]:
         arms.extend(extra_arms(split))
     unique = has_flag(args.pretrain_args, "--animal_images", "unique")
     for sweep in args.sweep:
-        further = sweep_arms(sweep)
+        further = label_sweep_arms(DEMO_LABEL_EPOCHS) if args.demo and sweep == LABELS else sweep_arms(sweep)
         if sweep == ANIMAL_FRACTION and unique:
             # With distinct images the study's own arms are the doses 0 and 1, and 0.5 where it has the same size.
             own = {0.0, 1.0} if paper_sizes else {0.0, 0.5, 1.0}
@@ -252,6 +264,8 @@ def command(arm: Arm, seed: int, args: argparse.Namespace, paper_sizes: bool) ->
     words = [SCRIPTS[arm.stage], "--model", arm.network or args.model]
     if arm.parent:
         words += ["--init", str(output / run_folder(seed, "pretrain", arm.parent) / "model.pt")]
+    if arm.key == IMAGENET:
+        words += ["--init", args.imagenet_weights]
     if arm.stage == "pretrain" and args.objective != DEFAULT_OBJECTIVE:
         words += ["--objective", args.objective]
     if arm.stage != "pretrain" and args.task != DEFAULT_TASK:
@@ -266,7 +280,12 @@ def command(arm: Arm, seed: int, args: argparse.Namespace, paper_sizes: bool) ->
         words += flag_words(DEMO_HALF)
     if arm.key == ("pretrain", MIXED.name) and paper_sizes:
         words += ["--num_images", str(PAPER_MIXED)]
+    on_labels = arm.sweep == LABELS and arm.stage == "pretrain"
+    if args.demo and on_labels:
+        words += flag_words({**DEMO_LABELS, "blr": DEMO_LABEL_RATES[arm.line]})
     words += args.pretrain_args if arm.stage == "pretrain" else args.finetune_args
+    if on_labels:  # after the user's, which are for all pre-trainings: the sweep is one over epochs
+        words += ["--epochs", f"{arm.value:g}"]
     words += ["--data_root", args.data_root, "--cache_dir", args.cache_dir]
     words += ["--seed", str(seed), "--split_seed", str(seed)]
     return [*words, "--output_dir", str(output / run_folder(seed, arm.stage, arm.name))]
@@ -324,7 +343,8 @@ def check_names(args: argparse.Namespace) -> None:
     for split in args.extra_arms:
         if ("pretrain", split) in ARMS:
             raise PlanError(f"--extra_arms {split}: this split is part of every study")
-    if args.model in (MODEL, DEMO_MODEL) and not set(args.extra_arms) - set(DEFAULT_EXTRA_ARMS):
+    further = set(args.extra_arms) - set(KNOWN_EXTRA_ARMS)
+    if args.model in (MODEL, DEMO_MODEL) and not further:
         return
     try:
         import models
@@ -333,9 +353,10 @@ def check_names(args: argparse.Namespace) -> None:
         return
     if args.model not in models.MODELS:
         raise PlanError(f"unknown --model {args.model!r}; there are {', '.join(models.MODELS)}")
-    unknown = [split for split in args.extra_arms if split not in list(splits.SPLITS)]
+    unknown = sorted(further - set(splits.SPLITS))
     if unknown:
-        raise PlanError(f"unknown split --extra_arms {unknown[0]!r}; there are {', '.join(splits.SPLITS)}")
+        names = ", ".join([*splits.SPLITS, *CONTROLS, IMAGENET.name])
+        raise PlanError(f"unknown split --extra_arms {unknown[0]!r}; there are {names}")
 
 
 def check_data(args: argparse.Namespace) -> None:
@@ -396,7 +417,13 @@ def get_args_parser(prog: str) -> PlanParser:
         "--extra_arms",
         nargs="*",
         metavar="SPLIT",
-        help="also pre-train on these splits of splits.py (default: pets all)",
+        help="also pre-train on these splits of splits.py (default: pets all); animal_no_person and non_animal_no_person "
+        "are controls without people, other_targets predicts other images' pixels, imagenet fine-tunes --imagenet_weights",
+    )
+    add(
+        "--imagenet_weights",
+        metavar="FILE",
+        help="published weights of a ViT of --model's size for --extra_arms imagenet, an anchor from 1.28 million images",
     )
     add("--model", help="size of the networks, a name of models.py (default: mae_base; demo: mae_demo)")
     add("--objective", default=DEFAULT_OBJECTIVE, metavar="NAME", help="what pre-training does (default: mae)")
@@ -544,6 +571,28 @@ def splits_flags(args: argparse.Namespace) -> str:
     return ""
 
 
+def check_imagenet(args: argparse.Namespace) -> None:
+    """Refuse the arm of published weights without a file, and a file without the arm."""
+    asked = IMAGENET.name in args.extra_arms
+    if asked and args.imagenet_weights is None:
+        raise PlanError(f"--extra_arms {IMAGENET.name} needs --imagenet_weights FILE, a ViT of facebookresearch/mae, timm "
+                        "or transformers")  # fmt: skip
+    if args.imagenet_weights is not None and not asked:
+        raise PlanError(f"--imagenet_weights is for the arm --extra_arms {IMAGENET.name}; name it too")
+    if asked and not args.dry_run and not Path(args.imagenet_weights).is_file():
+        raise PlanError(f"--imagenet_weights {quote(args.imagenet_weights)} is no file")
+
+
+def check_label_sweep(args: argparse.Namespace) -> None:
+    """Refuse options that contradict pre-training on labels after a Masked Autoencoder."""
+    if LABELS not in args.sweep:
+        return
+    if args.objective != DEFAULT_OBJECTIVE:
+        raise PlanError(f"--sweep {LABELS} begins with Masked Autoencoders; leave --objective {args.objective} out")
+    if args.protocol != "ours":
+        raise PlanError(f"--sweep {LABELS} is no part of --protocol {args.protocol}; leave one of them out")
+
+
 def check_protocol(args: argparse.Namespace) -> None:
     """Refuse options that contradict a protocol or an audit."""
     wanted = ""
@@ -632,6 +681,8 @@ def read_args(words: list[str], prog: str) -> argparse.Namespace:
     """Read the options of a study; PlanError for what cannot be."""
     args = complete(get_args_parser(prog).parse_args(join_values(words)))
     check_names(args)
+    check_imagenet(args)
+    check_label_sweep(args)
     check_protocol(args)
     check_own_images(args)
     return args

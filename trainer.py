@@ -707,7 +707,7 @@ def train(objective: Objective, args: argparse.Namespace, dist: Distributed) -> 
     metrics |= {key: config[key] for key in ("script", "kind", "hardware")}
     metrics |= {"n_train": len(images), "n_unique": len(set(images.images)), "unreadable": images.dropped}
     metrics["pixels"] = images.checksum
-    logged = ("best", "last", "predict_zero", "updates", "seconds")
+    logged = ("best", "last", "predict_zero", "trivial", "updates", "seconds")
     run.log("done", **{key: value for key, value in metrics.items() if key in logged})
     run.finish(objective.export(trainer.weights), metrics)
 

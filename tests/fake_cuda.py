@@ -88,7 +88,7 @@ def arguments(case: Case, folders: Folders) -> argparse.Namespace:
         flags.append("--images " + str(folders.data_root / CLASS_FOLDERS))
     args = module.get_args_parser(case.name).parse_args(words_of(flags))
     args.init = None
-    if case.script == "baseline":
+    if case.script != "finetune":
         args = module.resolve(args)
     return args
 

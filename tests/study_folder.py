@@ -6,7 +6,19 @@ from pathlib import Path
 
 import numpy as np
 
-from arms import ANIMAL_FRACTION, ARMS, AUDIT, DOSES, LABEL_FRACTION, Arm, audit_arms, extra_arms, find_arm, sweep_arms
+from arms import (
+    ANIMAL_FRACTION,
+    ARMS,
+    AUDIT,
+    DOSES,
+    LABEL_FRACTION,
+    LABELS,
+    Arm,
+    audit_arms,
+    extra_arms,
+    find_arm,
+    sweep_arms,
+)
 from study import PlanLine, run_folder, write_lines
 
 BASE_IOU = {
@@ -21,15 +33,16 @@ BASE_IOU = {
 IMAGES = 560  # labelled training images
 ROLES = {
     "recipe": "img_size epochs batch_size weight_decay warmup_epochs min_lr clip_grad mask_ratio crop_scale val categories "
-    "norm_pix_loss elastic inputs trimap_resize keep pets_listing pets_division",
+    "norm_pix_loss elastic inputs trimap_resize keep pets_listing pets_division objective label_loss",
     "network": "model blr layer_decay drop_path weights head freeze output train_positions",
-    "arm": "split num_images animal_fraction animal_images train_fraction equal_updates",
+    "arm": "split num_images animal_fraction animal_images train_fraction equal_updates load",
     "seed": "seed split_seed train init",
     "computation": "device precision output_dir",
 }
 SCORES = {
     "mae": {"loss_animal": "loss on animal images", "loss_non_animal": "loss on non-animal images"},
     "tokens": {"accuracy_masked": "accuracy on masked tokens"},
+    "labels": {"loss_animal": "cross-entropy of labels, animal images", "ap_animal": "average precision"},
     "segment": {"loss": "cross-entropy", "iou": "IoU"},
     "breeds": {"loss": "cross-entropy", "top1": "accuracy"},
 }
@@ -43,6 +56,8 @@ USUAL = {  # flags that an audit changes
     "output": "unpatchify",
     "train_positions": True,
 }
+# Operations of an image on labels; 10 epochs of an autoencoder, at 1e9, equal 35 of labels.
+LABEL_FLOPS = 1e9 * 10 / 35
 LEAK = "this run leaks: 69.8 % of the test images are trained on (--pets_division leaking)"
 SELECT = {"segment": "iou", "breeds": "top1"}
 
@@ -96,7 +111,9 @@ def flags_of(arm: Arm, seed: int, options: Options) -> dict:
         args["crop_scale"] = 0.5
         args |= USUAL | {"layer_decay": 1.0}
     if arm.stage == "finetune":
-        args |= {"layer_decay": 0.65, "drop_path": 0.1}
+        args |= {"layer_decay": 0.65, "drop_path": 0.1, "load": arm.flags.get("load", "all")}
+    if arm.sweep == LABELS and arm.stage == "pretrain":
+        args |= {"objective": "labels", "label_loss": "softmax", "epochs": int(arm.value), "blr": 1e-3}
     if arm.sweep == AUDIT:
         args |= arm.flags
     return args | options.changes
@@ -104,7 +121,7 @@ def flags_of(arm: Arm, seed: int, options: Options) -> dict:
 
 def config_of(arm: Arm, seed: int, args: dict, options: Options) -> dict:
     """config.json of a run."""
-    kind = options.objective if arm.stage == "pretrain" else options.task
+    kind = arm.flags.get("objective", options.objective) if arm.stage == "pretrain" else options.task
     leaks = arm.stage != "pretrain" and args["pets_division"] == "leaking"
     n_train = 2000 if arm.stage == "pretrain" else int(IMAGES * labels_of(arm))
     size = IMAGES if arm.sweep == LABEL_FRACTION and arm.stage != "pretrain" else n_train
@@ -126,7 +143,7 @@ def config_of(arm: Arm, seed: int, args: dict, options: Options) -> dict:
         "hardware": {"device": "Test CPU", "world_size": 1},
         "precision": "fp32",
         "params": 10,
-        "flops_per_image": 1e9,
+        "flops_per_image": LABEL_FLOPS if kind == "labels" else 1e9,
         "updates": steps * args["epochs"],
         "epoch_updates": steps,
         "batch_size": args["batch_size"],
@@ -144,6 +161,8 @@ def quality_of(arm: Arm, rng) -> float:
     quality = BASE_IOU.get(arm.line or arm.name, 0.75)
     if arm.sweep == ANIMAL_FRACTION:
         quality = 0.76 + 0.02 * arm.value
+    if arm.sweep == LABELS:
+        quality = {"none": 0.72, "mae": 0.75}[arm.line] + 2e-4 * arm.value
     quality += rng.normal(0, 0.004)
     if arm.sweep == LABEL_FRACTION:
         quality -= 0.06 * (1 - arm.value) ** 3
@@ -160,6 +179,9 @@ def validation(arm: Arm, kind: str, fade: float, quality: float, rng) -> dict:
     names = ("iou", "iou_pet", "iou_background", "iou_border", "miou", "accuracy")
     if kind == "breeds":
         names = ("top1",)
+    if kind == "labels":  # after an autoencoder it falls faster
+        speed = 3 if arm.line == "mae" else 1
+        return {"loss_animal": 2.5 + fade**speed, "ap_animal": 0.4 * (1 - fade)}
     if kind == "tokens":
         return {"accuracy_masked": 0.3 * (1 - fade)}
     return {"loss": loss, **dict.fromkeys(names, quality * (1 - fade))}
@@ -213,6 +235,11 @@ def write_run(study: Path, seed: int, arm: Arm, options: Options | None = None) 
     metrics |= {"updates": config["updates"], "epochs": args["epochs"], "hardware": config["hardware"]}
     if config["kind"] == "mae":
         metrics["predict_zero"] = {"animal": 1.0, "non_animal": 1.0}
+    if config["kind"] == "labels":
+        metrics["trivial"] = {
+            "label prior": {"loss_animal": 3.2, "ap_animal": 0.1},
+            "lowest possible": {"loss_animal": 0.6},
+        }
     if not pretraining:
         metrics["best"] = vals[-1]
     write_json(path / "metrics.json", metrics)

@@ -75,6 +75,7 @@ CONVOLUTIONAL = [Case("baseline", name, ("--model resnet50",)) for name in TASKS
 NETWORKS = NAMED + VARIANTS + EXAMPLES + CONVOLUTIONAL
 UNMASKED = with_flags(MAE, "--mask_ratio 0")
 IMAGES = [with_flags(case, ON_HOST) for case in NAMED]
+IMAGES += [with_flags(MAE, "--targets other"), with_flags(MAE, "--targets other", ON_HOST)]
 IMAGES += [
     with_flags(SEGMENTER, "--elastic 50"),
     with_flags(SEGMENTER, "--elastic 50 --trimap_resize bilinear --inputs unit", ON_HOST),

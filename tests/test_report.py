@@ -467,13 +467,13 @@ def test_the_curves_of_pre_training_stand_beside_predicting_zero_where_it_was_re
     def draw():
         with mock.patch.multiple(figures, **dict.fromkeys(DRAWING, draw_nothing) | {"curve_panels": keep}):
             main(get_args_parser().parse_args([str(two_seeds)]))
-        return [(panel.title, panel.zero) for panel in drawn["pretraining"]]
+        return [(panel.title, panel.levels) for panel in drawn["pretraining"]]
 
     titles = list(SCORES["mae"].values())
-    assert draw() == [(title, 1.0) for title in titles]
+    assert draw() == [(title, {"predicting zero": 1.0}) for title in titles]
     for path in two_seeds.glob("seed*/pretrain_*/metrics.json"):
         edit(path, lambda metrics: metrics.pop("predict_zero"))
-    assert draw() == [(title, None) for title in titles]
+    assert draw() == [(title, {}) for title in titles]
 
 
 def test_the_fixture_gives_every_flag_a_role(two_seeds):

@@ -246,7 +246,7 @@ def test_an_array_holds_exactly_its_rows(rows, at_once):
 
 def test_a_plan_whose_run_starts_from_none_above_it_is_damaged(tmp_path):
     lines = [plan_line(tmp_path, "finetune", "animal", parent="seed0/pretrain_animal")]
-    with pytest.raises(ValueError, match="starts from seed0/pretrain_animal, which is no line above it"):
+    with pytest.raises(ValueError, match="starts from seed0/pretrain_animal, which the plan does not list before it"):
         read_lines(write_lines(lines))
 
 

@@ -1,0 +1,1 @@
+"""Objectives besides the study's own, one a file; pretrain.py names them in OBJECTIVES."""
