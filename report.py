@@ -18,6 +18,7 @@ from pathlib import Path
 
 import audit
 import figures
+import probe_results
 import results
 from arms import ANIMAL, ARMS, PRETRAIN_ANIMAL, RESNET, SUPERVISED, ArmKey
 from blocks import literal
@@ -46,6 +47,8 @@ TABLES = (
     "dose",
     "labels",
     "pretraining",
+    "probes",
+    "probe_differences",
     "stages",
     "settings",
 )
@@ -60,6 +63,7 @@ FIGURES = (
     "dose",
     "labels",
     "scatter",
+    "probes",
 )
 FURTHER = ("task_*.csv", "task_*.json", "task_*.png", "pretraining_*.png")
 
@@ -94,6 +98,7 @@ def write_report(study: Study, folder: Path, title: str | None = None) -> list[C
     segmentation = SEGMENT in tasks or not tasks
     comparisons = planned(study, SEGMENT) if segmentation else []
     found = results.read_results(study, comparisons) if segmentation else None
+    probed = probe_results.read_probes(study)
 
     masks_first = opening(study, page, title or default_title(tasks), found)
     if found:
@@ -121,6 +126,7 @@ def write_report(study: Study, folder: Path, title: str | None = None) -> list[C
         results.doses(page, found.doses)
         results.labels(page, found.labels)
         results.pretraining_scores(study, page)
+    probe_results.probes(page, probed)
     stages(study, page)
     settings(study, page)
     page.write("report")
