@@ -429,8 +429,8 @@ def draw_dots(axis: Axes, panel: DotPanel, yardstick: str) -> None:
     """Draw one score of all arms."""
     if panel.yardstick is not None:
         line = panel.yardstick
-        axis.axvspan(line.low, line.high, color="#888888", alpha=0.15, lw=0)
         axis.axvline(line.value, color="#444444", ls="--", lw=1.6, label=yardstick)
+        axis.axvspan(line.low, line.high, color="#888888", alpha=0.18, lw=0, label="its 95 % interval")
     for number, row in enumerate(panel.rows):
         value = row.value
         colour = row.style.colour
@@ -438,6 +438,22 @@ def draw_dots(axis: Axes, panel: DotPanel, yardstick: str) -> None:
         if len(row.seeds) > 1:
             axis.plot(row.seeds, np.full(len(row.seeds), -number + 0.2), ".", color=colour, ms=4, alpha=0.7)
         axis.plot(value.value, -number, row.style.marker, color=colour, ms=9)
-    axis.set_title(panel.title, fontsize=11)
+    axis.set_title(panel.title, fontsize=12)
+    axis.set_xlim(*dot_limits(panel))
     axis.xaxis.set_major_locator(MaxNLocator(5))
     axis.grid(axis="y", visible=False)
+
+
+def dot_limits(panel: DotPanel) -> tuple[float, float]:
+    """Choose limits that hold all values, and of their intervals what is not too far away."""
+    shown = []
+    intervals = [row.value for row in panel.rows]
+    if panel.yardstick is not None:
+        intervals.append(panel.yardstick)
+    for interval in intervals:
+        ends = np.clip([interval.low, interval.high], interval.value - REACH, interval.value + REACH)
+        shown += [interval.value, *(float(end) for end in ends if np.isfinite(end))]
+    for row in panel.rows:
+        shown += row.seeds
+    margin = 0.06 * (max(shown) - min(shown)) + 0.005
+    return min(shown) - margin, max(shown) + margin

@@ -188,7 +188,7 @@ def probes(page: Page, found: ProbeStudy | None) -> None:
     page.add("## What frozen features know", f"{PROBES_TEXT} {draws_text(found)}")
     caption = (
         "Probes of frozen encoders after each pre-training, with 95 % intervals (t over seeds; one seed: bootstrap over "
-        "test images); small dots: seeds. Dashed: random weights, with their interval."
+        "test images; cut at the picture's edge); small dots: seeds. Dashed: random weights, with their interval."
     )
     page.figure("probes", caption, figures.dot_panels, panels(found), RANDOM)
     rows = [score_row(arm.arm.images, list(arm.runs.values())) for arm in found.arms]

@@ -202,12 +202,21 @@ def unit_spread(rows: Tensor) -> float:
     return deviation.mean().item() * math.sqrt(rows.shape[1])
 
 
+def gram_matrix(rows: Tensor) -> Tensor:
+    """Multiply rows [N, D] by themselves -> [D, D], or [N, N] where that is smaller; both have the same eigenvalues."""
+    count, width = rows.shape
+    if count < width:
+        whole = rows.double()
+        return whole @ whole.T
+    return sum(part.double().T @ part.double() for part in rows.split(CHUNK))
+
+
 def rank_me(rows: Tensor) -> float:
     """Compute the effective rank of rows [N, D]: the exponential of the entropy of their normalised singular values.
 
     1 if all rows are multiples of one, min(N, D) at most (Garrido et al. 2023, RankMe). Rows that are all zero have rank 0.
     """
-    gram = sum(part.double().T @ part.double() for part in rows.split(CHUNK))
+    gram = gram_matrix(rows)
     squares = torch.linalg.eigvalsh(gram)
     noise = squares.max() * len(gram) * torch.finfo(torch.float64).eps
     singular = torch.where(squares > noise, squares, 0.0).sqrt()
