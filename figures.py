@@ -409,3 +409,82 @@ def scatter(path: Path, clouds: Sequence[Cloud], titles: dict[str, str]) -> None
     figure.tight_layout()
     axes[0, -1].legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
     save(figure, path)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Scores of several arms beside a yardstick
+
+
+@dataclass
+class DotRow:
+    """The score of an arm with its interval, and the value of each seed."""
+
+    label: str
+    style: Style
+    value: Interval
+    seeds: list[float]
+
+
+@dataclass
+class DotPanel:
+    """One score of all arms; yardstick: what they are compared with."""
+
+    title: str
+    rows: list[DotRow]
+    yardstick: Interval | None
+
+
+PANELS_ABREAST = 3
+
+
+def dot_panels(path: Path, panels: Sequence[DotPanel], yardstick: str) -> None:
+    """Draw a panel for each score, with a row for each arm and a dashed line at the yardstick, which has this name."""
+    lines = math.ceil(len(panels) / PANELS_ABREAST)
+    height = 0.36 * len(panels[0].rows) + 1.15
+    figure, axes = plt.subplots(lines, PANELS_ABREAST, figsize=(10.5, lines * height), squeeze=False, sharey=True)
+    for axis in axes.flat[len(panels) :]:
+        axis.set_axis_off()
+    for axis, panel in zip(axes.flat, panels, strict=False):
+        draw_dots(axis, panel, yardstick)
+    rows = panels[0].rows
+    axes[0, 0].set_yticks(-np.arange(len(rows)), [row.label for row in rows])
+    axes[0, 0].set_ylim(-len(rows) + 0.5, 0.5)
+    figure.tight_layout()
+    handles, names = axes[0, 0].get_legend_handles_labels()
+    if handles:
+        figure.legend(handles, names, loc="upper center", bbox_to_anchor=(0.5, 0.01), ncols=2)
+    save(figure, path)
+
+
+def draw_dots(axis: Axes, panel: DotPanel, yardstick: str) -> None:
+    """Draw one score of all arms."""
+    if panel.yardstick is not None:
+        line = panel.yardstick
+        axis.axvline(line.value, color="#444444", ls="--", lw=1.6, label=yardstick)
+        axis.axvspan(line.low, line.high, color="#888888", alpha=0.18, lw=0, label="its 95 % interval")
+    for number, row in enumerate(panel.rows):
+        value = row.value
+        colour = row.style.colour
+        axis.plot([value.low, value.high], [-number, -number], color=colour, lw=2.2, alpha=0.55, solid_capstyle="round")
+        if len(row.seeds) > 1:
+            axis.plot(row.seeds, np.full(len(row.seeds), -number + 0.2), ".", color=colour, ms=4, alpha=0.7)
+        axis.plot(value.value, -number, row.style.marker, color=colour, ms=9)
+    axis.set_title(panel.title, fontsize=12)
+    axis.set_xlim(*dot_limits(panel))
+    axis.xaxis.set_major_locator(MaxNLocator(5))
+    axis.grid(axis="y", visible=False)
+
+
+def dot_limits(panel: DotPanel) -> tuple[float, float]:
+    """Choose limits that hold all values, and of their intervals what is not too far away."""
+    shown = []
+    intervals = [row.value for row in panel.rows]
+    if panel.yardstick is not None:
+        intervals.append(panel.yardstick)
+    for interval in intervals:
+        ends = np.clip([interval.low, interval.high], interval.value - REACH, interval.value + REACH)
+        shown += [interval.value, *(float(end) for end in ends if np.isfinite(end))]
+    for row in panel.rows:
+        shown += row.seeds
+    margin = 0.06 * (max(shown) - min(shown)) + 0.005
+    return min(shown) - margin, max(shown) + margin

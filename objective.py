@@ -6,6 +6,7 @@ OBJECTIVES in pretrain.py, or TASKS in tasks.py for a downstream task.
 """
 
 import argparse
+import functools
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence

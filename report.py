@@ -20,6 +20,7 @@ from pathlib import Path
 import audit
 import figures
 import label_pretraining
+import probe_results
 import results
 from arms import ANIMAL, ARMS, OWN, PRETRAIN_ANIMAL, PRETRAIN_OWN, RESNET, SUPERVISED, ArmKey
 from blocks import literal
@@ -50,6 +51,8 @@ TABLES = (
     "label_pretraining",
     "label_differences",
     "pretraining",
+    "probes",
+    "probe_differences",
     "stages",
     "settings",
 )
@@ -65,6 +68,7 @@ FIGURES = (
     "labels",
     "label_pretraining",
     "scatter",
+    "probes",
 )
 FURTHER = ("task_*.csv", "task_*.json", "task_*.png", "pretraining_*.png")
 
@@ -100,6 +104,7 @@ def write_report(study: Study, folder: Path, title: str | None = None) -> list[C
     comparisons = planned(study, SEGMENT) if segmentation else []
     found = results.read_results(study, comparisons) if segmentation else None
     on_labels = label_pretraining.read_sweep(study, SEGMENT if segmentation else tasks[0])
+    probed = probe_results.read_probes(study)
 
     masks_first = opening(study, page, title or default_title(tasks), found)
     if found:
@@ -129,6 +134,7 @@ def write_report(study: Study, folder: Path, title: str | None = None) -> list[C
     label_pretraining.section(study, page, on_labels)
     if found:
         results.pretraining_scores(study, page)
+    probe_results.probes(page, probed)
     stages(study, page)
     settings(study, page)
     page.write("report")

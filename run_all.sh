@@ -11,7 +11,7 @@ NNODES=${NNODES:-1} NODE_RANK=${NODE_RANK:-0}
 case $NNODES$NODE_RANK in *[!0-9]*) refuse "NNODES and NODE_RANK must be numbers, got '$NNODES' and '$NODE_RANK'" ;; esac
 [ "$NNODES" -le 1 ] || [ -n "${MASTER_ADDR:-}" ] || refuse "with NNODES=$NNODES set MASTER_ADDR to the address of node 0"
 settings=$("$SYSTEM" "$HERE/study.py" settings "$@") || exit
-eval "$settings" # DATA_ROOT, OUTPUT, CACHE, GPUS, JOBS, CPU_JOBS, CPU_THREADS, CPU_CORES, DRAWN, DRY, SLURM, TASK, SPLITS, REFERENCE, TITLE
+eval "$settings" # DATA_ROOT, OUTPUT, CACHE, GPUS, JOBS, CPU_JOBS, CPU_THREADS, CPU_CORES, DRAWN, DRY, SLURM, TASK, SPLITS, PROBES, REFERENCE, TITLE
 PART=${RUN_ALL_PART:-} # what a job of Slurm does of the study, see slurm.py: read, or report
 [ "$SLURM" = 0 ] || [ "$NNODES" -le 1 ] || refuse "--slurm goes without NNODES; each run is a job of its own"
 
@@ -243,6 +243,7 @@ fi
 [ "$NODE_RANK" = 0 ] || exit 0
 mapfile -d '' -t UNTESTED < <(folders "$([ "$DRY" = 1 ] && echo tests || echo untested)")
 evaluate ${UNTESTED[@]+"${UNTESTED[@]}"}
+[ "$PROBES" = 0 ] || run probe "asking frozen encoders what they know" "$PYTHON" "$HERE/probe.py" "${DATA[@]}" --random "$OUTPUT"
 if [ "$TASK" = segment ]; then
   once reference "scoring predictors that look at no image" "$OUTPUT/reference.npz" "$PYTHON" "$HERE/evaluate.py" reference "${DATA[@]}" $REFERENCE --output "$OUTPUT/reference.npz"
 fi

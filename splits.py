@@ -680,6 +680,13 @@ def read_pets_list(data_root: str | Path) -> list[PetEntry]:
     return entries
 
 
+def pets_breeds(data_root: str | Path) -> dict[str, int]:
+    """Number the breeds of list.txt from 0 on, in the order of their class ids -> breed of each image, by its path."""
+    entries = read_pets_list(data_root)
+    class_ids = sorted({entry.class_id for entry in entries})
+    return {f"{PETS_FOLDER}/images/{entry.name}.jpg": class_ids.index(entry.class_id) for entry in entries}
+
+
 @dataclass(frozen=True)
 class PetsSource:
     """Which photos of Oxford-IIIT Pet are divided, and how.

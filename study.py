@@ -441,6 +441,11 @@ def get_args_parser(prog: str) -> PlanParser:
         help="also change one choice at a time from ours to the original code's, to report what each is worth",
     )
     add(
+        "--probes",
+        action="store_true",
+        help="also ask the frozen encoder of each pre-training, and a random one, what they know (probe.py)",
+    )
+    add(
         "--pretrain_args",
         default="",
         metavar="FLAGS",
@@ -671,6 +676,7 @@ def shell_settings(args: argparse.Namespace) -> str:
         "SLURM": str(int(args.slurm is not None)),
         "TASK": args.task,
         "SPLITS": splits_flags(args),
+        "PROBES": str(int(args.probes)),
         "REFERENCE": reference_flags(args, given[-1] if given else img_size),
         "TITLE": f"model {args.model}, data {args.data_root}, seeds {' '.join(map(str, args.seeds))}",
     }

@@ -24,7 +24,7 @@ import engine
 import splits
 from batches import Draw, Examples, uniform
 from data import DataError, ImageStore
-from engine import Distributed, Parser, at_least, fraction
+from engine import Distributed, EngineError, Parser, at_least, fraction
 from metrics import macro_average_precision
 from models import ViT, encoder_sizes, init_weights, matrix_product_flops
 from objective import Pretraining, block_activations, images_of_an_epoch, sum_over

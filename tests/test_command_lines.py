@@ -59,7 +59,7 @@ ODD += [
     "@x",
 ]
 TRAININGS = ("pretrain", "finetune", "baseline")
-OTHERS = ("evaluate", "prepare", "read_data", "report", "status", "carry_out", "bench", "export")
+OTHERS = ("evaluate", "probe", "prepare", "read_data", "report", "status", "carry_out", "bench", "export")
 SLOW_MODELS = ("mae_base", "mae_large", "mae_huge", "mae_small", "mae_demo", "mae")
 
 
@@ -196,6 +196,7 @@ REAL = [
     "baseline.py --model resnet50 --layer_decay 0.5 --dry_run",
     "evaluate.py predict --checkpoint /dev/null cat.jpg",
     "evaluate.py test /proc",
+    "probe.py /proc --random",
     "prepare.py splits --data_root nowhere --output /dev/null",
     "prepare.py demo --num_pets 0",
     "report.py /proc/self",

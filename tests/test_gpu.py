@@ -42,6 +42,7 @@ import splits
 import trainer
 from batches import Alone, Augmentation, Examples, TrainBatches, uniform
 from engine import EngineError, setup
+from probe_records import PROBES, load_probe
 from trainer import Trainer
 
 REHEARSAL = os.environ.get("REHEARSE") == "1"
@@ -717,6 +718,25 @@ def test_masks_of_photos_are_those_of_the_cpu(segmenter, files, tmp_path):
         found = np.array(Image.open(tmp_path / f"on_{DEVICE}" / f"{photo.stem}_mask.png"))
         assert found.shape == expected.shape
         assert (found != expected).mean() < 0.005  # products in TF32 round logits to three digits
+
+
+# -- Probing ------------------------------------------------------------------------------------------------------------
+
+
+def test_probes_in_float32_are_those_of_the_cpu(files, without_tf32, tmp_path):
+    found = {}
+    for name, device in (("cpu", "cpu"), ("gpu", DEVICE)):
+        folder = tmp_path / name
+        folder.mkdir()
+        shutil.copy(files.init, folder / "model.pt")
+        run("probe", folder, *files.flags, "--precision fp32", "--device", device)
+        found[name] = load_probe(folder)
+    for meters in ("images", "patches"):
+        expected = found["cpu"].record["meters"][meters]
+        assert found["gpu"].record["meters"][meters] == pytest.approx(expected, rel=1e-3)
+    for probe in PROBES:
+        assert found["gpu"].score(probe) == pytest.approx(found["cpu"].score(probe), abs=0.03)
+    assert share_moved(found["gpu"].sums("trimap"), found["cpu"].sums("trimap")) < 0.01
 
 
 # -- CUDA graphs --------------------------------------------------------------------------------------------------------

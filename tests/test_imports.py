@@ -53,7 +53,7 @@ def test_the_report_does_not_import_torch():
 
 
 def test_scripts_that_train_and_evaluate_import_no_more_of_torch_than_they_use():
-    code = "import baseline, check_plan, evaluate, export, finetune, prepare, pretrain"
+    code = "import baseline, check_plan, evaluate, export, finetune, prepare, pretrain, probe"
     assert imports_of(code) == {"torch", "numpy", "PIL", "tqdm"}
 
 

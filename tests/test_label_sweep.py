@@ -73,7 +73,7 @@ def test_a_run_before_the_one_that_it_starts_from_is_named():
 def test_runs_are_started_after_what_they_start_from_in_every_order():
     lines = plan(*DEMO, "--seeds", 0, 1)
     parents = {run.folder: run.parent for run in lines}
-    sequential = carry_out.list_folders(Path(), lines, "first") + carry_out.list_folders(Path(), lines, "second")
+    sequential = carry_out.list_folders(Path(), lines, "in_order")
     others = carry_out.list_folders(Path(), lines, "alone") + carry_out.list_folders(Path(), lines, "others")
     for order in (sequential, others, carry_out.list_folders(Path(), lines, "side_by_side")):
         assert sorted(order) == sorted(parents)
