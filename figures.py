@@ -332,10 +332,11 @@ def bands(path: Path, lines: Sequence[Line], xlabel: str, log: bool = False) -> 
 
 
 def sweep_beside_curves(
-    path: Path, lines: Sequence[Line], axes_of_sweep: tuple[str, str], panel: Panel, curves: Sequence[Curve]
+    path: Path, lines: Sequence[Line], axes_of_sweep: tuple[str, str], panels: Sequence[Panel], curves: Sequence[Curve]
 ) -> None:
-    """Draw the lines of a sweep, with the titles of its two axes, beside a panel of curves."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2))
+    """Draw the lines of a sweep, with the titles of its two axes, beside panels of curves."""
+    count = 1 + len(panels)
+    figure, (left, *others) = plt.subplots(1, count, figsize=(5 * count, 4.2))
     for line in lines:
         draw_line(left, line, shift=1.0, band=False)
     left.set_xlabel(axes_of_sweep[0])
@@ -343,8 +344,10 @@ def sweep_beside_curves(
     left.set_ylim(*visible_range(lines))
     left.set_xticks(sorted({point.share for line in lines for point in line.points}))
     left.legend(loc="lower right")
-    draw_panel(right, panel, curves)
-    right.legend(loc="upper right")
+    for axis, panel in zip(others, panels, strict=True):
+        draw_panel(axis, panel, curves)
+    if curves:
+        others[0].legend(loc="best")
     figure.tight_layout()
     save(figure, path)
 

@@ -21,6 +21,7 @@ from tables import Column, Page
 EQUAL_COST = 0.05  # share by which the operations of two chains may differ and still count as equal
 TERA = 1e12
 LOSS = "loss_animal"  # on the kind of images that these arms are trained on
+PRECISION = "ap_animal"
 
 TEXT = (
     "Each row is a chain of pre-trainings on the same list of images, then fine-tuned from the encoder alone. TFLOP: "
@@ -166,19 +167,24 @@ def draw(study: Study, page: Page, points: list[Point], words: str) -> None:
     for name in dict.fromkeys(point.line.name for point in points):
         lines.append(drawn_line([point for point in points if point.line.name == name]))
     longest = longest_runs(study, points)
-    levels: dict[str, float] = {}
+    prior: dict[str, float] = {}
+    base_rate: dict[str, float] = {}
     curves = []
     for point, runs in longest:
-        levels |= runs[0].trivial(LOSS)
+        prior |= runs[0].trivial(LOSS)
+        base_rate |= runs[0].trivial(PRECISION)
         curves.append(figures.Curve(point.arm.images, point.line.style, [run.log for run in runs]))
-    panel = figures.Panel("validation cross-entropy of labels", "val", LOSS, levels, x="step")
+    panels = [
+        figures.Panel("validation cross-entropy of labels", "val", LOSS, prior, x="step"),
+        figures.Panel("mean average precision of labels", "val", PRECISION, base_rate, x="step"),
+    ]
     caption = (
         "Left: score after fine-tuning against epochs of pre-training on labels; bars: 95 % intervals (t over seeds; one "
-        "seed: bootstrap over test images); points with one letter cost the same in pre-training. Right: cross-entropy of "
-        "labels on animal validation images during the longest of these pre-trainings."
+        "seed: bootstrap over test images); points with one letter cost the same in pre-training. Middle and right: "
+        "labels of animal validation images during the longest of these pre-trainings."
     )
     titles = ("epochs of labels in pre-training", words)
-    page.figure("label_pretraining", caption, figures.sweep_beside_curves, lines, titles, panel, curves)
+    page.figure("label_pretraining", caption, figures.sweep_beside_curves, lines, titles, panels, curves)
 
 
 def drawn_line(points: list[Point]) -> figures.Line:
@@ -203,32 +209,41 @@ def longest_runs(study: Study, points: list[Point]) -> list[tuple[Point, list[Ru
 
 
 def convergence(study: Study, points: list[Point]) -> list[str]:
-    """Say for each seed after how many updates either line reaches the lowest cross-entropy of random weights."""
+    """Say for each seed after how many updates either line reaches the best score of random weights."""
     runs = {point.line.name: {run.seed: run for run in found} for point, found in longest_runs(study, points)}
     sentences = []
     for seed, scratch in runs.get("none", {}).items():
-        if seed not in runs["mae"] or not losses(scratch):
+        if seed not in runs["mae"]:
             continue
-        level = min(losses(scratch).values())
-        needed = updates_until(scratch, level)
-        text = f"Seed {seed}: from random weights, the lowest cross-entropy {level:.3f} is reached after {needed:,} updates"
-        after_mae = updates_until(runs["mae"][seed], level)
-        if after_mae is None:
-            sentences.append(f"{text}; after the MAE it is not reached.")
-        else:
-            sentences.append(f"{text}; after the MAE the same is reached after {after_mae:,}.")
+        for name, words in ((LOSS, "lowest cross-entropy"), (PRECISION, "highest average precision")):
+            sentences += compare_speed(scratch, runs["mae"][seed], name, words)
     return sentences
 
 
-def losses(run: RunRecord) -> dict[int, float]:
-    """List the cross-entropy of each validation of a pre-training by its update."""
-    return {line["step"]: line[LOSS] for line in run.log if line["event"] == "val" and LOSS in line}
+def compare_speed(scratch: RunRecord, after_mae: RunRecord, name: str, words: str) -> list[str]:
+    """Say when the best score of one run is reached by it and by another one; nothing where it was not recorded."""
+    scores = validations(scratch, name)
+    if not scores:
+        return []
+    best = min(scores.values()) if name == LOSS else max(scores.values())
+    text = f"Seed {scratch.seed}: from random weights, the {words} {best:.3f} is reached after "
+    text += f"{updates_until(scratch, name, best):,} updates"
+    needed = updates_until(after_mae, name, best)
+    if needed is None:
+        return [f"{text}; after the MAE it is not reached."]
+    return [f"{text}; after the MAE the same is reached after {needed:,}."]
 
 
-def updates_until(run: RunRecord, level: float) -> int | None:
-    """Find the first validation whose cross-entropy is not above a level; None if there is none."""
-    for step, loss in losses(run).items():
-        if loss <= level:
+def validations(run: RunRecord, name: str) -> dict[int, float]:
+    """List a score of each validation of a pre-training by its update."""
+    return {line["step"]: line[name] for line in run.log if line["event"] == "val" and name in line}
+
+
+def updates_until(run: RunRecord, name: str, level: float) -> int | None:
+    """Find the first validation with a score as good as a level; None if there is none."""
+    for step, value in validations(run, name).items():
+        reached = value <= level if name == LOSS else value >= level
+        if reached:
             return step
     return None
 
@@ -258,13 +273,12 @@ def label_scores(runs: list[RunRecord]) -> dict:
     """Average over seeds what pre-training on labels has learnt, beside what looks at no image."""
     found: dict[str, float] = {}
     for run in runs:
-        precision = LOSS.replace("loss", "ap")
         prior = run.metrics.get("trivial", {}).get("label prior", {})
         values = {
-            "loss": min(losses(run).values(), default=math.nan),
-            "ap": run.metrics["last"][precision],
+            "loss": min(validations(run, LOSS).values(), default=math.nan),
+            "ap": run.metrics["last"][PRECISION],
             "prior": prior.get(LOSS, math.nan),
-            "base_rate": prior.get(precision, math.nan),
+            "base_rate": prior.get(PRECISION, math.nan),
         }
         for name, value in values.items():
             found[name] = found.get(name, 0.0) + value / len(runs)

@@ -91,7 +91,7 @@ def test_the_loss_is_that_of_the_other_images_pixels_where_the_image_is_hidden(m
 
 def test_predicting_other_images_learns_next_to_nothing_of_an_image(tmp_path, tmp_path_factory):
     words = ["--model", "mae_tiny", *SMALL_RUN, "--data_root", drawn_root(tmp_path_factory), "--cache_dir", tmp_path]
-    words += ["--num_images", 16, "--batch_size", 16, "--epochs", 60, "--blr", 2.4e-2, "--clip_grad", 1]
+    words += ["--num_images", 8, "--batch_size", 8, "--epochs", 60, "--blr", 4.8e-2, "--clip_grad", 1]
     words += ["--warmup_epochs", 5, "--val_epochs", 60]
     last = {}
     for targets in ("own", "other"):
