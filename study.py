@@ -341,7 +341,8 @@ def get_args_parser(prog: str) -> PlanParser:
         help="runs at the same time, each on its own GPU or with its share of the CPU's cores (default: 1, each over "
         "all GPUs; demo on a CPU: one for each core); on a CPU, ResNet-50 comes first and alone, for its memory",
     )
-    add("--seeds", nargs="+", default=["0"], metavar="SEED", help="repeat the study with these seeds (default: 0)")
+    add("--seeds", nargs="+", default=["0"], metavar="SEED", help="repeat the study with these seeds (default: 0); "
+        "differences are tested from three on, five are recommended: python power.py says why")  # fmt: skip
     add("--sweep", action="append", choices=SWEEPS, help="also run this sweep; may be given twice")
     add(
         "--extra_arms",
