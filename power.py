@@ -134,7 +134,8 @@ def verdict_lines(comparisons: list[Comparison]) -> list[str]:
     )
     lines.append(
         f"**could have shown**: the smallest true difference that this many seeds find with power {POWER}, if the spread of "
-        f"these is the true one, at the level that Holm asks of the smallest p: {LEVEL} / {tests}."
+        f"these is the true one, at the level that Holm asks of the smallest p: {LEVEL} / {tests}. Smaller ones are found "
+        "less often."
     )
     return lines
 

@@ -35,10 +35,16 @@ from metrics import (
 )
 from power import factor_rows, paper_difference, recommended_seeds, seeds_for, times_known
 from report import get_args_parser, main
+from study import read_plan, write_lines
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 DRAWING = ("forest", "curve_panels", "image_grid", "bands", "scatter")
-UNIT = st.floats(-3, 3).map(lambda value: round(value, 3))
+POINTS = st.floats(-3, 3).map(lambda value: round(value, 3))
+
+
+def seed_values(seeds):
+    """Differences in points, one a seed, that are not all the same."""
+    return st.lists(POINTS, min_size=seeds, max_size=seeds).filter(lambda values: np.std(values) > 0.01)
 
 
 def compare(values, reason=""):
@@ -104,27 +110,36 @@ def slow_power(effect, pairs, level):
     return sum(parts)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(st.floats(0, 6), st.integers(2, 40), st.sampled_from([0.05, 0.05 / 6, 0.001]))
 def test_the_power_is_that_of_a_slow_integration(effect, pairs, level):
     assert t_test_power(effect, pairs, level) == pytest.approx(slow_power(effect, pairs, level), rel=1e-6, abs=1e-9)
 
 
 @pytest.mark.parametrize("pairs", [3, 4, 5, 7, 10, 30])
+def test_the_smallest_effect_that_is_found_is_statsmodels(pairs):
+    theirs = TTestPower().solve_power(nobs=pairs, alpha=0.05, power=0.8, alternative="two-sided")
+    assert detectable_effect(pairs) == pytest.approx(theirs, rel=1e-6)
+
+
+@pytest.mark.parametrize("pairs", [3, 4, 5, 7, 10, 30])
 @pytest.mark.parametrize("tests", [1, 4, 6])
-def test_the_smallest_effect_that_is_found_is_statsmodels(pairs, tests):
+def test_scipys_noncentral_t_finds_that_effect_with_the_power(pairs, tests):
+    """At corrected levels the solver of statsmodels 0.15 ends at other effects, as its own power shows."""
     level = 0.05 / tests
-    theirs = TTestPower().solve_power(nobs=pairs, alpha=level, power=0.8, alternative="two-sided")
-    assert detectable_effect(pairs, 0.8, level) == pytest.approx(theirs, rel=1e-4)
+    shift = detectable_effect(pairs, 0.8, level) * math.sqrt(pairs)
+    threshold = scipy.stats.t.isf(level / 2, pairs - 1)
+    upper = scipy.stats.nct.sf(threshold, pairs - 1, shift)  # the lower tail has less than 1e-6
+    assert upper == pytest.approx(0.8, abs=1e-6)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(st.floats(0.12, 20), st.sampled_from([1, 4, 6]))
 def test_the_number_of_pairs_is_the_smallest_from_three_on_that_has_the_power(effect, tests):
     level = 0.05 / tests
-    counts = range(3, 1001)
-    slow = next((n for n in counts if t_test_power(effect, n, level) >= 0.8), None)
-    assert pairs_needed(effect, 0.8, level) == slow
+    found = pairs_needed(effect, 0.8, level)
+    assert found >= 3 and t_test_power(effect, found, level) >= 0.8
+    assert found == 3 or t_test_power(effect, found - 1, level) < 0.8
 
 
 def test_no_spread_takes_the_fewest_seeds_and_a_tiny_effect_more_than_anyone_counts():
@@ -138,7 +153,7 @@ def test_simulated_studies_find_what_their_seeds_could_have_shown():
     rng = np.random.default_rng(11)
     effect = detectable_effect(5, 0.8, 0.05 / 6)
     found = 0
-    studies = 1500
+    studies = 600
     for _ in range(studies):
         differences = rng.normal(0, 1, (6, 5))
         differences[0] += effect
@@ -151,8 +166,25 @@ def test_simulated_studies_find_what_their_seeds_could_have_shown():
 # Verdicts
 
 
-@settings(max_examples=80, deadline=None)
-@given(st.lists(st.lists(UNIT, min_size=3, max_size=8).filter(lambda x: np.std(x) > 0.01), min_size=1, max_size=6))
+def slow_holm(p_values):
+    """Holm's corrected p: the largest, among the p that are no larger, of each times the number of p not below it."""
+    corrected = []
+    for p in p_values:
+        steps = [smaller * sum(other >= smaller for other in p_values) for smaller in p_values if smaller <= p]
+        corrected.append(min(1, max(steps)))
+    return corrected
+
+
+def test_the_slow_reference_of_holm_is_statsmodels():
+    for p_values in np.random.default_rng(0).uniform(0, 0.2, (5, 6)):
+        assert slow_holm(p_values) == pytest.approx(list(multipletests(p_values, method="holm")[1]))
+
+
+FAMILIES = st.sampled_from([3, 5]).flatmap(lambda seeds: st.lists(seed_values(seeds), min_size=1, max_size=4))
+
+
+@settings(max_examples=40, deadline=None)
+@given(FAMILIES)
 def test_p_values_are_those_of_scipy_and_statsmodels(differences):
     found = family(*differences)
     p = [scipy.stats.ttest_1samp(values, 0).pvalue for values in differences]
@@ -160,10 +192,8 @@ def test_p_values_are_those_of_scipy_and_statsmodels(differences):
     equivalence = [ttost_paired(np.array(values), np.zeros(len(values)), -margin, margin)[0] for values in differences]
     assert [c.p for c in found] == pytest.approx(p, rel=1e-7, abs=1e-12)
     assert [c.tost for c in found] == pytest.approx(equivalence, rel=1e-7, abs=1e-12)
-    holm = multipletests(p, method="holm")[1]
-    tost_holm = multipletests(equivalence, method="holm")[1]
-    assert [c.holm for c in found] == pytest.approx(list(holm), rel=1e-7, abs=1e-12)
-    assert [c.tost_holm for c in found] == pytest.approx(list(tost_holm), rel=1e-7, abs=1e-12)
+    assert [c.holm for c in found] == pytest.approx(slow_holm(p), rel=1e-7, abs=1e-12)
+    assert [c.tost_holm for c in found] == pytest.approx(slow_holm(equivalence), rel=1e-7, abs=1e-12)
     for comparison, values in zip(found, differences, strict=True):
         effect = detectable_effect(len(values), 0.8, 0.05 / len(differences))
         assert comparison.detectable == pytest.approx(effect * np.std(values, ddof=1))
@@ -192,7 +222,7 @@ def test_what_was_not_tested_makes_the_other_tests_no_stricter():
 @pytest.mark.parametrize("seeds", [3, 5])
 def test_equal_arms_are_called_different_in_at_most_one_study_of_twenty(seeds):
     rng = np.random.default_rng(seeds)
-    studies = 3000
+    studies = 1000
     wrong = 0
     for _ in range(studies):
         arms = rng.normal(0, 1, (5, seeds))  # four differences to one arm, so they are not independent
@@ -204,7 +234,7 @@ def test_equal_arms_are_called_different_in_at_most_one_study_of_twenty(seeds):
 @pytest.mark.parametrize("seeds", [3, 5])
 def test_arms_at_the_margin_are_called_equivalent_in_at_most_one_study_of_twenty(seeds):
     rng = np.random.default_rng(10 + seeds)
-    studies = 4000
+    studies = 1500
     spread = 0.1  # points
     wrong = 0
     for _ in range(studies):
@@ -287,26 +317,18 @@ def five_seeds(tmp_path_factory):
     return write_study(tmp_path_factory.mktemp("five") / "study", seeds=range(5), n=30, epochs=2)
 
 
-def first_seeds(study, seeds):
-    """Cut a study's plan down to its first seeds."""
-    lines = (study / "study.tsv").read_text().splitlines(keepends=True)
-    heading = [line for line in lines if not line[0].isdigit()]
-    kept = [line for line in lines if line[0].isdigit() and int(line.split("\t")[0]) < seeds]
-    return "".join(heading + kept)
-
-
 @pytest.fixture
 def study_of(five_seeds):
     """Make the report of the first seeds of a study -> its text; the plan is put back afterwards."""
     plan = five_seeds / "study.tsv"
-    whole = plan.read_text()
+    whole = read_plan(plan)
 
     def make(seeds):
-        plan.write_text(first_seeds(five_seeds, seeds))
+        plan.write_text(write_lines([line for line in whole if line.seed < seeds]))
         return report(five_seeds)
 
     yield make
-    plan.write_text(whole)
+    plan.write_text(write_lines(whole))
 
 
 @pytest.mark.parametrize("seeds", [1, 2])
