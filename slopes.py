@@ -3,8 +3,8 @@
     fit = fit_sweep(ANIMAL_FRACTION, {0.0: runs, 0.5: runs, 1.0: runs})     # test IoU against the share of animals
     fit.slope                                                               # points for 10 % more animals
 
-The line is that of least squares, fitted to each seed's scores; all doses weigh the same. Its interval is Student's t over
-seeds, from three seeds on; with fewer it is the bootstrap over test images, all runs of an image drawn together.
+The line is that of least squares, fitted to each seed's scores; all doses weigh the same. Its interval is that of the whole
+report: Student's t over seeds; with one seed the bootstrap over test images, all runs of an image drawn together.
 """
 
 from collections.abc import Callable
@@ -16,7 +16,7 @@ import numpy as np
 import figures
 from arms import ANIMAL_FRACTION, LABEL_FRACTION
 from blocks import fixed
-from comparisons import FEWEST_SEEDS, Estimate, Pair, same_images
+from comparisons import Estimate, Pair, same_images
 from metrics import Interval, bootstrap, line_weights, scores, t_interval
 from records import RunRecord
 from tables import Column, Page
@@ -123,32 +123,28 @@ def estimate(table: list[list[RunRecord]], weights: np.ndarray) -> tuple[Interva
 
     table: runs by seed and dose; weights [outputs, doses].
     """
-    if len(table) >= FEWEST_SEEDS:
+    if len(table) > 1:
         return over_seeds(table, weights), "t over seeds"
-    first = table[0][0]
-    if all(same_images(Pair(run, first)) for row in table for run in row):
-        return over_images(table, weights), "bootstrap over images"
-    values = over_seeds(table, weights).value
-    unknown = np.full(values.shape, np.nan)
-    return Interval(values, unknown, unknown), "none: the runs were tested on different images"
+    [row] = table
+    if all(same_images(Pair(run, row[0])) for run in row):
+        return over_images(row, weights), "bootstrap over images"
+    return over_seeds(table, weights), "none, as the runs were tested on different images"
 
 
 def over_seeds(table: list[list[RunRecord]], weights: np.ndarray) -> Interval:
-    """Average over seeds, with t-intervals."""
+    """Average over seeds, with t-intervals; a single seed has nan limits."""
     iou = np.array([[run.iou for run in row] for row in table])
     outputs = iou @ weights.T  # [seeds, outputs]
     intervals = [t_interval(column) for column in outputs.T]
     return Interval(*np.array(intervals).T)
 
 
-def over_images(table: list[list[RunRecord]], weights: np.ndarray) -> Interval:
-    """Average over seeds, with bootstrap intervals over the test images that all runs share."""
-    seeds = [np.stack([run.test["counts"] for run in row], axis=1) for row in table]
-    counts = np.stack(seeds, axis=1)  # [images, seeds, doses, 3, 3]
+def over_images(row: list[RunRecord], weights: np.ndarray) -> Interval:
+    """Compute the sums of one seed, with bootstrap intervals over the test images that its runs share."""
+    counts = np.stack([run.test["counts"] for run in row], axis=1)  # [images, doses, 3, 3]
 
     def outputs(sums: np.ndarray) -> np.ndarray:
-        iou = scores(sums)["iou"].mean(-2)
-        return iou @ weights.T
+        return scores(sums)["iou"] @ weights.T
 
     return bootstrap(counts, outputs)
 
@@ -163,8 +159,8 @@ SLOPE_TEXT = (
 )
 INTERVALS = {
     "t over seeds": "Student's t over seeds",
-    "bootstrap over images": f"with fewer than {FEWEST_SEEDS} seeds the bootstrap over test images, all runs of an image "
-    "drawn together, which knows nothing of how another seed would come out",
+    "bootstrap over images": "with one seed the bootstrap over test images, all runs of an image drawn together, which "
+    "knows nothing of how another seed would come out",
 }
 SLOPE_COLUMNS = [
     Column("arm", "line"),
