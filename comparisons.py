@@ -3,7 +3,8 @@
     estimates(study.main(arms.ANIMAL))["iou"]       # Estimate(value, low, high)
     planned(study, "segment")                       # the planned differences between its arms
 
-Over seeds, intervals and tests are Student's t; of one run, the bootstrap over test images (see metrics.py).
+Over seeds, intervals are Student's t, and so are tests, which are made from three seeds on; of one run, the bootstrap over
+test images (see metrics.py).
 """
 
 import math
@@ -18,6 +19,7 @@ from blocks import fixed
 from groups import Study, differing, tolerance
 from metrics import (
     bootstrap,
+    detectable_difference,
     holm,
     image_iou_each,
     paired_bootstrap,
@@ -31,6 +33,9 @@ from metrics import (
 from records import SEGMENT, SIZES, RunRecord, TestTable
 
 MARGIN = 0.5  # IoU points within which two arms count as equivalent
+LEVEL = 0.05  # of the tests, after correction
+POWER = 0.8  # with which a difference that "could have been shown" is found
+FEWEST_SEEDS = 3  # that are tested: with two, one lucky pair is enough for a small p
 NOUNS = {"n_train": "images", "n_unique": "distinct images", "updates": "updates"}
 
 
@@ -117,6 +122,13 @@ def image_level_iou(runs: list[RunRecord], resamples: int = 10_000) -> Estimate:
 # Planned differences
 
 
+DIFFERENT = "different"
+SMALL = f"different, within ±{MARGIN}"
+EQUIVALENT = "equivalent"
+INCONCLUSIVE = "inconclusive"
+NOT_TESTED = "not tested"
+
+
 class Pair(NamedTuple):
     """Two runs of one seed."""
 
@@ -140,10 +152,32 @@ class Comparison:
     p: float = math.nan  # paired t-test
     tost: float = math.nan  # equivalence within MARGIN; only of a segmentation
     holm: float = math.nan  # p, corrected for all planned comparisons that are tested
+    tost_holm: float = math.nan  # tost, corrected in the same way
+    detectable: float = math.nan  # smallest difference in points that a corrected test finds with POWER
+    detectable_alone: float = math.nan  # the same if this were the only test
 
     @property
     def label(self) -> str:
         return f"{self.a.label} − {self.b.label}"
+
+    @property
+    def tested(self) -> bool:
+        return not math.isnan(self.p)
+
+    @property
+    def verdict(self) -> str:
+        """Say what the tests decide, each after correction; what none of them decides is never called equal."""
+        if not self.tested:
+            return NOT_TESTED
+        different = self.holm < LEVEL
+        equivalent = self.tost_holm < LEVEL
+        if different and equivalent:
+            return SMALL
+        if different:
+            return DIFFERENT
+        if equivalent:
+            return EQUIVALENT
+        return INCONCLUSIVE
 
 
 def seed_pairs(study: Study, a: ArmKey, b: ArmKey) -> list[Pair]:
@@ -159,6 +193,8 @@ def compare(study: Study, a: ArmKey, b: ArmKey) -> Comparison:
         reasons.append("no seed has both runs")
     if len(pairs) == 1:
         reasons.append("one seed")
+    elif 0 < len(pairs) < FEWEST_SEEDS:
+        reasons.append(f"{len(pairs)} seeds, and tests are made from {FEWEST_SEEDS} on")
     for pair in pairs:
         reasons.extend(reasons_against(study, pair))
     score = pairs[0].a.select if pairs else ""
@@ -254,7 +290,29 @@ def planned(study: Study, kind: str) -> list[Comparison]:
         kinds = {run.kind for key in (a, b) for run in study.main(key)}
         if not kinds - {kind}:
             found.append(compare(study, a, b))
-    corrected = holm([comparison.p for comparison in found])
-    for comparison, p in zip(found, corrected, strict=True):
-        comparison.holm = float(p)
+    correct(found)
     return found
+
+
+def number_of_tests(comparisons: list[Comparison]) -> int:
+    """Count the comparisons that Holm's correction is for: those that are tested, or else those that have values."""
+    tested = [comparison for comparison in comparisons if comparison.tested]
+    compared = [comparison for comparison in comparisons if comparison.values]
+    return max(1, len(tested or compared))
+
+
+def correct(comparisons: list[Comparison]) -> None:
+    """Correct the p-values of comparisons that are made together, and compute what each test could have shown.
+
+    A difference counts as shown where p passes the level that Holm asks of the smallest of m p-values, LEVEL / m: such a
+    p is significant whatever the other tests give.
+    """
+    strict = LEVEL / number_of_tests(comparisons)
+    differences = holm([comparison.p for comparison in comparisons])
+    equivalences = holm([comparison.tost for comparison in comparisons])
+    for comparison, p, tost_p in zip(comparisons, differences, equivalences, strict=True):
+        comparison.holm = float(p)
+        comparison.tost_holm = float(tost_p)
+        if comparison.tested:
+            comparison.detectable = detectable_difference(comparison.values, POWER, strict)
+            comparison.detectable_alone = detectable_difference(comparison.values, POWER, LEVEL)

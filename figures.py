@@ -299,16 +299,28 @@ class SweepPoint:
 
 
 @dataclass
+class FittedLine:
+    """A fitted line at shares in percent [k]: IoU with its interval [k], and what the legend says of it."""
+
+    label: str
+    shares: np.ndarray
+    iou: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+
+
+@dataclass
 class Line:
-    """The points of a sweep that belong together."""
+    """The points of a sweep that belong together, and the straight line through them if one was fitted."""
 
     label: str
     style: Style
     points: list[SweepPoint]
+    fit: FittedLine | None = None
 
 
 def bands(path: Path, lines: Sequence[Line], xlabel: str, log: bool = False) -> None:
-    """Draw IoU against a share in percent. One line gets a band, several get bars side by side.
+    """Draw IoU against a share in percent: points with bars, and fitted lines with bands.
 
     log: on a logarithmic scale, where several lines are shifted a little against each other.
     """
@@ -317,7 +329,9 @@ def bands(path: Path, lines: Sequence[Line], xlabel: str, log: bool = False) -> 
         shift = 1.0
         if log:
             shift += 0.05 * (number - (len(lines) - 1) / 2)
-        draw_line(axis, line, shift, band=len(lines) == 1)
+        draw_points(axis, line, shift)
+        if line.fit is not None:
+            draw_fit(axis, line.fit, line.style, thin=len(lines) > 1)
     if log:
         axis.set_xscale("log")
         axis.minorticks_off()
@@ -326,8 +340,7 @@ def bands(path: Path, lines: Sequence[Line], xlabel: str, log: bool = False) -> 
     axis.set_ylim(*visible_range(lines))
     ticks = sorted({point.share for line in lines for point in line.points})
     axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-    if len(lines) > 1:
-        axis.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    legend_below(axis, lines)
     save(figure, path)
 
 
@@ -338,7 +351,7 @@ def sweep_beside_curves(
     count = 1 + len(panels)
     figure, (left, *others) = plt.subplots(1, count, figsize=(5 * count, 4.2))
     for line in lines:
-        draw_line(left, line, shift=1.0, band=False)
+        draw_points(left, line, shift=1.0)
     left.set_xlabel(axes_of_sweep[0])
     left.set_ylabel(axes_of_sweep[1])
     left.set_ylim(*visible_range(lines))
@@ -350,6 +363,17 @@ def sweep_beside_curves(
         others[0].legend(loc="best")
     figure.tight_layout()
     save(figure, path)
+
+
+def legend_below(axis: Axes, lines: Sequence[Line]) -> None:
+    """Put a legend below the picture: the lines in one column, what was fitted to them in another."""
+    handles, names = axis.get_legend_handles_labels()
+    found = dict(zip(names, handles, strict=True))
+    points = [line.label for line in lines]
+    fits = [line.fit.label for line in lines if line.fit is not None]
+    shown = [*points, *fits]
+    columns = 2 if fits else 1
+    axis.legend([found[name] for name in shown], shown, loc="upper left", bbox_to_anchor=(-0.05, -0.14), ncols=columns)
 
 
 def visible_range(lines: Sequence[Line]) -> tuple[float, float]:
@@ -365,21 +389,24 @@ def visible_range(lines: Sequence[Line]) -> tuple[float, float]:
     return max(0, min(shown) - margin), min(1, max(shown) + margin)
 
 
-def draw_line(axis: Axes, line: Line, shift: float, band: bool) -> None:
-    """Draw a line of a sweep with its intervals and seeds."""
+def draw_points(axis: Axes, line: Line, shift: float) -> None:
+    """Draw the points of a sweep with their intervals and seeds."""
     style = line.style
     x = np.array([point.share for point in line.points]) * shift
     middle = np.array([point.iou.value for point in line.points], float)
     low = np.array([point.iou.low for point in line.points], float)
     high = np.array([point.iou.high for point in line.points], float)
-    axis.plot(x, middle, linestyle=style.line, marker=style.marker, ms=6, color=style.colour, label=line.label)
-    if band:
-        axis.fill_between(x, low, high, color=style.colour, alpha=0.18, lw=0)
-    else:
-        axis.vlines(x, low, high, color=style.colour, lw=1.4, alpha=0.6)
+    axis.plot(x, middle, linestyle=style.line, lw=0.8, marker=style.marker, ms=6, color=style.colour, label=line.label)
+    axis.vlines(x, low, high, color=style.colour, lw=1.4, alpha=0.6)
     for place, point in zip(x, line.points, strict=True):
         axis.plot(np.full(len(point.seeds), place), point.seeds, ".", color=style.colour, alpha=0.6, ms=5)
         axis.annotate(point.mark, (place, point.iou.value), (6, 6), textcoords="offset points", color=style.colour)
+
+
+def draw_fit(axis: Axes, fit: FittedLine, style: Style, thin: bool) -> None:
+    """Draw a fitted line with its band; thin: one of several."""
+    axis.plot(fit.shares, fit.iou, "--", color=style.colour, lw=1.2 if thin else 2.0, label=fit.label)
+    axis.fill_between(fit.shares, fit.low, fit.high, color=style.colour, alpha=0.08 if thin else 0.18, lw=0)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

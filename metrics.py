@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable, Iterator
 from functools import cache
 from itertools import pairwise
+from statistics import NormalDist
 from typing import NamedTuple
 
 import numpy as np
@@ -261,6 +262,54 @@ def holm(p_values: ArrayLike) -> np.ndarray:
     return corrected
 
 
+# -- How well a spread is known
+
+
+def _chi_density(chi: np.ndarray, df: float) -> np.ndarray:
+    """Compute the density at chi [n] > 0 of the root of a chi-squared variable with df degrees of freedom."""
+    log_factor = (1 - df / 2) * math.log(2) - math.lgamma(df / 2)
+    return np.exp(log_factor + (df - 1) * np.log(chi) - chi**2 / 2)
+
+
+def _chi_range(df: float) -> tuple[float, float]:
+    """Bound where the density of chi is not negligible; its standard deviation is below 1."""
+    centre = math.sqrt(df)
+    return max(0.0, centre - 12), centre + 12
+
+
+@cache
+def chi_quantile(p: float, df: float) -> float:
+    """Find the root of the p-quantile of chi-squared with df >= 1, by bisection; raise ValueError unless p is in (0, 1)."""
+    if not 0 < p < 1:
+        raise ValueError(f"a quantile needs a probability in (0, 1), got {p}")
+    lowest, highest = _chi_range(df)
+    low = lowest
+    high = highest
+    for _ in range(60):
+        middle = (low + high) / 2
+        half = (middle - lowest) / 2
+        chi = lowest + half * (NODES + 1)
+        below = half * float(WEIGHTS @ _chi_density(chi, df))
+        if below < p:
+            low = middle
+        else:
+            high = middle
+    return low
+
+
+def deviation_interval(values: ArrayLike, level: float = 0.95) -> Interval:
+    """Estimate the standard deviation of normal values [n] with its confidence interval; all nan for n = 1."""
+    x = np.asarray(values, float)
+    df = len(x) - 1
+    if df < 1:
+        return Interval(math.nan, math.nan, math.nan)
+    deviation = float(x.std(ddof=1))
+    length = math.sqrt(df) * deviation
+    low = length / chi_quantile(0.5 + level / 2, df)
+    high = length / chi_quantile(0.5 - level / 2, df)
+    return Interval(deviation, low, high)
+
+
 # -- Power of the paired t-test
 
 
@@ -276,20 +325,17 @@ def _noncentral_t_tail(threshold: float, df: float, shift: float) -> float:
     chi, piecewise: within the range of chi, and where that normal probability falls from 1 to 0.
     """
     slope = threshold / math.sqrt(df)
-    lowest = max(0.0, math.sqrt(df) - 12)  # the standard deviation of chi is below 1
-    highest = math.sqrt(df) + 12
+    lowest, highest = _chi_range(df)
     fall = np.clip([(shift - 9) / slope, shift / slope, (shift + 9) / slope], lowest, highest)
     edges = [lowest, *fall, highest]
-    log_factor = (1 - df / 2) * math.log(2) - math.lgamma(df / 2)
     total = 0.0
     for start, end in pairwise(edges):
         half = (end - start) / 2
         if half == 0:
             continue
         chi = start + half * (NODES + 1)
-        density = np.exp(log_factor + (df - 1) * np.log(chi) - chi**2 / 2)
         beyond = _normal_cdf(shift - slope * chi)
-        total += half * float(WEIGHTS @ (density * beyond))
+        total += half * float(WEIGHTS @ (_chi_density(chi, df) * beyond))
     return total
 
 
@@ -338,6 +384,51 @@ def detectable_difference(differences: ArrayLike, power: float = 0.8, level: flo
     if len(x) < 2 or np.isnan(x).any():
         return math.nan
     return detectable_effect(len(x), power, level) * float(x.std(ddof=1))
+
+
+def known_spread_effect(pairs: int, power: float = 0.8, level: float = 0.05) -> float:
+    """Compute what detectable_effect would be if the standard deviation were known instead of estimated: a z-test's."""
+    normal = NormalDist()
+    return (normal.inv_cdf(1 - level / 2) + normal.inv_cdf(power)) / math.sqrt(pairs)
+
+
+def pairs_needed(effect: float, power: float = 0.8, level: float = 0.05, most: int = 1000) -> int | None:
+    """Count the pairs, from 3 on, with which a paired t-test finds this effect with the given power; None above `most`.
+
+    effect: the true mean difference in standard deviations of the differences, as in t_test_power; may be infinite.
+    """
+    if effect >= detectable_effect(3, power, level):
+        return 3
+    if t_test_power(effect, most, level) < power:
+        return None
+    too_few = 3
+    enough = most
+    while enough - too_few > 1:
+        middle = (too_few + enough) // 2
+        if t_test_power(effect, middle, level) < power:
+            too_few = middle
+        else:
+            enough = middle
+    return enough
+
+
+# -- Straight lines
+
+
+def line_weights(x: ArrayLike) -> np.ndarray:
+    """Compute the weights [2, k] that turn k values at x [k] into intercept and slope of their least-squares line.
+
+    `line_weights(x) @ y` is the line of y; for values [..., k], `values @ line_weights(x).T` are their lines [..., 2].
+    Raises ValueError unless two of x differ.
+    """
+    doses = np.asarray(x, float)
+    distances = doses - doses.mean()
+    total = float(distances @ distances)
+    if not total > 0:
+        raise ValueError(f"a line needs values at two places, got {doses.tolist()}")
+    slope = distances / total
+    intercept = 1 / len(doses) - doses.mean() * slope
+    return np.stack([intercept, slope])
 
 
 # -- Bootstrap over images

@@ -24,8 +24,9 @@ import probe_results
 import results
 from arms import ANIMAL, ARMS, OWN, PRETRAIN_ANIMAL, PRETRAIN_OWN, RESNET, SUPERVISED, ArmKey
 from blocks import literal
-from comparisons import Comparison, estimates, planned
+from comparisons import FEWEST_SEEDS, Comparison, estimates, planned
 from groups import Study, StudyError
+from power import how_many_seeds, paper_difference, verdict_lines
 from records import MAE, SEGMENT, RunRecord
 from study import PlanParser, one_line
 from summary import summary_lines
@@ -39,6 +40,8 @@ TABLES = (
     "table2",
     "differences",
     "image_bootstrap",
+    "seeds",
+    "seeds_factors",
     "audit",
     "audit_seeds",
     "printed",
@@ -47,9 +50,11 @@ TABLES = (
     "metrics",
     "validation",
     "dose",
+    "dose_slope",
     "labels",
     "label_pretraining",
     "label_differences",
+    "labels_slope",
     "pretraining",
     "probes",
     "probe_differences",
@@ -114,6 +119,9 @@ def write_report(study: Study, folder: Path, title: str | None = None) -> list[C
     if found:
         results.table_2(study, page, found)
         results.differences(page, comparisons)
+        if comparisons:
+            page.add("## How many seeds a difference takes")
+            how_many_seeds(page, "seeds", comparisons, paper_difference())
         audit.choice_effects(study, page)
         audit.printed_scores(study, page)
     for task in tasks:
@@ -323,6 +331,8 @@ def task_section(study: Study, page: Page, task: str) -> None:
     comparisons = [comparison for comparison in planned(study, task) if comparison.values]
     if comparisons:
         task_differences(page, task, comparisons)
+        page.add("### How many seeds a difference takes")
+        how_many_seeds(page, f"task_{task}_seeds", comparisons)
 
 
 def reference_rows(study: Study, task: str) -> list[dict]:
@@ -347,28 +357,33 @@ def task_differences(page: Page, task: str, comparisons: list[Comparison]) -> No
     """Show the planned differences of the score that selects weights."""
     page.add(
         f"Planned differences of `{comparisons[0].score}` in hundredths, paired by seed. p: paired t-test over seeds, "
-        "Holm-corrected over the tested rows, made under the same conditions as for segmentation."
+        f"Holm-corrected over the tested rows, from {FEWEST_SEEDS} seeds on, under the same conditions as for segmentation. "
+        "No margin is set within which arms would count as equivalent."
     )
+    tested = any(comparison.tested for comparison in comparisons)
+    if tested:
+        page.items(verdict_lines(comparisons))
     rows = []
     for comparison in comparisons:
         each = []
         for value, image in zip(comparison.values, comparison.images, strict=True):
             each.append(image._replace(value=value).points(2))
-        rows.append(
-            {
-                "label": comparison.label,
-                "each": ", ".join(each),
-                "mean": comparison.mean,
-                "p": comparison.p,
-                "holm": comparison.holm,
-                "reason": comparison.reason,
-            }
-        )
+        row = {"label": comparison.label, "each": ", ".join(each), "mean": comparison.mean}
+        if tested:
+            row["p"] = comparison.p
+            row["holm"] = comparison.holm
+            row["detectable"] = comparison.detectable
+            row["detectable_alone"] = comparison.detectable_alone
+            row["verdict"] = comparison.verdict
+        row["reason"] = comparison.reason
+        rows.append(row)
     columns = [
         Column("label", "difference"),
         Column("each", "per seed [95 % bootstrap over test images]"),
         Column("mean", "mean [95 % t-interval]", 2),
         Column("holm", "p (Holm)"),
+        Column("detectable", "could have shown", 2),
+        Column("verdict"),
         Column("reason", "not tested because"),
     ]
     page.table(f"task_{task}_differences", rows, columns)

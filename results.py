@@ -30,10 +30,25 @@ from arms import (
     sweep_lines,
 )
 from blocks import fixed, literal
-from comparisons import MARGIN, Comparison, Estimate, estimates, image_level_iou, within_range
+from comparisons import (
+    DIFFERENT,
+    EQUIVALENT,
+    FEWEST_SEEDS,
+    LEVEL,
+    MARGIN,
+    POWER,
+    SMALL,
+    Comparison,
+    Estimate,
+    estimates,
+    image_level_iou,
+    within_range,
+)
 from groups import Pictures, Study, most_common
-from metrics import CLASSES, image_iou, paired_bootstrap, scores, t_interval, unpaired_bootstrap
+from metrics import CLASSES, detectable_effect, image_iou, paired_bootstrap, scores, t_interval, unpaired_bootstrap
+from power import verdict_lines
 from records import SEGMENT, RunRecord
+from slopes import SweepFit, fit_sweep, show_slopes, slope_row
 from tables import Column, Page, write_table
 
 TRIVIAL = {"all_animal": "all animal", "all_background": "all background", "mean_mask": "mean training mask"}
@@ -283,15 +298,19 @@ def verdict(comparison: Comparison) -> str:
             "cannot show whether another would repeat it)."
         )
     text += f"(95 % interval {limits(mean)}, {seeds} seeds)"
-    if comparison.holm < 0.05:
-        return f"{text}, a difference beyond the seeds' noise (Holm-corrected p = {comparison.holm:.3f})."
-    if comparison.tost < 0.05:
-        return f"{text}: equivalent within ±{MARGIN} points (TOST p = {comparison.tost:.3f})."
-    if mean.low <= 0 <= mean.high:
-        return f"{text}: these seeds neither show a difference nor rule one out."
-    if comparison.reason:
+    if not comparison.tested:
         return f"{text}; not tested: {literal(comparison.reason)}."
-    return f"{text}, not significant after correction."
+    if comparison.verdict in (DIFFERENT, SMALL):
+        text += f", a difference beyond the seeds' noise (Holm-corrected p = {comparison.holm:.3f})"
+        if comparison.verdict == SMALL:
+            text += f", yet within ±{MARGIN} points (TOST, Holm-corrected p = {comparison.tost_holm:.3f})"
+        return f"{text}."
+    if comparison.verdict == EQUIVALENT:
+        return f"{text}: equivalent within ±{MARGIN} points (TOST, Holm-corrected p = {comparison.tost_holm:.3f})."
+    return (
+        f"{text}: inconclusive, neither a difference nor equivalence is shown; {seeds} seeds could have shown "
+        f"{comparison.detectable:.1f} points (power {POWER})."
+    )
 
 
 def limits(estimate: Estimate) -> str:
@@ -303,49 +322,74 @@ def limits(estimate: Estimate) -> str:
 # Planned differences
 
 DIFFERENCES_TEXT = (
-    "Differences of test IoU in percentage points, paired by seed. p: paired t-test over seeds, Holm-corrected over the "
-    f"tested rows; equivalence: TOST within ±{MARGIN} points, not corrected. Tests stand only where both arms had "
-    "distinct images, equally many, and equal updates; otherwise the reason."
+    "Differences of test IoU in percentage points, paired by seed. p: paired t-test over seeds; equivalence: TOST within "
+    f"±{MARGIN} points; both Holm-corrected over the tested rows. Tests stand only where both arms had distinct images, "
+    "equally many, and equal updates; otherwise the reason."
+)
+FEW_SEEDS_TEXT = (
+    "Differences of test IoU in percentage points, paired by seed. {seeds} seeds: the intervals are shown and no test is "
+    f"made. Tests are made from {FEWEST_SEEDS} seeds on, because {{seeds}} find, with power {POWER} at level {LEVEL}, only "
+    "differences of {effect:.1f} times their own spread over seeds, so that a small p would say more about a lucky pair "
+    "than about the arms."
 )
 ONE_SEED_TEXT = (
     "Differences of test IoU in percentage points. One seed cannot show how much of a difference is owed to chance in "
-    "initialisation, order and choice of images, so no test is made; for intervals over seeds: `run_all.sh --seeds "
-    '"0 1 2"`.'
+    "initialisation, order and choice of images, so no test is made; for intervals over seeds and tests: `run_all.sh "
+    '--seeds "0 1 2 3 4"`.'
 )
 DIFFERENCE_COLUMNS = [
     Column("label", "difference"),
     Column("each", "per seed"),
     Column("mean", "mean [95 % t-interval]", 2),
     Column("holm", "p (Holm)"),
-    Column("tost", "p (equivalence)"),
+    Column("tost_holm", "p (equivalence, Holm)"),
+    Column("detectable", "could have shown", 2),
+    Column("verdict"),
     Column("miou", "mIoU, mean", 2),
     Column("reason", "not tested because"),
 ]
 
 
+def differences_text(seeds: int) -> str:
+    """Say what the table of differences shows, by the largest number of seeds that a row has."""
+    if seeds < 2:
+        return ONE_SEED_TEXT
+    if seeds < FEWEST_SEEDS:
+        return FEW_SEEDS_TEXT.format(seeds=seeds, effect=detectable_effect(seeds, POWER, LEVEL))
+    return DIFFERENCES_TEXT
+
+
 def differences(page: Page, comparisons: list[Comparison]) -> None:
-    """Show the planned differences, with tests where there are several seeds."""
+    """Show the planned differences, with tests from FEWEST_SEEDS seeds on."""
     if not comparisons:
         return
-    single = max(len(comparison.values) for comparison in comparisons) < 2
-    page.add("## Planned differences", ONE_SEED_TEXT if single else DIFFERENCES_TEXT)
-    rows = []
-    for comparison in comparisons:
-        row: dict = {"label": comparison.label}
-        if not single:
-            row["mean"] = comparison.mean
-        row["miou"] = comparison.miou
-        row["reason"] = comparison.reason
-        if not single:
-            row["p"] = comparison.p
-            row["tost"] = comparison.tost
-            row["holm"] = comparison.holm
-        row["each"] = ", ".join(fixed(value, 2, "+") for value in comparison.values)
-        rows.append(row)
-    page.table("differences", rows, DIFFERENCE_COLUMNS)
+    seeds = max(len(comparison.values) for comparison in comparisons)
+    page.add("## Planned differences", differences_text(seeds))
+    if any(comparison.tested for comparison in comparisons):
+        page.items(verdict_lines(comparisons))
+    page.table("differences", [difference_row(comparison, seeds) for comparison in comparisons], DIFFERENCE_COLUMNS)
     found = [comparison for comparison in comparisons if comparison.values]
     if found:
         differences_by_image(page, found)
+
+
+def difference_row(comparison: Comparison, seeds: int) -> dict:
+    """Describe a planned difference; seeds: the largest number that a row has, from which follows what is shown at all."""
+    row: dict = {"label": comparison.label}
+    if seeds > 1:
+        row["mean"] = comparison.mean
+    row["miou"] = comparison.miou
+    row["reason"] = comparison.reason
+    if seeds >= FEWEST_SEEDS:
+        row["p"] = comparison.p
+        row["tost"] = comparison.tost
+        row["holm"] = comparison.holm
+        row["tost_holm"] = comparison.tost_holm
+        row["detectable"] = comparison.detectable
+        row["detectable_alone"] = comparison.detectable_alone
+        row["verdict"] = comparison.verdict
+    row["each"] = ", ".join(fixed(value, 2, "+") for value in comparison.values)
+    return row
 
 
 def differences_by_image(page: Page, comparisons: list[Comparison]) -> None:
@@ -521,13 +565,16 @@ class SweepResult:
             rows.append({"arm": self.line.label, "share": share, "seeds": len(runs), "iou": iou})
         return rows
 
-    def drawing(self, rows: list[dict]) -> figures.Line:
+    def drawing(self, rows: list[dict], fit: SweepFit | None) -> figures.Line:
         """Return what the figure shows."""
         points = []
         for row, runs in zip(rows, self.runs.values(), strict=True):
             interval = figures.Interval(*row["iou"])
             points.append(figures.SweepPoint(row["share"], interval, [run.iou for run in runs]))
-        return figures.Line(self.line.label, self.line.style, points)
+        line = figures.Line(self.line.label, self.line.style, points)
+        if fit is not None:
+            line.fit = fit.drawing(self.line.label)
+        return line
 
 
 def read_sweep(study: Study, sweep: str) -> list[SweepResult]:
@@ -565,36 +612,46 @@ def matching_runs(study: Study, line: SweepLine, found: dict[float, list[RunReco
     return dict(sorted(kept.items()))
 
 
+SWEEP_INTERVALS = (
+    "Bars: 95 % intervals (t over seeds; one seed: bootstrap over test images), cut at the picture's edge; dots: seeds. "
+    "Dashed: the straight line through the points with its 95 % band"
+)
+
+
 def doses(page: Page, results: list[SweepResult]) -> None:
-    """Show test IoU against the share of animals in pre-training."""
+    """Show test IoU against the share of animals in pre-training, and the slope of the line through it."""
     for result in results:
         rows = result.rows()
+        fit = fit_sweep(ANIMAL_FRACTION, result.runs)
         page.add("## Share of animals in pre-training")
         caption = (
             "Test IoU against the share of animal images in pre-training: nested draws of distinct images, equal size "
-            "and updates. Band: 95 % interval (t over seeds; one seed: bootstrap over test images), cut at the "
-            "picture's edge; dots: seeds."
+            f"and updates. {SWEEP_INTERVALS}."
         )
-        page.figure("dose", caption, figures.bands, [result.drawing(rows)], "animal images in pre-training (%)")
+        page.figure("dose", caption, figures.bands, [result.drawing(rows, fit)], "animal images in pre-training (%)")
         shown = [{key: row[key] for key in ("share", "seeds", "iou")} for row in rows]
         columns = [Column("share", "animals (%)"), Column("seeds"), Column("iou", "IoU [95 %]")]
         page.table(result.line.name, shown, columns)
+        show_slopes(page, "dose_slope", [slope_row(result.line.label, result.runs, fit)])
 
 
 def labels(page: Page, results: list[SweepResult]) -> None:
-    """Show test IoU against the share of labels in fine-tuning."""
+    """Show test IoU against the share of labels in fine-tuning, and the slopes of the lines through it."""
     if not results:
         return
     page.add("## Share of labels in fine-tuning")
     rows = []
     lines = []
+    slopes = []
     for result in results:
         part = result.rows()
-        lines.append(result.drawing(part))
+        fit = fit_sweep(LABEL_FRACTION, result.runs)
+        lines.append(result.drawing(part, fit))
+        slopes.append(slope_row(result.line.label, result.runs, fit))
         rows += part
     caption = (
-        "Test IoU against the share of labelled images, by pre-training images, at equal updates. Bars: 95 % intervals "
-        "(t over seeds; one seed: bootstrap over test images), cut at the picture's edge."
+        "Test IoU against the share of labelled images, by pre-training images, at equal updates. "
+        f"{SWEEP_INTERVALS}, in the logarithm of the share."
     )
     page.figure("labels", caption, figures.bands, lines, "labelled training images (%)", log=True)
     columns = [
@@ -604,6 +661,7 @@ def labels(page: Page, results: list[SweepResult]) -> None:
         Column("iou", "IoU [95 %]"),
     ]
     page.table("labels", rows, columns)
+    show_slopes(page, "labels_slope", slopes)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -411,7 +411,8 @@ def get_args_parser(prog: str) -> PlanParser:
         help='submit the study to Slurm with these flags of sbatch, "--partition=gpu --gres=gpu:1 --time=2:00:00": an '
         "array of jobs for each stage, then tests and report; --jobs N: at most N runs at a time; --gpus 0: on CPUs",
     )
-    add("--seeds", nargs="+", default=["0"], metavar="SEED", help="repeat the study with these seeds (default: 0)")
+    add("--seeds", nargs="+", default=["0"], metavar="SEED", help="repeat the study with these seeds (default: 0); "
+        "differences are tested from three on, five are recommended: python power.py says why")  # fmt: skip
     add("--sweep", action="append", choices=SWEEPS, help="also run this sweep; may be given twice")
     add(
         "--extra_arms",

@@ -59,7 +59,7 @@ ODD += [
     "@x",
 ]
 TRAININGS = ("pretrain", "finetune", "baseline")
-OTHERS = ("evaluate", "probe", "prepare", "read_data", "report", "status", "carry_out", "bench", "export")
+OTHERS = ("evaluate", "probe", "prepare", "read_data", "report", "status", "carry_out", "bench", "export", "power")
 SLOW_MODELS = ("mae_base", "mae_large", "mae_huge", "mae_small", "mae_demo", "mae")
 
 
@@ -200,6 +200,7 @@ REAL = [
     "prepare.py splits --data_root nowhere --output /dev/null",
     "prepare.py demo --num_pets 0",
     "report.py /proc/self",
+    "power.py --tests 0",
     "status.py .. --jobs 0",
     "carry_out.py . --run x",
     "read_data.py /dev/null",

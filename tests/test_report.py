@@ -87,6 +87,13 @@ def small(tmp_path_factory):
     return write_study(tmp_path_factory.mktemp("small") / "study", n=40, epochs=3)
 
 
+@pytest.fixture(scope="session")
+def three_seeds(tmp_path_factory):
+    """A study of three seeds, with its report."""
+    study = write_study(tmp_path_factory.mktemp("three") / "study", seeds=(0, 1, 2), n=40)
+    return study, report(study)
+
+
 @pytest.fixture
 def two_seeds(small, tmp_path):
     """A fresh copy of a small study of two seeds."""
@@ -147,12 +154,15 @@ def test_every_figure_and_table_is_written_and_every_picture_has_a_caption(finis
         "arms",
         "differences",
         "image_bootstrap",
+        "seeds_factors",
         "audit",
         "audit_seeds",
         "printed",
         "printed_differences",
         "dose",
+        "dose_slope",
         "labels",
+        "labels_slope",
         "pretraining",
         "stages",
         "settings",
@@ -168,19 +178,24 @@ def test_the_title_names_the_data_and_a_demo_says_so(finished):
     assert "This is a demo" in text and "epochs 10 (150)" in text and "model mae_tiny (mae_base)" in text
 
 
-def test_tests_stand_only_between_equal_runs(finished):
-    study, _ = finished
+def test_tests_stand_only_between_equal_runs(three_seeds):
+    study, _ = three_seeds
     rows = {r["label"]: r for r in table(study, "differences")}
     assert len(rows) == 6
     equal = rows["Finetuned-Animals − Finetuned-Non-Animals"]
-    assert equal["reason"] == "" and 0 <= equal["p"] <= equal["holm"] <= 1 and 0 <= equal["tost"] <= 1
+    assert (
+        equal["reason"] == ""
+        and 0 <= equal["p"] <= equal["holm"] <= 1
+        and 0 <= equal["tost"] <= equal["tost_holm"] <= 1
+    )
     for other, reason in (("Finetuned-Half", "updates 350 / 170"), ("ResNet-50", "epochs 10 instead of 3")):
         row = rows[f"Finetuned-Animals − {other}"]
-        assert row["p"] is row["holm"] is row["tost"] is None and reason in row["reason"]
+        assert row["p"] is row["holm"] is row["tost"] is row["detectable"] is None and reason in row["reason"]
+        assert row["verdict"] == "not tested"
 
 
 def test_a_list_that_counts_images_per_category_is_not_tested(tmp_path):
-    study = write_study(tmp_path / "study", n=40, epochs=3, animal_images="per_category")
+    study = write_study(tmp_path / "study", seeds=(0, 1, 2), n=40, epochs=3, animal_images="per_category")
     report(study)
     rows = table(study, "differences")
     assert all(r["p"] is None and "per category" in r["reason"] for r in rows) and len(rows) == 6
@@ -207,7 +222,7 @@ def test_an_unfinished_run_is_named_and_left_out(two_seeds):
     assert row["seeds"] == 1 and "without seed 1" in row["note"]
     assert arm(table(two_seeds, "table2"), "Finetuned-Animals")["seeds"] == 2
     (two_seeds / "seed0/finetune_mixed/metrics.json").unlink()
-    assert "| Finetuned-Animals − Finetuned-Mixed | – | – | – | – | – | no seed has both runs |" in report(two_seeds)
+    assert "| Finetuned-Animals − Finetuned-Mixed | – | – | – | no seed has both runs |" in report(two_seeds)
 
 
 @pytest.mark.parametrize(
@@ -421,7 +436,8 @@ def test_what_a_setting_means_is_read_from_its_role_and_not_from_its_name(two_se
 
 
 def test_another_task_is_reported_without_segmentations_sections(tmp_path):
-    study = write_study(tmp_path / "study", task="breeds", n=60, epochs=3, extra=("cars",))
+    seeds = (0, 1, 2)
+    study = write_study(tmp_path / "study", seeds=seeds, task="breeds", n=60, epochs=3, extra=("cars",))
     text = report(study, draw=True)
     title = "# Pre-training images and breeds after fine-tuning: drawn demo photos, 2,000 pre-training entries, "
     assert text.startswith(f"{title}560 labelled images (demo)\n")
@@ -429,13 +445,13 @@ def test_another_task_is_reported_without_segmentations_sections(tmp_path):
     assert "is missing" not in text and "{" not in text
     rows = table(study, "task_breeds")
     found = arm(rows, "Finetuned-Animals")
-    records = [np.load(study / f"seed{seed}/finetune_animal/test.npz") for seed in (0, 1)]
+    records = [np.load(study / f"seed{seed}/finetune_animal/test.npz") for seed in seeds]
     tops = [r["numerators"][:, 0].sum() / r["denominators"][:, 0].sum() for r in records]
     expected = np.clip(t_interval(tops), 0, 1)
     assert [found["top1"], found["top1_low"], found["top1_high"]] == pytest.approx(list(expected))
-    assert arm(rows, "Finetuned-cars")["seeds"] == 2
+    assert arm(rows, "Finetuned-cars")["seeds"] == 3
     [row] = [r for r in table(study, "task_breeds_differences") if r["label"].endswith("− Finetuned-Non-Animals")]
-    others = [np.load(study / f"seed{seed}/finetune_non_animal/test.npz")["numerators"][:, 0].mean() for seed in (0, 1)]
+    others = [np.load(study / f"seed{seed}/finetune_non_animal/test.npz")["numerators"][:, 0].mean() for seed in seeds]
     assert row["mean"] == pytest.approx(100 * np.mean(np.array(tops) - others)) and row["p"] <= row["holm"] <= 1
 
 
