@@ -405,7 +405,7 @@ def test_the_seeds_that_a_difference_takes_are_counted_at_the_spread_that_was_se
     ("values", "words"),
     [
         ([3.0, 3.1, 2.9], ", a difference beyond the seeds' noise (Holm-corrected p < 0.001)."),
-        ([3.0, 3.5, 2.0], ", a difference beyond the seeds' noise (Holm-corrected p = 0.024)."),
+        ([3.0, 3.5, 2.0], ", a difference beyond the seeds' noise (Holm-corrected p = 0.023)."),
         ([0.03, -0.03, 0.0], ": equivalent within ±0.5 points (TOST, Holm-corrected p < 0.001)."),
         ([0.1, 0.101, 0.099], " (Holm-corrected p < 0.001), yet within ±0.5 points (TOST, Holm-corrected p < 0.001)."),
         (
