@@ -57,7 +57,7 @@ class Exported:
     project: str  # in whose form the weights are
     weights: Path
     weights_sha256: str
-    parameters: int  # in the file of weights
+    values: int  # numbers in the file of weights
     left_out: str
     code: str  # Python that loads the weights
 
@@ -87,18 +87,20 @@ def as_list(facts: dict[str, object]) -> str:
     return "\n".join(f"- **{name}**: {one_line(str(value))}" for name, value in facts.items())
 
 
-def describe_network(exported: Exported) -> dict[str, object]:
+def describe_network(exported: Exported) -> dict[str, str]:
     """Describe the network and its input."""
     model = exported.model
     height, width = model.img_size
-    facts: dict[str, object] = {}
+    facts: dict[str, str] = {}
     if hasattr(model, "blocks"):
         heads = model.blocks[0].attn.num_heads
         facts["Patch size"] = f"{model.patch_size} × {model.patch_size} pixels"
         facts["Encoder"] = f"{len(model.blocks)} blocks, {model.embed_dim} features, {heads} heads"
     facts["Image size"] = f"{height} × {width} pixels, RGB"
     facts["Normalisation"] = normalisation(model)
-    facts["Parameters"] = f"{exported.parameters:,} in this file"
+    if exported.project == "timm":
+        facts["Normalisation"] += "; timm's own default may be another"
+    facts["Values in this file"] = f"{exported.values:,}"
     facts["Tensors left out"] = exported.left_out
     return facts
 
@@ -186,10 +188,11 @@ def list_flags(config: dict, role: str) -> str:
 def starting_weights(config: dict) -> str:
     """Name the weights that a training started from."""
     args = config["args"]
-    path = args.get("init") or args.get("weights")  # of finetune.py and pretrain.py; of baseline.py
-    if path is None:
-        return "random"
-    return f"{path} (SHA-256 or version {config['experiment']['init']})"
+    if args.get("init"):
+        return f"{args['init']}, SHA-256 {config['experiment']['init']}"
+    if args.get("weights"):  # of ResNet-50: a file, or torchvision's
+        return f"{args['weights']}, {config['experiment']['init']}"
+    return "random"
 
 
 def list_scores(records: Records) -> str:

@@ -302,7 +302,7 @@ def export(checkpoint: Path, target: Path, to: str, generation: int | None = Non
         project=PROJECTS[to],
         weights=weights,
         weights_sha256=hashlib.sha256(saved).hexdigest(),
-        parameters=sum(value.numel() for value in part.values()),
+        values=sum(value.numel() for value in part.values()),
         left_out=summarise_keys([key for key in model.state_dict() if key not in part]),
         code=loading_code(model, to, target, config),
     )
@@ -357,7 +357,7 @@ def main(args: argparse.Namespace) -> None:
     if args.keys is not None and args.to != "transformers":
         raise EngineError(f"--keys {args.keys} belongs to --to transformers; leave it out")
     exported = export(Path(args.checkpoint), Path(args.output), args.to, args.keys)
-    print(f"{args.output}: {exported.parameters:,} parameters in the form of {exported.project}")
+    print(f"{args.output}: {exported.values:,} values in the form of {exported.project}")
     print(f"tensors left out: {exported.left_out}")
     print(exported.code)
 

@@ -329,7 +329,7 @@ def bands(path: Path, lines: Sequence[Line], xlabel: str, log: bool = False) -> 
         shift = 1.0
         if log:
             shift += 0.05 * (number - (len(lines) - 1) / 2)
-        draw_points(axis, line, shift)
+        draw_line(axis, line, shift)
         if line.fit is not None:
             draw_fit(axis, line.fit, line.style, thin=len(lines) > 1)
     if log:
@@ -389,8 +389,8 @@ def visible_range(lines: Sequence[Line]) -> tuple[float, float]:
     return max(0, min(shown) - margin), min(1, max(shown) + margin)
 
 
-def draw_points(axis: Axes, line: Line, shift: float) -> None:
-    """Draw the points of a sweep with their intervals and seeds."""
+def draw_line(axis: Axes, line: Line, shift: float) -> None:
+    """Draw a line of a sweep with its intervals and seeds."""
     style = line.style
     x = np.array([point.share for point in line.points]) * shift
     middle = np.array([point.iou.value for point in line.points], float)

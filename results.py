@@ -301,16 +301,21 @@ def verdict(comparison: Comparison) -> str:
     if not comparison.tested:
         return f"{text}; not tested: {literal(comparison.reason)}."
     if comparison.verdict in (DIFFERENT, SMALL):
-        text += f", a difference beyond the seeds' noise (Holm-corrected p = {comparison.holm:.3f})"
+        text += f", a difference beyond the seeds' noise (Holm-corrected {p_value(comparison.holm)})"
         if comparison.verdict == SMALL:
-            text += f", yet within ±{MARGIN} points (TOST, Holm-corrected p = {comparison.tost_holm:.3f})"
+            text += f", yet within ±{MARGIN} points (TOST, Holm-corrected {p_value(comparison.tost_holm)})"
         return f"{text}."
     if comparison.verdict == EQUIVALENT:
-        return f"{text}: equivalent within ±{MARGIN} points (TOST, Holm-corrected p = {comparison.tost_holm:.3f})."
+        return f"{text}: equivalent within ±{MARGIN} points (TOST, Holm-corrected {p_value(comparison.tost_holm)})."
     return (
         f"{text}: inconclusive, neither a difference nor equivalence is shown; {seeds} seeds could have shown "
         f"{comparison.detectable:.1f} points (power {POWER})."
     )
+
+
+def p_value(p: float) -> str:
+    """Write a p-value; none is 0."""
+    return "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
 
 
 def limits(estimate: Estimate) -> str:

@@ -31,10 +31,12 @@ from metrics import (
     known_spread_effect,
     paired_t_test,
     pairs_needed,
+    t_interval,
     t_test_power,
 )
 from power import factor_rows, paper_difference, recommended_seeds, seeds_for, times_known
 from report import get_args_parser, main
+from results import verdict
 from study import read_plan, write_lines
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
@@ -399,14 +401,23 @@ def test_the_seeds_that_a_difference_takes_are_counted_at_the_spread_that_was_se
     assert "seeds for 2.4 points" in text
 
 
-def test_the_sentence_of_an_inconclusive_difference_says_what_could_have_been_shown(study_of, five_seeds):
-    text = study_of(5)
-    row = table(five_seeds, "differences")[0]
-    sentence = next(line for line in text.splitlines() if "animals instead of non-animals" in line)
-    if row["verdict"] == "inconclusive":
-        assert f"5 seeds could have shown {row['detectable']:.1f} points (power 0.8)" in sentence
-    else:
-        assert "Holm-corrected p = " in sentence
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ([3.0, 3.1, 2.9], ", a difference beyond the seeds' noise (Holm-corrected p < 0.001)."),
+        ([3.0, 3.5, 2.0], ", a difference beyond the seeds' noise (Holm-corrected p = 0.023)."),
+        ([0.03, -0.03, 0.0], ": equivalent within ±0.5 points (TOST, Holm-corrected p < 0.001)."),
+        ([0.1, 0.101, 0.099], " (Holm-corrected p < 0.001), yet within ±0.5 points (TOST, Holm-corrected p < 0.001)."),
+        (
+            [2.0, -1.0, 0.5],
+            ": inconclusive, neither a difference nor equivalence is shown; 3 seeds could have shown 4.9 points",
+        ),
+    ],
+)
+def test_the_sentence_on_a_difference_says_no_more_than_its_verdict(values, words):
+    [found] = family(values)
+    found.mean = compared.Estimate(*t_interval(values))
+    assert words in verdict(found)
 
 
 def test_where_no_difference_may_be_tested_the_spread_is_shown_all_the_same(tmp_path):
