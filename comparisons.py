@@ -260,13 +260,18 @@ def reasons_against(study: Study, pair: Pair) -> Iterator[str]:
     if any(run is None or not run.config for run in before):
         yield "pre-training unknown"
         before = []
-    if any(run.config["args"].get("animal_images") != "unique" for run in before):
+    if any(counts_images_per_category(run.config["args"]) for run in before):
         yield "images counted per category"
     yield from unequal_sizes("pre-training", before)
     yield from unequal_sizes("fine-tuning", list(pair))
     if not same_images(pair):
         yield "tested on other images"
     yield from differing(pair.a.settings, pair.b.settings, tolerance(pair.a.arm, pair.b.arm), shared=True)
+
+
+def counts_images_per_category(flags: dict) -> bool:
+    """Tell whether a pre-training listed an image once for each of its categories; one's own images have none."""
+    return not flags.get("images") and flags.get("animal_images") != "unique"
 
 
 def unequal_sizes(what: str, runs: list[RunRecord]) -> Iterator[str]:
