@@ -259,15 +259,21 @@ class Labels(Pretraining):
         kind = self.args.label_loss
         trained = torch.from_numpy(self.shown)
         prior = prior_logits(trained, kind)
-        trivial: dict[str, dict[str, float]] = {"label prior": {}, "lowest possible": {}}
+        of_prior: dict[str, float] = {}
+        lowest: dict[str, float] = {}
         for name in self.stores:
             shown = self.targets[name]["shown"]
             everywhere = prior.to(shown.device).expand_as(shown)
-            trivial["label prior"] |= self.scores_of(name, everywhere)
-            trivial["lowest possible"][f"loss_{name}"] = lowest_loss(shown, kind)
+            of_prior |= self.scores_of(name, everywhere)
+            lowest[f"loss_{name}"] = lowest_loss(shown, kind)
         of_training = {
             "labels_per_image": trained.sum(1).mean().item(),
             "prior_loss": label_loss(prior.expand_as(trained), trained, kind).double().mean().item(),
             "lowest_loss": lowest_loss(trained, kind),
         }
-        return {"trivial": trivial, "train_labels": of_training, "unlabelled": self.split.manifest["unlabelled"]}
+        return {
+            "trivial": {"label prior": of_prior},
+            "lowest": lowest,
+            "train_labels": of_training,
+            "unlabelled": self.split.manifest["unlabelled"],
+        }
