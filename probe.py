@@ -49,7 +49,7 @@ from study import read_plan
 
 DRAWS = 5  # of each number of shots
 SHOTS_SEED = 20171  # the same draws for every encoder, so that they are compared in pairs
-TRIMAP_STRENGTHS = (1.0, 1e-2, 1e-4)  # there are far more patches than features, so little depends on it
+TRIMAP_STRENGTHS = (1e-2, 1e-4, 1e-6)  # there are far more patches than features, so little depends on it
 TRIMAP_BATCH = 64  # images whose logits are enlarged at a time
 VERSION = 1  # of the probes; records of another one are made anew
 
