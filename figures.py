@@ -351,7 +351,7 @@ def sweep_beside_curves(
     count = 1 + len(panels)
     figure, (left, *others) = plt.subplots(1, count, figsize=(5 * count, 4.2))
     for line in lines:
-        draw_points(left, line, shift=1.0)
+        draw_line(left, line, shift=1.0)
     left.set_xlabel(axes_of_sweep[0])
     left.set_ylabel(axes_of_sweep[1])
     left.set_ylim(*visible_range(lines))
