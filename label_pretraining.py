@@ -39,6 +39,7 @@ COLUMNS = [
     Column("pair", "equal cost"),
     Column("loss", "lowest cross-entropy"),
     Column("prior", "label prior"),
+    Column("lowest", "lowest possible"),
     Column("ap", "average precision, last"),
     Column("base_rate", "base rate"),
 ]
@@ -278,6 +279,7 @@ def label_scores(runs: list[RunRecord]) -> dict:
             "loss": min(validations(run, LOSS).values(), default=math.nan),
             "ap": run.metrics["last"][PRECISION],
             "prior": prior.get(LOSS, math.nan),
+            "lowest": run.metrics.get("lowest", {}).get(LOSS, math.nan),
             "base_rate": prior.get(PRECISION, math.nan),
         }
         for name, value in values.items():

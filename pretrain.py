@@ -71,8 +71,10 @@ class MaskedPixels(Pretraining):
         return Examples(store, strangers=self.args.targets == "other")
 
     def loss(self, network: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-        targets = batch.get("strangers")
-        return network(batch["images"], self.args.mask_ratio, batch["noise"], loss_only=True, targets=targets)
+        options = {"loss_only": True}
+        if "strangers" in batch:
+            options["targets"] = batch["strangers"]
+        return network(batch["images"], self.args.mask_ratio, batch["noise"], **options)
 
     def validate(self, step: int, stopping: Callable[[], bool]) -> dict[str, float] | None:
         epoch_updates = self.args.epoch_updates or self.epoch_images // self.batch_size

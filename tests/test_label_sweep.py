@@ -208,6 +208,7 @@ def test_the_table_has_each_chain_with_its_operations_and_marks_pairs_of_equal_c
     assert rows["after the MAE", 15]["before"] == 620
     assert rows["after the MAE", 15]["updates"] == 15 * 62
     assert rows["after the MAE", 100]["prior"] == 3.2
+    assert rows["after the MAE", 100]["lowest"] == pytest.approx(0.6)
     assert rows["after the MAE", 100]["loss"] == pytest.approx(2.5)
 
 
