@@ -204,14 +204,13 @@ def test_the_random_encoder_is_the_one_that_pre_training_begins_with():
 
 def test_resnet50_is_asked_too_but_has_no_class_token(flags, tmp_path):
     torch.manual_seed(0)
-    config = {"kind": "segmenter", "name": "resnet50", "img_size": IMG}
-    torch.save(
-        {"model": build_segmenter("resnet50", img_size=IMG).state_dict(), "model_config": config}, tmp_path / "model.pt"
-    )
+    config = {"kind": "segmenter", "name": "resnet50", "img_size": 32}
+    weights = build_segmenter("resnet50", img_size=32).state_dict()
+    torch.save({"model": weights, "model_config": config}, tmp_path / "model.pt")
     run("probe", tmp_path, *flags)
     probed = load_probe(tmp_path)
     assert probed.record["model"] == "resnet50"
-    assert probed.arrays["counts"].sum() == len(probed.arrays["ids"]) * IMG**2
+    assert probed.arrays["counts"].sum() == len(probed.arrays["ids"]) * 32**2
     assert "has no class token" in refusal("probe", tmp_path, *flags, "--pool cls")
 
 
