@@ -9,6 +9,7 @@ be installed or started, the script says why and leaves with exit code 0.
 import contextlib
 import hashlib
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -22,6 +23,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGES = ("slurm-wlm", "munge")
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "squeue", "scancel", "scontrol", "sinfo")
 PATIENCE = 300  # seconds that one step may take
+EPOCH = re.compile(r"^epoch \d", re.MULTILINE)  # what a training prints after each of its epochs
 SIZES = ["--num_train", "40", "--num_val", "16", "--num_pets", "46"]
 LONG = "--epochs 10 --epoch_updates 30 --batch_size 4 --log_every 5"  # long enough to be met while it runs
 SHORT = "--epochs 1 --epoch_updates 20 --batch_size 4"
@@ -188,7 +190,7 @@ class Study:
 
     def training(self, run: str) -> int | None:
         """Find the process of a training that has made some updates."""
-        if "training:" not in self.log(run) and "epoch" not in self.log(run):
+        if not EPOCH.search(self.log(run)):
             return None
         folder = os.fsencode(self.output / "seed0" / run)
         for entry in Path("/proc").glob("[0-9]*/cmdline"):
