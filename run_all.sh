@@ -243,7 +243,9 @@ fi
 [ "$NODE_RANK" = 0 ] || exit 0
 mapfile -d '' -t UNTESTED < <(folders "$([ "$DRY" = 1 ] && echo tests || echo untested)")
 evaluate ${UNTESTED[@]+"${UNTESTED[@]}"}
-[ "$PROBES" = 0 ] || run probe "asking frozen encoders what they know" "$PYTHON" "$HERE/probe.py" "${DATA[@]}" --random "$OUTPUT"
+if [ "$PROBES" = 1 ] && { [ "$DRY" = 1 ] || compgen -G "$(printf '%q' "$OUTPUT")/seed*/pretrain_*/metrics.json" > /dev/null; }; then
+  run probe "asking frozen encoders what they know" "$PYTHON" "$HERE/probe.py" "${DATA[@]}" --random "$OUTPUT"
+fi
 if [ "$TASK" = segment ]; then
   once reference "scoring predictors that look at no image" "$OUTPUT/reference.npz" "$PYTHON" "$HERE/evaluate.py" reference "${DATA[@]}" $REFERENCE --output "$OUTPUT/reference.npz"
 fi
