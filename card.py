@@ -27,6 +27,7 @@ UNKNOWN_LICENCES = {
     "MS COCO, if this project pre-trained it": COCO_LICENCE,
     "Oxford-IIIT Pet, if this project fine-tuned it": PETS_LICENCE,
 }
+FORM = "in the form of"  # what the title of each card says
 DRAWN = "drawn demo photos"  # how the title of the demo's data begins
 
 
@@ -76,7 +77,7 @@ def make_card(exported: Exported, run: Run | None) -> str:
         "Files": as_list(describe_files(exported)),
         "Licences": as_list({"Code": CODE_LICENCE, **licences}),
     }
-    text = f"# {exported.name} in the form of {exported.project}\n"
+    text = f"# {exported.name} {FORM} {exported.project}\n"
     for head, content in sections.items():
         text += f"\n## {head}\n\n{content}\n"
     return text

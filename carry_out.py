@@ -83,7 +83,7 @@ def list_folders(study: Path, plan: list[PlanLine], which: str) -> list[str]:
             folders.extend(line.folder for line in lines)
         return folders
     if which == "unfinished":
-        return [line.folder for line in plan if not Files(study, line).metrics.exists()]
+        return [line.folder for line in plan if is_unfinished(Files(study, line))]
     tested = [study / line.folder for line in plan if line.stage != "pretrain"]
     if which == "untested":
         tested = [folder for folder in tested if (folder / "metrics.json").exists() and not is_tested(folder)]
@@ -93,6 +93,11 @@ def list_folders(study: Path, plan: list[PlanLine], which: str) -> list[str]:
 def takes_much_memory(line: PlanLine) -> bool:
     """Tell whether a run of the demo takes as much memory as three others: 1.8 GB of ResNet-50 against 0.6 GB."""
     return line.arm == RESNET.name
+
+
+def is_unfinished(files: Files) -> bool:
+    """Tell whether a run has not ended, or its last command failed, though one with other flags had ended well before."""
+    return files.failure.exists() or not files.metrics.exists()
 
 
 def is_finished(files: Files, command: str) -> bool:

@@ -15,6 +15,7 @@ import baseline
 import finetune
 import pretrain
 import slurm
+import weights
 from carry_out import bash_words
 from objective import Objective
 from study import DEFAULT_OBJECTIVE, DEFAULT_TASK, PlanError, PlanLine, flag_values, make_plan, one_line, read_args
@@ -51,6 +52,8 @@ def main(words: list[str]) -> None:
     gpus = torch.cuda.device_count()
     if args.gpus and args.gpus > gpus:
         raise PlanError(f"--gpus {args.gpus}: torch sees {gpus} here")
+    if args.imagenet_weights is not None:
+        weights.reference_keys(weights.read_checkpoint(args.imagenet_weights))
     args.on_gpus = False
     for line in make_plan(args, paper_sizes=False):
         parse_command(line)

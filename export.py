@@ -18,8 +18,8 @@ import torch
 from torch import nn
 
 from augment import MEAN, STD
-from card import Exported, Run, find_run, make_card
-from engine import EngineError, Parser, launch, write_atomic
+from card import FORM, Exported, Run, find_run, make_card
+from engine import EngineError, Parser, hash_file, launch, write_atomic
 from models import MAESegmenter, MaskedAutoencoder, ViT
 from weights import (
     GENERATIONS,
@@ -224,6 +224,7 @@ def check_target(target: Path, to: str, checkpoint: Path) -> None:
     is_checkpoint = target.exists() and checkpoint.exists() and target.samefile(checkpoint)
     if is_checkpoint or recorded_hash(target) is not None:
         raise EngineError(f"{target} is the file of a run; choose another name")
+    check_earlier(target)
     if target.suffix == ".safetensors":
         import_safetensors(target)
 
@@ -232,6 +233,16 @@ def check_file(path: Path) -> None:
     """Refuse a name that something other than a file has."""
     if path.exists() and not path.is_file():
         raise EngineError(f"{path} is not a file that could be replaced; choose another name")
+
+
+def check_earlier(target: Path) -> None:
+    """Refuse to replace what is no earlier export, which its card names by its hash."""
+    card = card_beside(target)
+    text = card.read_text(errors="replace") if card.exists() else ""
+    if target.exists() and hash_file(target) not in text:
+        raise EngineError(f"{target} exists and is no export of weights; choose another name, or remove it")
+    if text and FORM not in text.split("\n")[0]:
+        raise EngineError(f"{card} exists and is no card of weights; choose another name, or remove it")
 
 
 def check_folder(target: Path) -> None:

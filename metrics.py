@@ -268,6 +268,7 @@ def holm(p_values: ArrayLike) -> np.ndarray:
 def _chi_density(chi: np.ndarray, df: float) -> np.ndarray:
     """Compute the density at chi [n] > 0 of the root of a chi-squared variable with df degrees of freedom."""
     log_factor = (1 - df / 2) * math.log(2) - math.lgamma(df / 2)
+    chi = np.maximum(chi, np.finfo(float).tiny)  # whose logarithm is finite
     return np.exp(log_factor + (df - 1) * np.log(chi) - chi**2 / 2)
 
 

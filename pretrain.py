@@ -21,7 +21,7 @@ from torch import Tensor, nn
 import augment
 from batches import Alone, Draw, EvalBatches, Examples, uniform
 from data import ImageStore
-from engine import Parser, at_least, launch, setup
+from engine import EngineError, Parser, at_least, launch, setup
 from models import MODELS, build_mae, patchify, take_rows
 from objective import Pretraining, add_split_arguments, block_activations, chosen
 from objectives.labels import Labels
@@ -59,6 +59,8 @@ class MaskedPixels(Pretraining):
         how("--figure_every", type=at_least(0, int), default=0, help="epochs between figures (0: only at the end)")
 
     def build_model(self) -> nn.Module:
+        if self.args.targets == "other" and self.args.batch_size < 2:
+            raise EngineError("--targets other: a batch of 1 image has no other one; raise --batch_size")
         options = {"img_size": self.args.img_size, "norm_pix_loss": self.args.norm_pix_loss}
         model = build_mae(self.args.model, **options)
         model.num_visible(self.args.mask_ratio)  # refuses a ratio that leaves no patch visible

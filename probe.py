@@ -43,7 +43,7 @@ from features import Encoder, Pets, key_of, load_encoder, open_pets, random_enco
 from metrics import dataset_scores
 from models import MODELS
 from objective import TestSetting
-from probe_records import POOLS, SHOTS, random_folder, record_name
+from probe_records import POOLS, SHOTS, few_images_note, random_folder, record_name
 from probes import Bank, Linear, Standard, fit_path, knn_votes, one_hot, standardise, take_shots
 from segmentation import NUM_CLASSES, confusion, upsample
 from study import read_plan
@@ -340,6 +340,7 @@ class Prober:
             "breeds": pets.num_breeds,
             "unreadable": pets.store.dropped,
             "most_frequent_breed": most_frequent(pets),
+            "fewest_of_a_breed": pets.labels[pets.parts["train"]].bincount(minlength=pets.num_breeds).min().item(),
             "scores": answers.scores,
             "meters": answers.meters,
             "hardware": engine.hardware_name(self.setting.dist.device),
@@ -440,6 +441,11 @@ def print_table(records: dict[str, dict]) -> None:
     print(
         f"breeds: test top-1 (the most frequent breed: {usual:.3f}); few shots: mean ± standard deviation of {DRAWS} draws"
     )
+    for record in records.values():
+        note = few_images_note(record)
+        if note:
+            print(f"note: {note}")
+            break
 
 
 # ----------------------------------------------------------------------------------------------------------------------

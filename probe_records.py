@@ -113,6 +113,14 @@ def check_record(record: dict) -> None:
     check_numbers(record, ["img_size", "most_frequent_breed"], "probe.json")
 
 
+def few_images_note(record: dict) -> str:
+    """Say that some breeds have fewer training images than the largest number of shots; "" if none has."""
+    fewest = record.get("fewest_of_a_breed", max(SHOTS))
+    if fewest >= max(SHOTS):
+        return ""
+    return f"some breeds have {fewest} training images; probes of more shots take all that there are"
+
+
 def check_arrays(arrays: dict[str, np.ndarray]) -> None:
     """Refuse arrays that do not belong together."""
     missing = {"ids", "score_names", "numerators", "denominators", "counts"} - set(arrays)

@@ -14,7 +14,7 @@ from blocks import literal
 from comparisons import Estimate, within_range
 from groups import Study, most_common
 from metrics import bootstrap, paired_bootstrap, t_interval
-from probe_records import METERS, PROBES, SHOTS, Probed, load_probe, random_folder, statistic
+from probe_records import METERS, PROBES, SHOTS, Probed, few_images_note, load_probe, random_folder, statistic
 from records import RecordError, RunRecord
 from tables import Column, Page, write_table
 
@@ -208,7 +208,9 @@ def draws_text(found: ProbeStudy) -> str:
         parts.append(f"{100 * mean:.1f} points ({shots})")
     usual = probed[0].record["most_frequent_breed"]
     varies = f"Standard deviation over the draws of few shots: {', '.join(parts)}."
-    return f"{varies} Always naming the most frequent breed is right for {usual:.3f} of the test images."
+    text = f"{varies} Always naming the most frequent breed is right for {usual:.3f} of the test images."
+    note = few_images_note(probed[0].record)
+    return f"{text} Note: {note}." if note else text
 
 
 def show_differences(page: Page, found: ProbeStudy) -> None:

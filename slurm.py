@@ -45,7 +45,11 @@ def refuse_while_queued(study: Path) -> None:
     submitted = read_jobs(study)
     if not submitted or shutil.which("squeue") is None:
         return
-    mine = ask("squeue", "--me", "--noheader", "--format=%F")  # %F: the array's number, or the job's own
+    try:
+        mine = ask("squeue", "--me", "--noheader", "--format=%F")  # %F: the array's number, or the job's own
+    except PlanError as error:
+        advice = f"repeat this later, or remove {quote(str(jobs_file(study)))} if no job of this study is left"
+        raise PlanError(f"{error}; {advice}") from None
     queued = [job for job in submitted if job in mine.split()]
     if queued:
         jobs = " ".join(queued)
@@ -78,6 +82,15 @@ def ask(*command: str) -> str:
     raise PlanError(f"{command[0]} refused: {words}")
 
 
+def read_number(answer: str) -> str:
+    """Read what sbatch --parsable answers: the number of the job, which a cluster's name may follow."""
+    last = answer.strip().split("\n")[-1]  # some sites print a greeting first
+    number = last.split(";")[0]
+    if not number.isdecimal():
+        raise PlanError(f"sbatch answered {one_line(last)!r} instead of a job's number; look at the flags in --slurm")
+    return number
+
+
 class Queue:
     """Submits jobs; in a dry run prints the same lines for a shell, with variables in place of the jobs' numbers."""
 
@@ -102,7 +115,7 @@ class Queue:
             print(f"\n{name}=$({line})")
             return f"${name}"
         try:
-            number = ask(*words).strip().split(";")[0]  # a cluster's name may follow
+            number = read_number(ask(*words))
         except PlanError as error:
             raise PlanError(f"{error}{self.take_back()}") from None
         self.submitted.append(number)
@@ -173,7 +186,10 @@ def submit(table: Path, words: list[str]) -> None:
     flags = device_flags(args)
     rows = unfinished_rows(study, plan, flags)
     queue = Queue(args)
-    script = ["bash", str(HERE / "run_all.sh"), *(word for word in words if word != "--dry_run")]
+    words = [word for word in words if word != "--dry_run"]
+    script = ["bash", str(HERE / "run_all.sh"), *words]
+    if args.dry_run:
+        show_preparation(study, words)
     earlier = []
     if rows:
         earlier.append(queue.submit("read", ["env", "RUN_ALL_PART=read", *script]))
@@ -190,6 +206,12 @@ def submit(table: Path, words: list[str]) -> None:
     queue.submit("report", ["env", "RUN_ALL_PART=report", *script], *options)
     if not args.dry_run:
         explain(study, len(rows), len(plan), queue.submitted)
+
+
+def show_preparation(study: Path, words: list[str]) -> None:
+    """Print what must be there before the jobs: the folder of their logs, and the plan."""
+    plan = shlex.join([sys.executable, str(HERE / "study.py"), "plan", *words])
+    print(f"\nmkdir -p {quote(str(study / 'logs'))}\n\n{plan} > {quote(str(study / 'study.tsv'))}")
 
 
 def explain(study: Path, left: int, total: int, jobs: list[str]) -> None:

@@ -94,11 +94,11 @@ def read_progress(study: Path, line: PlanLine) -> Progress:
     except (ValueError, KeyError, TypeError, OverflowError, OSError):
         return progress
     progress.step, progress.seconds = last_step(files.folder / "log.jsonl")
-    if files.metrics.exists():
+    if files.failure.exists():  # also of a finished run, whose new flags were refused
+        progress.state = "failed"
+    elif files.metrics.exists():
         progress.state = "finished"
         progress.step = progress.updates
-    elif files.failure.exists():
-        progress.state = "failed"
     else:
         progress.state = "running" if is_running(files) else "stopped"
     return progress

@@ -16,6 +16,7 @@ import hashlib
 import importlib.util
 import itertools
 import os
+import re
 import shlex
 import sys
 import tempfile
@@ -80,7 +81,9 @@ DEMO_MAE = {"drop_path": 0}
 DEMO_HALF = {"epoch_updates": 40}  # half of the labels for as many epochs, as in the study
 # Its first convolutions see little at 64 pixels, and an update costs ten times one of the others': fewer, larger batches.
 DEMO_RESNET = {"epochs": 4, "epoch_updates": 18, "batch_size": 8, "blr": "32e-3", "warmup_epochs": 0.4}
-SLURM_FLAGS = ("-a", "--array", "-d", "--dependency", "--wrap", "--parsable", "--test-only")  # which slurm.py sets
+# What slurm.py sets itself, or what makes sbatch submit nothing.
+SLURM_FLAGS = ("--array", "--dependency", "--wrap", "--parsable", "--test-only", "--version", "--help", "--usage")
+SLURM_SHORT_FLAGS = {"-a": "--array", "-d": "--dependency", "-V": "--version", "-h": "--help"}
 # Labels: 1,000 updates of the autoencoder take as many operations as 443 of these, so that with 2 epochs more they equal 11.
 DEMO_LABEL_EPOCHS = (2, 11)
 DEMO_LABELS = {"epoch_updates": 50, "warmup_epochs": 0.5}
@@ -364,7 +367,7 @@ def check_data(args: argparse.Namespace) -> None:
     needed = []
     if not names_images(args.pretrain_args):
         needed += COCO_FILES
-    if not names_images(args.finetune_args):
+    if args.probes or not names_images(args.finetune_args):
         needed += PETS_FILES
     for name in needed:
         path = Path(args.data_root, name)
@@ -538,8 +541,15 @@ def check_slurm_flags(args: argparse.Namespace) -> None:
         name = word.split("=")[0]
         if name in own:
             raise PlanError(f"--slurm takes the flags of sbatch in quotes, got run_all.sh's own {name}")
-        if name in SLURM_FLAGS:
-            raise PlanError(f"--slurm sets {name}, which belongs to the study; leave it out")
+        if SLURM_SHORT_FLAGS.get(word[:2]) or is_slurm_flag(name):
+            raise PlanError(f"--slurm sets {word}, which belongs to the study; leave it out")
+        if name == "--signal" and not re.fullmatch(r"--signal=B:USR1@\d+", word):
+            raise PlanError(f"--slurm sets {word}; the study's jobs understand --signal=B:USR1@SECONDS alone")
+
+
+def is_slurm_flag(name: str) -> bool:
+    """Tell whether sbatch may take a word for a flag of SLURM_FLAGS; it knows beginnings of them, too."""
+    return len(name) > len("--x") and any(flag.startswith(name) for flag in SLURM_FLAGS)
 
 
 def num_cores() -> int:

@@ -145,8 +145,6 @@ class Labels(Pretraining):
         return 5e-4 if args.init else 1e-3
 
     def __init__(self, args: argparse.Namespace, dist: Distributed):
-        if args.images:
-            raise EngineError("--objective labels needs COCO's labels, and --images has none; leave one of them out")
         super().__init__(args, dist)
         # Images without a label shorten the list, not the schedule: arms of equal size make equally many updates.
         self.epoch_images = images_of_an_epoch(args, self.image_lists.train)
@@ -175,6 +173,8 @@ class Labels(Pretraining):
         return LabelPredictor(len(self.train_part.categories), **options, **sizes)
 
     def training_split(self) -> Split:
+        if self.args.images:
+            raise EngineError("--objective labels needs COCO's labels, and --images has none; leave one of them out")
         return splits.keep_labelled(super().training_split(), self.train_part)
 
     def validation_splits(self) -> dict[str, Split]:

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from fake_study import environment, files_of, finish, make_plan, make_scripts, plan_line, starts, wait_for
+from fake_study import environment, files_of, finish, make_plan, make_scripts, plan_line, starts, wait_for, wait_until
 
 import carry_out
 from study import quote, write_lines
@@ -185,8 +185,9 @@ def test_a_training_whose_starter_is_killed_is_asked_to_stop(scripts, study):
     wait_for((study / ALONE / "starts").exists, process)
     (study / "release").touch()
     process.kill()
-    process.communicate()  # the training holds the pipes until it has ended
-    assert (study / ALONE / "stops").read_text() == "1"
+    process.communicate()
+    stops = study / ALONE / "stops"
+    wait_until(lambda: stops.exists() and stops.read_text() == "1")
 
 
 ODD = ["it's", 'say "so"', "tab\there", "line\nbreak", "carriage\rreturn", "$HOME `id` \\ *", "", "Umläute", "'\n'"]

@@ -152,7 +152,7 @@ def test_the_named_sizes_are_those_of_timm(name, twin, changed):
         assert timm_call(model, "e.pth") == f"timm.create_model({twin!r}, num_classes=0, checkpoint_path='e.pth')"
 
 
-def test_timm_pools_as_our_classifier_does_where_the_norm_stays_in_its_place(tmp_path):
+def test_timm_can_average_the_encoders_tokens_where_the_norm_stays_in_its_place(tmp_path):
     timm = pytest.importorskip("timm", reason="timm is not installed")
     sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
     config = {"kind": "classifier", "name": "mae_tiny", "num_classes": 3, **sizes}
@@ -162,7 +162,7 @@ def test_timm_pools_as_our_classifier_does_where_the_norm_stays_in_its_place(tmp
     twin = timm.create_model("vit_base_patch16_224", checkpoint_path=tmp_path / "encoder.pth", **sizes, **options)
     with torch.no_grad():
         found = twin.eval()(images_for(model))
-    assert relative_error(found, model.pool(features_of(model))) < CLOSE
+    assert relative_error(found, features_of(model)[:, 1:].mean(1)) < CLOSE
 
 
 def test_resnet50_goes_to_timm_and_torchvision_and_is_refused_elsewhere_by_name(tmp_path):
@@ -489,7 +489,7 @@ def test_nothing_that_is_there_is_replaced_but_an_earlier_export(pretrained, tmp
         ("transformers", lone, folder, "and is no export; choose another folder"),
         ("transformers", lone, tmp_path / "notes.txt", "is a file; transformers reads a folder"),
         ("timm", tmp_path / "absent.pt", tmp_path / "out.pth", "does not exist"),
-        ("timm", tmp_path / "absent.pt", tmp_path / "notes.txt", "does not exist"),
+        ("timm", lone, tmp_path / "notes.txt", "exists and is no export of weights"),
         ("timm", tmp_path / "notes.txt", tmp_path / "out.pth", "is not a checkpoint of tensors"),
     ]
     for project, checkpoint, target, reason in refused:

@@ -161,12 +161,16 @@ def test_a_cancelled_run_writes_its_checkpoint_and_does_not_come_back(world):
 def test_the_lines_of_a_dry_run_can_be_pasted_and_submit_the_same(world, tmp_path):
     out, _ = world.submit("--slurm", FLAGS, "--dry_run")
     assert world.slurm.jobs() == [] and not (world.study / "study.tsv").exists()
-    lines = [line for line in out.splitlines() if "sbatch" in line]
+    lines = [
+        line for line in out.splitlines() if line.startswith("mkdir") or "sbatch" in line or "study.py plan" in line
+    ]
     other = FakeSlurm(tmp_path / "other")
     env = {**environment(), "PATH": other.path(os.environ["PATH"])}
     subprocess.run(["bash", "-eu", "-c", "\n".join(lines)], cwd=world.folder, env=env, check=True)
+    pasted = (world.study / "study.tsv").read_text()
     world.submit("--slurm", FLAGS)
     assert other.asked("sbatch") == world.slurm.asked("sbatch") != []
+    assert (world.study / "study.tsv").read_text() == pasted
 
 
 def test_a_refusal_of_sbatch_is_one_line_and_takes_back_what_was_submitted(world):
@@ -179,6 +183,19 @@ def test_a_refusal_of_sbatch_is_one_line_and_takes_back_what_was_submitted(world
     assert "the jobs before it were cancelled (101 102)" in err and len(err.splitlines()) == 1
     assert world.slurm.asked("scancel") == [["101", "102"]]
     world.submit("--slurm", FLAGS)
+
+
+def test_an_answer_of_sbatch_that_is_no_number_is_refused_and_a_greeting_before_it_is_not():
+    assert slurm.read_number("Welcome to the cluster\n\n12;north\n") == "12"
+    with pytest.raises(ValueError, match="sbatch answered 'slurm 22' instead of a job's number"):
+        slurm.read_number("slurm 22\n")
+
+
+def test_a_queue_that_does_not_answer_is_told_with_the_file_that_asks_for_it(world):
+    world.submit("--slurm", FLAGS)
+    (world.slurm.bin / "squeue").write_text("#!/bin/sh\necho 'slurm_load_jobs error: no controller' >&2\nexit 1\n")
+    _, err = world.submit("--jobs", "1", code=2)
+    assert "no controller" in err and f"remove {STUDY}/logs/slurm.jobs" in err and len(err.splitlines()) == 1
 
 
 @pytest.mark.parametrize("args", [["--slurm", FLAGS], ["--jobs", "1"]])
@@ -196,6 +213,9 @@ def test_a_study_whose_jobs_still_wait_is_left_alone(args, world):
     [
         (["--slurm", "--array=1-3"], "--slurm sets --array"),
         (["--slurm", "-d 5"], "--slurm sets -d"),
+        (["--slurm", "-a1-3"], "--slurm sets -a1-3"),
+        (["--slurm", "--dep=singleton"], "--slurm sets --dep=singleton"),
+        (["--slurm", "--signal=USR1@5"], "understand --signal=B:USR1@SECONDS alone"),
         (["--slurm", "--comment='open"], "unbalanced quotes"),
         (["--slurm", "", "--gpus", "2"], "say --gres=gpu:N in the flags of sbatch"),
         (["--slurm"], "in quotes, got run_all.sh's own --dry_run"),

@@ -113,6 +113,17 @@ def test_a_run_that_left_no_word_is_named_at_the_end(tmp_path):
     assert "seed0/baseline_mae did not finish" in err and "logs/seed0_baseline_mae.log" in err
 
 
+def test_a_finished_study_whose_new_flags_are_refused_has_failed(tmp_path):
+    finish(start_fake(tmp_path, "--jobs", "2", fake={}))
+    process = start_fake(tmp_path, "--jobs", "2", "--finetune_args", "--epochs 3", fake={"baseline_mae": 2})
+    _, err = finish(process)
+    assert process.returncode == 1
+    assert "stage seed0_baseline_mae failed with exit code 2" in err.split("some runs failed")[1]
+    process = start_fake(tmp_path, "--jobs", "2", fake={})
+    out, err = finish(process)
+    assert process.returncode == 0, out + err
+
+
 def is_starter(entry: Path, folder: Path) -> bool:
     """Tell whether a process carries out a run of this very study."""
     try:
