@@ -191,7 +191,7 @@ def test_damaged_images_are_named_counted_and_left_out(photos, tmp_path, capsys)
     data.build_cache(root, images, cache_dir=tmp_path / "c", cache_size=8)
     assert content(tmp_path / "c") == before
     (root / "9.jpg").unlink()
-    with pytest.raises(data.DataError, match=r"4 of 300 images .*at most 1 %.*verify"):
+    with pytest.raises(data.DataError, match=r"4 of 300 images .*at most 1 %.*repair or delete"):
         data.build_cache(root, images, cache_dir=tmp_path / "c", cache_size=8)
     draw_photo(root / "9.jpg", 9)
     data.build_cache(root, images, cache_dir=tmp_path / "c", cache_size=8)
