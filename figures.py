@@ -356,7 +356,7 @@ def sweep_beside_curves(
     left.set_ylabel(axes_of_sweep[1])
     left.set_ylim(*visible_range(lines))
     left.set_xticks(sorted({point.share for line in lines for point in line.points}))
-    left.legend(loc="lower right")
+    left.legend(loc="best")
     for axis, panel in zip(others, panels, strict=True):
         draw_panel(axis, panel, curves)
     if curves:

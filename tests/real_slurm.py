@@ -275,6 +275,7 @@ def compare(folder: Path) -> None:
     out = jobs.run("--slurm", "--time=30 --mem=500")
     assert "0 of 9 runs are left" in out, out
     wait_for_the_end()
+    say("a third submission had nothing left to train")
 
 
 def main() -> int:

@@ -122,7 +122,7 @@ def disturb(studies: Studies, name: str, target: str, draw: random.Random) -> bo
     """Start or repeat a study and kill a target at a random moment -> whether it had ended before."""
     process = studies.start(name)
     with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(draw.uniform(1, 0.5 * studies.seconds))
+        process.wait(draw.uniform(1, 0.3 * studies.seconds))  # so that a study takes several kills
     if process.poll() is not None:
         return check(studies, name, *studies.wait(process))
     hit = strike(target, process.pid, draw)
