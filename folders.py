@@ -305,8 +305,10 @@ def label_parts(
     remarks = list(remarks)
     ordered = {}
     for part, images in drop_copies(root, parts, remarks).items():
-        copies = f", for all of its images are copies of those of a later part ({remarks[-1]})" if parts[part] else ""
-        require(images, f"{where}: no image for the {part} part{copies}")
+        why = ""
+        if parts[part] and not images:
+            why = f", for all of its images are copies of those of a later part ({remarks[-1]})"
+        require(images, f"{where}: no image for the {part} part{why}")
         ordered[part] = tuple(sorted(images, key=labels.get))
         missing = sorted(set(classes) - {labels[image].class_name for image in images})
         if missing:

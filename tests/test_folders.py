@@ -236,6 +236,14 @@ def test_folders_that_cannot_be_divided_are_refused_in_a_line_that_names_them(tm
     assert f"{half}/val/c is a class without images in train/" in message(read_class_folders, half)
 
 
+def test_classes_that_hold_the_same_photos_are_refused_with_the_copies_named(tmp_path):
+    write_classes(tmp_path / "same", {"a": 5})
+    shutil.copytree(tmp_path / "same/a", tmp_path / "same/b")
+    for image in (tmp_path / "same").rglob("*.png"):
+        image.write_bytes(b"one photo")
+    assert "are copies of those of a later part (left out of" in message(read_class_folders, tmp_path / "same")
+
+
 def test_the_hash_of_a_part_follows_the_labels(tmp_path):
     images = [f"{number}.jpg" for number in range(9)]
     for number, image in enumerate(images):
