@@ -299,6 +299,17 @@ def planned(study: Study, kind: str) -> list[Comparison]:
     return found
 
 
+def columns_of_test(comparison: Comparison) -> dict:
+    """Give what tables show of a test: p, corrected p, what it could have shown, and the verdict."""
+    return {
+        "p": comparison.p,
+        "holm": comparison.holm,
+        "detectable": comparison.detectable,
+        "detectable_alone": comparison.detectable_alone,
+        "verdict": comparison.verdict,
+    }
+
+
 def number_of_tests(comparisons: list[Comparison]) -> int:
     """Count the comparisons that Holm's correction is for: those that are tested, or else those that have values."""
     tested = [comparison for comparison in comparisons if comparison.tested]

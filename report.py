@@ -24,7 +24,7 @@ import probe_results
 import results
 from arms import ANIMAL, ARMS, OWN, PRETRAIN_ANIMAL, PRETRAIN_OWN, RESNET, SUPERVISED, ArmKey
 from blocks import literal
-from comparisons import FEWEST_SEEDS, Comparison, estimates, planned
+from comparisons import FEWEST_SEEDS, Comparison, columns_of_test, estimates, planned
 from groups import Study, StudyError
 from power import how_many_seeds, paper_difference, verdict_lines
 from records import MAE, SEGMENT, RunRecord
@@ -370,11 +370,7 @@ def task_differences(page: Page, task: str, comparisons: list[Comparison]) -> No
             each.append(image._replace(value=value).points(2))
         row = {"label": comparison.label, "each": ", ".join(each), "mean": comparison.mean}
         if tested:
-            row["p"] = comparison.p
-            row["holm"] = comparison.holm
-            row["detectable"] = comparison.detectable
-            row["detectable_alone"] = comparison.detectable_alone
-            row["verdict"] = comparison.verdict
+            row |= columns_of_test(comparison)
         row["reason"] = comparison.reason
         rows.append(row)
     columns = [

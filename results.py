@@ -40,6 +40,7 @@ from comparisons import (
     SMALL,
     Comparison,
     Estimate,
+    columns_of_test,
     estimates,
     image_level_iou,
     within_range,
@@ -386,13 +387,9 @@ def difference_row(comparison: Comparison, seeds: int) -> dict:
     row["miou"] = comparison.miou
     row["reason"] = comparison.reason
     if seeds >= FEWEST_SEEDS:
-        row["p"] = comparison.p
+        row |= columns_of_test(comparison)
         row["tost"] = comparison.tost
-        row["holm"] = comparison.holm
         row["tost_holm"] = comparison.tost_holm
-        row["detectable"] = comparison.detectable
-        row["detectable_alone"] = comparison.detectable_alone
-        row["verdict"] = comparison.verdict
     row["each"] = ", ".join(fixed(value, 2, "+") for value in comparison.values)
     return row
 

@@ -154,6 +154,7 @@ def unfinished_rows(study: Path, plan: list[PlanLine], flags: list[str]) -> set[
     for row, line in enumerate(plan, 1):
         files = Files(study, line)
         done = is_finished(files, record_of(line, flags)) and not is_stale(files)
+        done = done and not files.failure.exists()  # of other flags that were refused meanwhile; its job removes it
         if not done or line.parent in again:
             rows.add(row)
             again.add(line.folder)

@@ -111,6 +111,17 @@ def test_a_failed_run_is_named_by_the_report_and_alone_submitted_again_with_what
     assert second.tasks == [world.row("seed0/finetune_animal"), world.row("seed0/finetune_half")]
 
 
+def test_a_refused_change_of_flags_leaves_no_failure_behind_once_it_is_taken_back(world):
+    world.submit("--slurm", FLAGS)
+    world.run_jobs()
+    failure = files_of(world.study, "seed0/baseline_mae").failure
+    failure.write_text("other flags were refused")
+    world.submit("--slurm", FLAGS)
+    assert world.run_jobs(first=4) == {"demo-read": [0], "demo-runs1": [0], "demo-report": [0]}
+    assert not failure.exists()
+    assert len(starts(world.study, "seed0/baseline_mae")) == 1
+
+
 def test_the_last_job_says_which_runs_failed(world):
     world.submit("--slurm", FLAGS)
     *others, report = world.slurm.jobs()
