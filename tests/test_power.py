@@ -94,7 +94,10 @@ def test_one_value_has_no_spread():
 
 
 def slow_power(effect, pairs, level):
-    """The power of a two-sided paired t-test: the normal tails beyond the threshold, integrated over the spread."""
+    """The power of a two-sided paired t-test: the normal tails beyond the threshold, integrated over the spread.
+
+    The edges keep the integration from stepping over the few spreads at which the threshold decides.
+    """
     df = pairs - 1
     threshold = scipy.stats.t.isf(level / 2, df)
 
@@ -105,9 +108,10 @@ def slow_power(effect, pairs, level):
             scipy.stats.norm.sf(limit - shift) + scipy.stats.norm.cdf(-limit - shift)
         )
 
-    middle = math.sqrt(df)
-    edges = [max(0, middle - 10), effect * math.sqrt(pairs) / threshold * math.sqrt(df), middle + 10]
-    edges[1] = min(max(edges[1], edges[0]), edges[2])
+    last = math.sqrt(df) + 10
+    per_limit = math.sqrt(df) / threshold  # a spread of so much moves the limit by one
+    steps = [(effect * math.sqrt(pairs) + step) * per_limit for step in (-8, -2, 0, 2, 8)]
+    edges = sorted({0.0, last, *(min(max(step, 0.0), last) for step in steps)})
     parts = [scipy.integrate.quad(rejected, *ends, epsabs=1e-12, limit=200)[0] for ends in pairwise(edges)]
     return sum(parts)
 
