@@ -14,6 +14,7 @@ import contextlib
 import errno
 import hashlib
 import importlib.metadata
+import inspect
 import json
 import math
 import os
@@ -549,6 +550,19 @@ def param_groups(
         groups[key]["params"].append(parameter)
         groups[key]["names"].append(name)
     return list(groups.values())
+
+
+def without_compiler(kind: type[torch.optim.Optimizer]) -> type[torch.optim.Optimizer]:
+    """Make an optimizer class whose methods do the same without importing torch's compiler.
+
+    torch wraps these methods so that its compiler passes them over; at the first call the wrappers import the compiler,
+    which takes 2 s and 150 MB also where nothing is compiled. What they wrap is in their attribute __wrapped__, as
+    functools.wraps leaves it; a method that is not wrapped stays as it is.
+    """
+    names = ("add_param_group", "zero_grad", "state_dict", "load_state_dict")
+    methods = {name: inspect.unwrap(getattr(kind, name)) for name in names}
+    methods["step"] = torch.no_grad()(inspect.unwrap(kind.step))  # its wrapper switches gradients off as well
+    return type(kind.__name__, (kind,), methods)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

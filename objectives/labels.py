@@ -27,7 +27,8 @@ from data import DataError, ImageStore
 from engine import Distributed, EngineError, Parser, at_least, fraction
 from metrics import macro_average_precision
 from models import ViT, encoder_sizes, init_weights, matrix_product_flops
-from objective import Pretraining, block_activations, images_of_an_epoch, sum_over
+from objective import block_activations, sum_over
+from pretraining import Pretraining, images_of_an_epoch
 from splits import CocoPart, Split
 
 LOSSES = ("softmax", "bce")
@@ -222,7 +223,7 @@ class Labels(Pretraining):
         logits = network(batch["images"], batch.get("drop_path"))
         return label_loss(logits.float(), batch["shown"], self.args.label_loss).mean()
 
-    def validate(self, step: int, stopping: Callable[[], bool]) -> dict[str, float] | None:
+    def score_validation(self, step: int, stopping: Callable[[], bool]) -> dict[str, float] | None:
         """Score the predictions of all validation images together: average precision ranks them."""
         scores = {}
         for name in self.stores:
