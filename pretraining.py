@@ -18,7 +18,7 @@ import folders
 import splits
 from batches import Augmentation, EvalBatches, Examples, TrainBatches
 from data import ImageStore
-from engine import Distributed, EngineError, Parser, at_least
+from engine import Distributed, EngineError, Parser, at_least, fraction
 from meters import Meter, MeterPhotos
 from models import ViT
 from objective import Objective, Reading, load_init, open_store, sum_over
@@ -57,7 +57,8 @@ class Pretraining(Objective):
             self.scores = {"loss_held_out": "loss on held-out images"}
         if args.meters:
             self.scores = {**self.scores, **self.meter_photos.scores()}
-        self.epoch_images = images_of_an_epoch(args, self.split)
+        # Images that an objective leaves out shorten its list, not its schedule.
+        self.epoch_images = images_of_an_epoch(args, self.image_lists)
         self.batch_size = args.batch_size
 
     def build_model(self) -> nn.Module:
@@ -229,6 +230,12 @@ def add_split_arguments(parser: Parser) -> None:
         help="size of the split (default: that of the animal split, so that arms are matched)",
     )
     arm(
+        "--image_fraction",
+        type=fraction,
+        default=1.0,
+        help="random part of the split's images, trained for as many updates as the whole split",
+    )
+    arm(
         "--animal_images",
         choices=splits.ANIMAL_IMAGES,
         default=USUAL_SPLIT["animal_images"],
@@ -264,26 +271,47 @@ def add_weight_decay_schedule(parser: Parser, start: float = 0.04, end: float = 
 
 
 class PretrainingLists(NamedTuple):
-    """What a pre-training reads: training images, lists of validation images by name, and remarks on them."""
+    """What a pre-training reads: training images, lists of validation images by name, and remarks on them.
+
+    whole: how many images there would be without --image_fraction.
+    """
 
     train: Split
     held_out: dict[str, Split]
+    whole: int
     remarks: tuple[str, ...] = ()
 
 
 def pretraining_lists(args: argparse.Namespace) -> PretrainingLists:
     """List the images that the flags of a pre-training ask for; EngineError for flags that contradict each other."""
+    if args.image_fraction < 1 and args.num_images is not None:
+        raise EngineError("--image_fraction and --num_images both say how many images; leave one of them out")
     if args.images is None:
-        train = splits.select_split(
-            args.data_root, args.split, animal_fraction=args.animal_fraction, **split_options(args)
-        )
+        whole = select_coco(args, args.num_images)
         held_out = splits.mae_validation(args.data_root, categories=args.categories, cache_dir=args.cache_dir)
-        return PretrainingLists(train, held_out)
+        train = part_of(whole, args.image_fraction, functools.partial(select_coco, args))
+        return PretrainingLists(train, held_out, len(whole.images))
     for flag, usual in USUAL_SPLIT.items():
         if getattr(args, flag) != usual:
             raise EngineError(f"--{flag} chooses images of COCO, and --images takes their place; leave one of them out")
     own = folders.read_tree(args.images, args.num_images, args.split_seed)
-    return PretrainingLists(own.train, {"held_out": own.held_out}, own.remarks)
+    train = part_of(
+        own.train, args.image_fraction, lambda count: folders.read_tree(args.images, count, args.split_seed).train
+    )
+    return PretrainingLists(train, {"held_out": own.held_out}, len(own.train.images), own.remarks)
+
+
+def select_coco(args: argparse.Namespace, num_images: int | None) -> Split:
+    """Select num_images images of COCO by the flags; None: as many as the flags say."""
+    options = {**split_options(args), "num_images": num_images}
+    return splits.select_split(args.data_root, args.split, animal_fraction=args.animal_fraction, **options)
+
+
+def part_of(whole: Split, share: float, select: Callable[[int], Split]) -> Split:
+    """Select a share of a list by select(number of images), at least one image."""
+    if share == 1:
+        return whole
+    return select(max(1, round(share * len(whole.images))))
 
 
 def split_options(args: argparse.Namespace) -> dict:
@@ -292,8 +320,8 @@ def split_options(args: argparse.Namespace) -> dict:
     return {name: getattr(args, name) for name in names}
 
 
-def images_of_an_epoch(args: argparse.Namespace, split: Split) -> int:
-    """Count the images of a nominal epoch.
+def images_of_an_epoch(args: argparse.Namespace, lists: PretrainingLists) -> int:
+    """Count the images of a nominal epoch; --image_fraction does not change it.
 
     A split of another size than the animal split trains for as many updates as an arm of that size, unless --num_images
     sets the size on purpose. Splits that are shares of animals have that size anyway, unless categories are excluded.
@@ -301,5 +329,5 @@ def images_of_an_epoch(args: argparse.Namespace, split: Split) -> int:
     """
     whole = args.split in splits.ANIMAL_FRACTIONS and not args.exclude_categories
     if args.images or args.num_images is not None or whole:
-        return len(split.images)
+        return lists.whole
     return splits.reference_size(args.data_root, **split_options(args))
