@@ -25,6 +25,7 @@ from engine import EngineError, Parser, at_least, launch, setup
 from models import MODELS, build_mae, patchify, take_rows
 from objective import block_activations, chosen
 from objectives.labels import Labels
+from objectives.splitmask import SplitMask
 from objectives.tokens import Tokens
 from pretraining import Pretraining, add_split_arguments
 from trainer import add_training_arguments, train
@@ -163,6 +164,7 @@ OBJECTIVES: dict[str, type[Pretraining]] = {
     "mae": MaskedPixels,
     "labels": Labels,
     "tokens": Tokens,
+    "splitmask": SplitMask,
 }
 
 
