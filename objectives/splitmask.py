@@ -52,7 +52,7 @@ class SplitMaskNetwork(ViT):
         self.decoder_blocks = make_blocks(decoder_depth, self.embed_dim, num_heads, mlp_ratio=4.0)
         self.decoder_norm = nn.LayerNorm(self.embed_dim, eps=1e-6)
         self.initialize_weights()
-        nn.init.trunc_normal_(self.mask_token, std=0.02)
+        nn.init.normal_(self.mask_token, std=0.02)
         self.head = None
         if vocabulary is not None:
             self.head = nn.Linear(self.embed_dim, vocabulary)

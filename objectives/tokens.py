@@ -48,7 +48,7 @@ class TokenPredictor(ViT):
         self.num_hidden = count_hidden(self.num_patches, mask_ratio)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, self.embed_dim))
         self.head = nn.Linear(self.embed_dim, vocabulary)
-        nn.init.trunc_normal_(self.mask_token, std=0.02)
+        nn.init.normal_(self.mask_token, std=0.02)
         init_head(self.head)
 
     def forward(self, images: Tensor, hidden: Tensor) -> Tensor:
@@ -64,8 +64,8 @@ class TokenPredictor(ViT):
 
 
 def init_head(head: nn.Linear) -> None:
-    """Initialise a layer that predicts tokens as BEiT does."""
-    nn.init.trunc_normal_(head.weight, std=0.02)
+    """Initialise a layer that predicts tokens with the deviation of BEiT."""
+    nn.init.normal_(head.weight, std=0.02)
     nn.init.zeros_(head.bias)
 
 
