@@ -25,7 +25,7 @@ import subprocess
 import sys
 import warnings
 import zipfile
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -408,6 +408,13 @@ class Precision:
         if self.dtype is None:
             return contextlib.nullcontext()
         return torch.autocast(self.device_type, self.dtype)
+
+
+@contextlib.contextmanager
+def single_precision() -> Iterator[None]:
+    """Context in which products of float32 tensors stay in float32, whatever the caller's autocast."""
+    with torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
+        yield
 
 
 # Peak of dense bf16 / fp16 matrix products with float32 accumulation in FLOP/s, from the vendor's data sheets and white

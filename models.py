@@ -348,7 +348,12 @@ class ViT(nn.Module):
         self, patches: torch.Tensor, ids: torch.Tensor | None = None, drop_path: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Encode as `forward_encoder` does, without the last normalisation."""
-        x = self.patch_embed(patches)
+        return self.forward_embedded(self.patch_embed(patches), ids, drop_path)
+
+    def forward_embedded(
+        self, x: torch.Tensor, ids: torch.Tensor | None = None, drop_path: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Encode patches that are embedded already, x [B, K, D], as `forward_blocks` does."""
         positions = self.pos_embed[:, 1:]
         if ids is not None:
             positions = F.embedding(ids, positions[0])

@@ -191,6 +191,10 @@ class Objective:
     def load_state(self, state: dict) -> None:
         """Take back what state() gave."""
 
+    def findings(self) -> dict:
+        """Say what open() has found out about the data, for the log: name -> plain values."""
+        return {}
+
     def finish(self) -> dict:
         """Draw figures after the last step; give further metrics.
 

@@ -53,8 +53,7 @@ class Pretraining(Objective):
         self.init_sha256 = load_init(self.model, args.init, dist)
         self.split = self.training_split()
         self.held_out = self.validation_splits()
-        if args.images and self.scores is Pretraining.scores:
-            self.scores = {"loss_held_out": "loss on held-out images"}
+        self.scores = self.score_names()
         if args.meters:
             self.scores = {**self.scores, **self.meter_photos.scores()}
         # Images that an objective leaves out shorten its list, not its schedule.
@@ -69,6 +68,12 @@ class Pretraining(Objective):
     def default_blr(args: argparse.Namespace) -> float:
         """Give the base rate where it depends on other flags: an objective that makes it None by default says it here."""
         raise NotImplementedError
+
+    def score_names(self) -> dict[str, str]:
+        """Name what score_validation() returns for the validation lists of this run: score -> words for the report."""
+        if self.args.images and self.scores is Pretraining.scores:
+            return {"loss_held_out": "loss on held-out images"}
+        return self.scores
 
     @property
     def encoder(self) -> ViT:

@@ -662,7 +662,7 @@ class Trainer:
     def _resume(self) -> None:
         state = self.run.load()
         if state is None:
-            self.run.log("config", **self.run.config)
+            self.run.log("config", **self.run.config, **self.objective.findings())
             return
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
