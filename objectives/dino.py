@@ -1,7 +1,7 @@
 """Objective `dino`: two crops of an image, one seen by a slow copy of the network, must be told to be the same image.
 
     python pretrain.py --objective dino --split animal
-    python pretrain.py --objective dino --split animal --local_crops 8          # small crops too, at 2.6 times the cost
+    python pretrain.py --objective dino --split animal --local_crops 8          # small crops too, at 1.5 times the cost
 
 Self-distillation without labels (Caron et al. 2021, *Emerging properties in self-supervised vision transformers*). The
 student predicts, from each crop, which of K prototypes the teacher sees in another crop of the same image; the teacher is

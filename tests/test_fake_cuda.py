@@ -74,6 +74,7 @@ EXAMPLES = [Case("pretrain", name) for name in EXAMPLE_OBJECTIVES] + [Case("fine
 CONVOLUTIONAL = [Case("baseline", name, ("--model resnet50",)) for name in TASKS]
 NETWORKS = NAMED + VARIANTS + EXAMPLES + CONVOLUTIONAL
 UNMASKED = with_flags(MAE, "--mask_ratio 0")
+MULTI_CROP = Case("pretrain", "dino", ("--local_crops 2",))
 IMAGES = [with_flags(case, ON_HOST) for case in NAMED]
 IMAGES += [with_flags(MAE, "--targets other"), with_flags(MAE, "--targets other", ON_HOST)]
 IMAGES += [
@@ -99,17 +100,17 @@ def examples_are_named(monkeypatch) -> None:
             monkeypatch.setitem(table, name, example)
 
 
-@pytest.mark.parametrize("case", [*NETWORKS, UNMASKED, *IMAGES], ids=str)
+@pytest.mark.parametrize("case", [*NETWORKS, UNMASKED, MULTI_CROP, *IMAGES], ids=str)
 def test_training_and_validation_stay_on_the_device_and_never_wait(folders, case):
     check_training(case, folders)
 
 
-@pytest.mark.parametrize("case", [*NETWORKS, UNMASKED], ids=str)
+@pytest.mark.parametrize("case", [*NETWORKS, UNMASKED, MULTI_CROP], ids=str)
 def test_every_trainable_parameter_gets_a_gradient(folders, case):
     check_gradients(case, folders)
 
 
-@pytest.mark.parametrize("case", [*NAMED, LINEAR], ids=str)
+@pytest.mark.parametrize("case", [*NAMED, LINEAR, MULTI_CROP], ids=str)
 def test_compiled_networks_are_whole_graphs(folders, case):
     check_graphs(case, folders)
 
