@@ -143,12 +143,16 @@ class Objective:
         """Name the random numbers that the loss needs of each training image."""
         return {}
 
+    def views(self) -> dict[str, Augmentation]:
+        """Name further crops of each training image that the loss compares, and how they are cut."""
+        return {}
+
     def open(self, run: RunFolder) -> TrainBatches:
         """Open caches, stores and validation data; give the training batches."""
         raise NotImplementedError
 
     def train_batches(self, examples: Examples, augmentation: Augmentation) -> TrainBatches:
-        """Make the training batches that the flags ask for, with the objective's draws."""
+        """Make the training batches that the flags ask for, with the objective's draws and views."""
         return TrainBatches(
             examples,
             augmentation,
@@ -156,6 +160,7 @@ class Objective:
             seed=self.args.seed,
             micro_batch_size=self.args.micro_batch_size,
             draws=self.draws(),
+            views=self.views(),
             dist=self.dist,
         )
 

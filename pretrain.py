@@ -24,6 +24,7 @@ from data import ImageStore
 from engine import EngineError, Parser, at_least, launch, setup
 from models import MODELS, build_mae, patchify, take_rows
 from objective import block_activations, chosen
+from objectives.dino import Dino
 from objectives.labels import Labels
 from objectives.splitmask import SplitMask
 from objectives.tokens import Tokens
@@ -165,6 +166,7 @@ OBJECTIVES: dict[str, type[Pretraining]] = {
     "labels": Labels,
     "tokens": Tokens,
     "splitmask": SplitMask,
+    "dino": Dino,
 }
 
 

@@ -81,6 +81,7 @@ TOKENS = [
 CONTRASTED = Case("pretrain", "splitmask", ("--vocabulary 16",))
 NETWORKS += [*TOKENS, CONTRASTED, with_flags(CONTRASTED, "--no-inpaint")]
 UNMASKED = with_flags(MAE, "--mask_ratio 0")
+MULTI_CROP = Case("pretrain", "dino", ("--local_crops 2",))
 IMAGES = [with_flags(case, ON_HOST) for case in NAMED]
 IMAGES += [with_flags(MAE, "--targets other"), with_flags(MAE, "--targets other", ON_HOST)]
 IMAGES += [
@@ -106,17 +107,17 @@ def examples_are_named(monkeypatch) -> None:
             monkeypatch.setitem(table, name, example)
 
 
-@pytest.mark.parametrize("case", [*NETWORKS, UNMASKED, *IMAGES], ids=str)
+@pytest.mark.parametrize("case", [*NETWORKS, UNMASKED, MULTI_CROP, *IMAGES], ids=str)
 def test_training_and_validation_stay_on_the_device_and_never_wait(folders, case):
     check_training(case, folders)
 
 
-@pytest.mark.parametrize("case", [*NETWORKS, UNMASKED], ids=str)
+@pytest.mark.parametrize("case", [*NETWORKS, UNMASKED, MULTI_CROP], ids=str)
 def test_every_trainable_parameter_gets_a_gradient(folders, case):
     check_gradients(case, folders)
 
 
-@pytest.mark.parametrize("case", [*NAMED, LINEAR, CONTRASTED], ids=str)
+@pytest.mark.parametrize("case", [*NAMED, LINEAR, CONTRASTED, MULTI_CROP], ids=str)
 def test_compiled_networks_are_whole_graphs(folders, case):
     check_graphs(case, folders)
 
