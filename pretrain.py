@@ -24,6 +24,7 @@ from data import ImageStore
 from engine import EngineError, Parser, at_least, launch, setup
 from models import MODELS, build_mae, patchify, take_rows
 from objective import block_activations, chosen
+from objectives.ijepa import BlockFeatures
 from objectives.labels import Labels
 from pretraining import Pretraining, add_split_arguments
 from trainer import add_training_arguments, train
@@ -158,7 +159,7 @@ def to_photos(images: Tensor) -> np.ndarray:
 
 
 # The objectives by name: what --objective accepts. Name yours here.
-OBJECTIVES: dict[str, type[Pretraining]] = {"mae": MaskedPixels, "labels": Labels}
+OBJECTIVES: dict[str, type[Pretraining]] = {"mae": MaskedPixels, "labels": Labels, "ijepa": BlockFeatures}
 
 
 def get_args_parser(objective: str = "mae") -> Parser:
