@@ -4,11 +4,11 @@
 
 Assran et al. 2023, *Self-supervised learning from images with a joint-embedding predictive architecture*. A teacher, the
 moving average of the encoder, sees the whole image; its features, normalised per patch, are the targets. The encoder sees a
-quarter of the patches, and a narrow predictor tells the teacher's features of four blocks that it does not see. The teacher
-is the encoder that is kept and judged. Written independently of facebookresearch/ijepa (CC-BY-NC), from which it deviates:
+quarter of the patches, and a narrow predictor has to tell the teacher's features of four blocks that it does not see. The
+teacher is the encoder that is kept and judged. Written independently of facebookresearch/ijepa (CC-BY-NC); it deviates:
 
-- Blocks have one area, so that shapes are static: of the areas that the ranges of size and aspect allow, the one that most
-  shapes have. Each block draws its shape; there, one shape is drawn for all blocks of a batch, and size and aspect are tied.
+- All blocks have one area, so that shapes are static: of the areas that the ranges of size and aspect allow, the one that
+  most shapes have. Each block draws its shape; there, a batch draws one, and large blocks are high ones.
 - Blocks lie anywhere in the image; there, never in its last row and column.
 - The context is a fixed number of patches drawn among those of its block that no target covers; there, what all images of
   a GPU's batch have in common, which leaves out the bottom of most images. Where fewer are left, patches outside of the
@@ -108,10 +108,12 @@ class Masks(NamedTuple):
         context = round(args.context_ratio * patches)
         rows, columns = targets[0]
         left = patches - args.target_blocks * rows * columns
-        if not 1 <= context <= left:
-            problem = f"--context_ratio {args.context_ratio:g} asks for {context} of {patches} patches"
-            reason = f"{args.target_blocks} targets of {rows * columns} may leave {max(left, 0)}"
-            raise ValueError(f"{problem}, and {reason}; use another one, or other --target_blocks")
+        asked = f"--context_ratio {args.context_ratio:g} asks for {context} of {patches} patches"
+        if context < 1:
+            raise ValueError(f"{asked}; use at least {1 / patches:.3f}")
+        if context > left:
+            reason = f"{args.target_blocks} targets of {rows * columns} may leave no more than {max(left, 0)}"
+            raise ValueError(f"{asked}, but {reason}; use a lower ratio or fewer --target_blocks")
         contexts = tuple(block_shapes(grid, CONTEXT_SCALE, (1, 1)))
         return Masks(grid, targets, args.target_blocks, context, contexts)
 
