@@ -25,6 +25,7 @@ from engine import EngineError, Parser, at_least, launch, setup
 from models import MODELS, build_mae, patchify, take_rows
 from objective import block_activations, chosen
 from objectives.dino import Dino
+from objectives.ijepa import BlockFeatures
 from objectives.labels import Labels
 from objectives.splitmask import SplitMask
 from objectives.tokens import Tokens
@@ -166,6 +167,7 @@ OBJECTIVES: dict[str, type[Pretraining]] = {
     "labels": Labels,
     "tokens": Tokens,
     "splitmask": SplitMask,
+    "ijepa": BlockFeatures,
     "dino": Dino,
 }
 

@@ -9,10 +9,11 @@ Used by self-distillation (Caron et al. 2021, DINO; Assran et al. 2023, I-JEPA).
 
 import copy
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 def momentum_at(step: int, total_steps: int, start: float, end: float = 1.0, shape: str = "linear") -> float:
@@ -36,7 +37,8 @@ class Teacher:
 
     def __init__(self, network: nn.Module):
         self.network = copy.deepcopy(network).eval().requires_grad_(False)
-        self.called = self.network
+        self.compiled: Callable | None = None
+        self.training_size: int | None = None  # images of a call in training
         self.followed = [name for name, parameter in network.named_parameters() if parameter.requires_grad]
 
     def to(self, device: torch.device | str) -> "Teacher":
@@ -45,13 +47,18 @@ class Teacher:
         return self
 
     def compile(self) -> None:
-        """Compile the copy."""
-        self.called = torch.compile(self.network, dynamic=False)
+        """Compile the copy for the number of images that training calls it with; others are not worth the time."""
+        self.compiled = torch.compile(self.network, dynamic=False)
 
-    @torch.no_grad()
-    def __call__(self, *args: Any, **options: Any) -> Any:
-        """Call the copy, without gradients."""
-        return self.called(*args, **options)
+    def __call__(self, images: Tensor, *others: Any, **options: Any) -> Any:
+        """Call the copy on images [B, ...], without gradients."""
+        if torch.is_grad_enabled():
+            self.training_size = len(images)
+        network = self.network
+        if self.compiled is not None and len(images) == self.training_size:
+            network = self.compiled
+        with torch.no_grad():
+            return network(images, *others, **options)
 
     @torch.no_grad()
     def update(self, network: nn.Module, momentum: float) -> None:
