@@ -96,7 +96,14 @@ DEMO_SIZE_SHARES = (0.1, 0.5)  # fewer images than a batch could not be trained 
 # Objectives: their updates cost up to five of the autoencoder's, and here each is asked for two trainings.
 DEMO_OBJECTIVE = {"epochs": 3, "epoch_updates": 100, "warmup_epochs": 0.4}
 DEMO_OBJECTIVE_FINETUNE = {"epochs": 3}
-DEMO_OBJECTIVES = {"mae": {}, "tokens": {}, "splitmask": {}, "ijepa": {}, "dino": {}, "labels": {"blr": "16e-3"}}
+DEMO_OBJECTIVES = {
+    "mae": {},
+    "tokens": {"tokenizer": "kmeans", "vocabulary": 512},
+    "splitmask": {"tokenizer": "kmeans", "vocabulary": 512},
+    "ijepa": {"blr": "16e-3", "context_ratio": 0.3125, "teacher_momentum": 0.97},
+    "dino": {"blr": "16e-3", "head_hidden": 512, "head_bottleneck": 64, "prototypes": 1024, "drop_path": 0},
+    "labels": {"blr": "16e-3", "drop_path": 0},
+}
 DEMO_MOST_JOBS = 5  # runs of the demo that can be made at the same time
 
 COCO_FILES = ("coco/annotations/instances_train2017.json", "coco/annotations/instances_val2017.json")

@@ -333,14 +333,17 @@ def train(kind: type[BlockFeatures], flags, *more) -> BlockFeatures:
     return objective
 
 
-LEARNS = ["--epochs 6 --epoch_updates 50 --val_epochs 6 --batch_size 16 --blr 0.05 --teacher_momentum 0.97"]
+LEARNS = ["--epochs 6 --epoch_updates 50 --val_epochs 6 --batch_size 16 --blr 0.032 --teacher_momentum 0.99"]
+MANY_PHOTOS = ["--num_train", 240, "--num_val", 48, "--num_pets", 46]  # with fewer, they are learnt by heart
 
 
 @pytest.fixture(scope="module")
 def trained(flags, tmp_path_factory) -> BlockFeatures:
     """A run that has learnt something; its folder is objective.run_dir."""
+    root = tmp_path_factory.mktemp("many") / "drawn"
+    run("prepare", "demo", "--data_root", root, *MANY_PHOTOS)
     folder = tmp_path_factory.mktemp("run") / "trained"
-    return train(BlockFeatures, flags, *LEARNS, "--output_dir", folder)
+    return train(BlockFeatures, flags, *LEARNS, "--data_root", root, "--output_dir", folder)
 
 
 def test_training_beats_the_best_constant_on_images_that_it_has_not_seen(trained):
@@ -350,7 +353,7 @@ def test_training_beats_the_best_constant_on_images_that_it_has_not_seen(trained
     for name in ("animal", "non_animal"):
         assert record["last"][f"loss_{name}"] < constant[f"loss_{name}"]
         assert constant[f"r2_{name}"] == 0
-        assert record["last"][f"r2_{name}"] > 0.15
+        assert record["last"][f"r2_{name}"] > 0.1
     assert log(trained.run_dir, "done")[0]["trivial"] == record["trivial"]
 
 
@@ -374,8 +377,8 @@ def test_the_context_of_other_images_predicts_no_better_than_a_constant(trained,
     monkeypatch.setattr(trained, "compiled", OfOtherImages(trained.model))
     shuffled = trained.score_validation(0, never)
     for name in ("r2_animal", "r2_non_animal"):
-        assert scores[name] > 0.15
-        assert shuffled[name] < 0.05
+        assert scores[name] > 0.1
+        assert shuffled[name] < 0.02
 
 
 @torch.no_grad()
@@ -511,7 +514,9 @@ def test_one_process_two_processes_and_accumulation_give_the_same_result(flags, 
         assert [line["loss"] for line in log(tmp_path / name, "train")] == pytest.approx(losses, rel=1e-5)
         found = torch.load(tmp_path / name / "model.pt", weights_only=True)["model"]
         for key, tensor in expected.items():
-            assert relative_error(found[key], tensor) < 1e-4, key
+            # Keys need no bias: its gradient is rounding, which the optimizer brings to full size.
+            tolerance = 1e-2 if key.endswith("qkv.bias") else 1e-4
+            assert relative_error(found[key], tensor) < tolerance, key
         assert metrics(tmp_path / name)["last"] == pytest.approx(metrics(tmp_path / "one")["last"], rel=1e-3, abs=1e-4)
         trivial = metrics(tmp_path / name)["trivial"]["best constant of each position"]
         first = metrics(tmp_path / "one")["trivial"]["best constant of each position"]
