@@ -94,7 +94,7 @@ class Meter:
         asked = [image in photos.queries for image in store.images]
         self.asked = torch.tensor(asked, device=dist.device)
         self.breeds = torch.tensor([photos.breeds.get(image, 0) for image in store.images], device=dist.device)
-        self.has_both = bool(self.asked.any()) and not bool(self.asked.all())
+        self.has_both = any(asked) and not all(asked)
 
     def measure(self, encoder: ViT, stopping: Callable[[], bool]) -> dict[str, float] | None:
         """Measure the features of an encoder; None on every process if one was to stop meanwhile.
