@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_models import SMALL_ENCODER, relative_error, spread
-from small_runs import SMALL, drawn_root, log, mae_checkpoint, metrics, needs_photos, on_two_processes, refusal
+from small_runs import SMALL, drawn_root, log, mae_checkpoint, metrics, on_two_processes, refusal
 from stress import assert_same
 from torch import Tensor, nn
 
@@ -393,25 +393,3 @@ def test_a_run_that_is_stopped_in_a_validation_ends_as_an_undisturbed_one(flags,
         train(flags, *words, "--output_dir", tmp_path / "stopped")
     train(flags, *words, "--output_dir", tmp_path / "stopped")
     assert_same(tmp_path / "undisturbed", tmp_path / "stopped")
-
-
-@needs_photos
-def test_on_real_photos_training_beats_the_best_constant(flags, tmp_path):
-    words = [*flags, "--data_root", os.environ["SAMPLE_ROOT"], "--cache_dir", tmp_path, "--split", "all"]
-    words += [
-        "--batch_size",
-        16,
-        "--epochs",
-        10,
-        "--epoch_updates",
-        15,
-        "--blr",
-        8e-3,
-        "--val_epochs",
-        10,
-        "--no-meters",
-    ]
-    train([str(word) for word in words], "--output_dir", tmp_path / "run")
-    record = metrics(tmp_path / "run")
-    constant = record["trivial"]["best constant"]
-    assert sum(record["last"][name] for name in constant) < sum(constant.values())
