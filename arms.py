@@ -171,7 +171,7 @@ STYLES = {
 }
 OTHER_STYLE = Style(GREY, "-", "o")
 OBJECTIVE_STYLES = {
-    MAE_DECODER: Style(BLACK, "-", "o"),
+    MAE_DECODER: Style(BLACK, "-", "X"),
     MAE: Style(GREY, "-", "o"),
     "tokens": Style(ORANGE, "-", "s"),
     "splitmask": Style(RED, "-", "D"),

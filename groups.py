@@ -56,7 +56,8 @@ class Tolerance:
 
 NO_TOLERANCE = Tolerance()
 # What belongs to an objective in pre-training: its recipe.
-OBJECTIVE_SETTINGS = ("kind", "objective", "blr", "weight_decay", "clip_grad", "drop_path", *SCHEDULE)
+RATES = ("blr", "min_lr", "weight_decay", "clip_grad")
+OBJECTIVE_SETTINGS = ("kind", "objective", "mask_ratio", "drop_path", *RATES, *SCHEDULE)
 
 
 def tolerance(a: Arm, b: Arm) -> Tolerance:

@@ -121,6 +121,8 @@ def flags_of(arm: Arm, seed: int, options: Options) -> dict:
         args |= {"objective": "labels", "label_loss": "softmax", "epochs": int(arm.value), "blr": 1e-3}
     if arm.sweep == OBJECTIVE and arm.stage == "pretrain":
         args |= {"objective": arm.line, "split": arm.flags["split"], "blr": 1e-3}
+        if arm.line == "tokens":  # with a recipe of its own
+            args |= {"mask_ratio": 0.383, "min_lr": 1e-6, "clip_grad": 3.0}
     if arm.sweep == NUM_IMAGES and arm.stage == "pretrain":
         args |= arm.flags
     if arm.sweep == AUDIT:
