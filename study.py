@@ -101,7 +101,15 @@ DEMO_OBJECTIVES = {
     "tokens": {"tokenizer": "kmeans", "vocabulary": 512},
     "splitmask": {"tokenizer": "kmeans", "vocabulary": 512},
     "ijepa": {"blr": "16e-3", "context_ratio": 0.3125, "teacher_momentum": 0.97},
-    "dino": {"blr": "16e-3", "head_hidden": 512, "head_bottleneck": 64, "prototypes": 1024, "drop_path": 0},
+    "dino": {
+        "blr": "16e-3",
+        "head_hidden": 512,
+        "head_bottleneck": 64,
+        "prototypes": 256,
+        "teacher_temperature": 0.02,
+        "freeze_epochs": 0.1,
+        "drop_path": 0,
+    },
     "labels": {"blr": "16e-3", "drop_path": 0},
 }
 DEMO_MOST_JOBS = 5  # runs of the demo that can be made at the same time
