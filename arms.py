@@ -8,7 +8,7 @@ their labels, colours and the paper's values from here. Standard library only. P
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 # Colours of Okabe and Ito (2008), which colour-blind readers can distinguish.
@@ -26,14 +26,25 @@ SCHEDULE = ("epochs", "epoch_updates", "batch_size", "warmup_epochs")  # flags t
 ANIMAL_FRACTION = "animal_fraction"
 LABEL_FRACTION = "label_fraction"
 LABELS = "labels"
-SWEEPS = (ANIMAL_FRACTION, LABEL_FRACTION, LABELS)
+NUM_IMAGES = "num_images"
+OBJECTIVE = "objective"
+SWEEPS = (ANIMAL_FRACTION, LABEL_FRACTION, LABELS, NUM_IMAGES, OBJECTIVE)
 AUDIT = "audit"  # the sweep over choices of the original code, which has no values
 DOSES = (0, 0.05, 0.1, 0.25, 0.5, 0.75, 1)
 LABEL_SHARES = (0.05, 0.1, 0.25, 0.5)  # all labels: the arms that the sweep belongs to
 # Epochs of pre-training on labels. 150 epochs of a Masked Autoencoder take as many operations as 83 of these, so that with
 # 15 more they equal 100 from random weights.
 LABEL_EPOCHS = (15, 50, 100)
+SIZE_SHARES = (0.01, 0.05, 0.1, 0.5)  # of the images of a split; all: the arms that the sweep belongs to
+# What the sweep over objectives compares, each pre-trained on the images of two arms.
+MAE = "mae"
+OBJECTIVES = (MAE, "tokens", "splitmask", "ijepa", "dino", "labels")
+MAE_DECODER = "mae_decoder"  # a further line of that sweep: the autoencoder, fine-tuned with its decoder
 LABEL_RATES = {"none": "1e-3", "mae": "5e-4"}  # base rates of pre-training on labels, by what came before
+
+
+PRETRAIN_EPOCHS = 150  # the default of pretrain.py
+PRETRAIN_WARMUP_EPOCHS = 10
 
 
 class Style(NamedTuple):
@@ -159,6 +170,24 @@ STYLES = {
     "images": Style(RED, "-", "o"),
 }
 OTHER_STYLE = Style(GREY, "-", "o")
+OBJECTIVE_STYLES = {
+    MAE_DECODER: Style(BLACK, "-", "X"),
+    MAE: Style(GREY, "-", "o"),
+    "tokens": Style(ORANGE, "-", "s"),
+    "splitmask": Style(RED, "-", "D"),
+    "ijepa": Style(BLUE, "-", "^"),
+    "dino": Style(GREEN, "-", "v"),
+    "labels": Style(PURPLE, "-", "P"),
+}
+OBJECTIVE_LABELS = {
+    MAE_DECODER: "MAE with its decoder",
+    MAE: "MAE",
+    "tokens": "tokens (BEiT)",
+    "splitmask": "SplitMask",
+    "ijepa": "I-JEPA",
+    "dino": "DINO",
+    "labels": "labels",
+}
 LABEL_STYLES = {"none": Style(ORANGE, "--", "s"), "mae": Style(BLUE, "-", "o")}
 
 # Shades between the two ends of a scale (matplotlib's cividis), closer together for large shares.
@@ -272,6 +301,67 @@ def label_sweep_arms(lengths: Iterable[float]) -> list[Arm]:
     return arms
 
 
+def size_arms(split: str, share: float) -> tuple[Arm, Arm]:
+    """Describe pre-training on this share of a split's images, at as many updates as on all, and the fine-tuning."""
+    name = f"{split}_images_{share:g}"
+    images = f"{100 * share:g} % of the {IMAGES[split]}"
+    flags = {"split": split, "image_fraction": share}
+    place = {"sweep": NUM_IMAGES, "value": float(share), "line": split}
+    style = STYLES[split]
+    pretraining = Arm("pretrain", name, f"pre-training ({images})", images, style, flags, **place)
+    return pretraining, Arm("finetune", name, images, images, style, parent=name, **place)
+
+
+def size_sweep_arms(shares: Iterable[float]) -> list[Arm]:
+    """Describe pre-training on each of these shares of the animal images and of the non-animal ones."""
+    arms: list[Arm] = []
+    for key in SIZE_SWEEP:
+        for share in shares:
+            arms.extend(size_arms(key.name, share))
+    return arms
+
+
+def objective_arms(objective: str, split: str) -> tuple[Arm, Arm]:
+    """Describe pre-training by an objective on a split, and the fine-tuning that follows it from the encoder alone."""
+    name = f"{OBJECTIVE}_{objective}_{split}"
+    label = f"{OBJECTIVE_LABELS[objective]}, {IMAGES[split]}"
+    flags: dict[str, object] = {"objective": objective, "split": split, "meters": True}
+    if objective == "labels":  # whose usual schedule is shorter
+        flags |= {"epochs": PRETRAIN_EPOCHS, "warmup_epochs": PRETRAIN_WARMUP_EPOCHS}
+    style = OBJECTIVE_STYLES[objective]
+    place = {"sweep": OBJECTIVE, "line": objective}
+    images = IMAGES[split]
+    pretraining = Arm("pretrain", name, f"pre-training ({label})", images, style, flags, **place)
+    return pretraining, Arm("finetune", name, label, images, style, {"load": "encoder"}, name, **place)
+
+
+def decoder_arm(split: str) -> Arm:
+    """Describe the fine-tuning of an autoencoder of the sweep over objectives with its decoder."""
+    place = {"sweep": OBJECTIVE, "line": MAE_DECODER}
+    label = f"{OBJECTIVE_LABELS[MAE_DECODER]}, {IMAGES[split]}"
+    name = f"{OBJECTIVE}_{MAE_DECODER}_{split}"
+    parent = f"{OBJECTIVE}_{MAE}_{split}"
+    return Arm("finetune", name, label, IMAGES[split], OBJECTIVE_STYLES[MAE_DECODER], {}, parent, **place)
+
+
+def objective_sweep_arms(own_autoencoders: bool) -> list[Arm]:
+    """Describe each objective on animal and on non-animal images.
+
+    own_autoencoders: False takes the study's autoencoders; True trains some for the sweep, where its updates are others.
+    """
+    arms: list[Arm] = []
+    for objective in OBJECTIVES:
+        for key in OBJECTIVE_SWEEP:
+            pretraining, finetuning = objective_arms(objective, key.name)
+            if objective != MAE:
+                arms += [pretraining, finetuning]
+            elif own_autoencoders:
+                arms += [pretraining, finetuning, decoder_arm(key.name)]
+            else:
+                arms.append(replace(finetuning, parent=key.name))
+    return arms
+
+
 def pretrained_arms() -> list[Arm]:
     """Describe the paper's three pre-trainings."""
     return [
@@ -347,6 +437,8 @@ def baseline_arms() -> list[Arm]:
 ARMS = {arm.key: arm for arm in [*pretrained_arms(), *finetuned_arms(), *baseline_arms()]}
 TABLE_2 = [RESNET, SUPERVISED, ANIMAL, HALF, NON_ANIMAL, MIXED]  # in the paper's order
 LABEL_SWEEP = [ANIMAL, NON_ANIMAL, MIXED, SUPERVISED]  # the arms that the sweep of labels is made for
+SIZE_SWEEP = [ANIMAL, NON_ANIMAL]  # and those of the sweeps over the number of images, and over objectives
+OBJECTIVE_SWEEP = [ANIMAL, NON_ANIMAL]
 
 
 class Choice(NamedTuple):
@@ -431,6 +523,10 @@ def sweep_arms(sweep: str) -> list[Arm]:
             arms.extend(label_arm(ARMS[key], share) for key in LABEL_SWEEP)
     if sweep == LABELS:
         arms.extend(label_sweep_arms(LABEL_EPOCHS))
+    if sweep == NUM_IMAGES:
+        arms.extend(size_sweep_arms(SIZE_SHARES))
+    if sweep == OBJECTIVE:
+        arms.extend(objective_sweep_arms(own_autoencoders=False))
     return arms
 
 
@@ -444,8 +540,10 @@ def sweep_lines(sweep: str) -> list[SweepLine]:
             SweepLine(sweep, "none", "from random weights", LABEL_STYLES["none"], {0.0: SUPERVISED}),
             SweepLine(sweep, "mae", "after the MAE", LABEL_STYLES["mae"], {}),
         ]
+    if sweep == OBJECTIVE:
+        return [SweepLine(sweep, name, OBJECTIVE_LABELS[name], style, {}) for name, style in OBJECTIVE_STYLES.items()]
     lines = []
-    for key in LABEL_SWEEP:
+    for key in SIZE_SWEEP if sweep == NUM_IMAGES else LABEL_SWEEP:
         arm = ARMS[key]
         lines.append(SweepLine(sweep, arm.name, arm.images, arm.style, {1.0: key}))
     return lines
@@ -460,6 +558,7 @@ def known_arms(extra: Iterable[str] = ()) -> dict[ArmKey, Arm]:
         arms |= {arm.key: arm for arm in extra_arms(split)}
     for sweep in SWEEPS:
         arms |= {arm.key: arm for arm in sweep_arms(sweep)}
+    arms |= {arm.key: arm for arm in objective_sweep_arms(own_autoencoders=True)}
     return arms
 
 
@@ -471,6 +570,8 @@ def find_arm(stage: str, name: str, sweep: str = "", value: float | None = None)
     candidates: Iterable[Arm] = ()
     if sweep == ANIMAL_FRACTION and value is not None:
         candidates = dose_arms(value)
+    elif sweep == NUM_IMAGES and value is not None:
+        candidates = tuple(arm for key in SIZE_SWEEP for arm in size_arms(key.name, value))
     elif sweep == LABELS and value is not None:
         candidates = tuple(arm for before in LABEL_RATES for arm in label_pretraining_arms(before, value))
     elif not sweep:

@@ -28,8 +28,10 @@ ORDER_STREAM = 0
 CROP_STREAM = 1
 NAMED_STREAM = 2
 STRANGER_STREAM = 3
+VIEW_STREAM = 4
 
 ELASTIC_DRAW = "elastic"  # the name of the deformation's random numbers in a batch
+COLOUR_DRAW = "colours"  # that of the colours'
 OUTSIDE = 1  # background: what a deformation fills masks with
 
 
@@ -53,6 +55,14 @@ class Alone:
 ALONE = Alone()
 
 
+class ColourChange(Protocol):
+    """Changes float images [B, 3, H, W] in 0..1 by uniform draws [B, num_draws]: colours.Colours is one."""
+
+    num_draws: int
+
+    def __call__(self, images: Tensor, draws: Tensor) -> Tensor: ...
+
+
 @dataclass(frozen=True)
 class Augmentation:
     """What happens to training images: a random crop, flips, and the size they end with.
@@ -60,7 +70,7 @@ class Augmentation:
     crop_scale: smallest and largest area of the crop as a share of the image's area; None takes the image as it is. Flips
     have probability 1/2. elastic: strength alpha of an elastic deformation in pixels (0: none), for images and masks
     alike. mask_resize: "nearest", or "bilinear" with thresholds (see augment.threshold_trimaps). inputs: how the network
-    takes pixels (see augment.scale_pixels).
+    takes pixels (see augment.scale_pixels). colours: how those of images change; None: not at all.
     """
 
     img_size: int
@@ -70,12 +80,16 @@ class Augmentation:
     elastic: float = 0.0
     mask_resize: str = "nearest"
     inputs: str = "imagenet"
+    colours: ColourChange | None = None
 
     def draws(self) -> dict[str, "Draw"]:
-        """Name the random numbers that the deformation needs of each image."""
-        if not self.elastic:
-            return {}
-        return {ELASTIC_DRAW: uniform(2, self.img_size, self.img_size)}
+        """Name the random numbers that deformation and colours need of each image."""
+        draws = {}
+        if self.elastic:
+            draws[ELASTIC_DRAW] = uniform(2, self.img_size, self.img_size)
+        if self.colours is not None:
+            draws[COLOUR_DRAW] = uniform(self.colours.num_draws)
+        return draws
 
 
 @dataclass(frozen=True)
@@ -111,8 +125,30 @@ def uniform(*shape: int) -> Draw:
     return draw
 
 
+def name_key(name: str) -> int:
+    """Turn a name into a key of a random stream."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big")
+
+
+def draw_cuts(rng: np.random.Generator, augmentation: Augmentation, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Draw where images of native sizes [B, 2] are cut -> boxes [B, 4], flips [B, 2].
+
+    The boxes are shares of each image, so that they fit a cache of any size.
+    """
+    if augmentation.crop_scale is None:
+        boxes = np.hstack([0 * sizes, sizes])
+    else:
+        boxes = augment.random_boxes(rng, sizes, augmentation.crop_scale)
+    allowed = np.array([augmentation.horizontal_flip, augmentation.vertical_flip])
+    flips = (rng.random((len(sizes), 2)) < 0.5) & allowed
+    return boxes / np.hstack([sizes, sizes]), flips
+
+
 class HostBatch(NamedTuple):
-    """The host's part of a batch: which entries, where they are cut, and arrays [B, ...] by name."""
+    """The host's part of a batch: which entries, where they are cut, and arrays [B, ...] by name.
+
+    A view has its own boxes and flips among the arrays, under its name.
+    """
 
     index: np.ndarray  # int64 [B], entries of the list
     boxes: np.ndarray  # [B, 4] top, left, height, width as shares of the image
@@ -121,8 +157,59 @@ class HostBatch(NamedTuple):
     strangers: np.ndarray | None = None  # int64 [B], for each image another entry of the batch
 
 
+class Cut(NamedTuple):
+    """Where images are cut and what changes them besides, on the device."""
+
+    boxes: Tensor  # [b, 4] top, left, height, width as shares of the image
+    flips: Tensor  # bool [b, 2] horizontal, vertical
+    displacement: Tensor | None = None  # of the elastic deformation
+    colours: Tensor | None = None  # draws
+
+
+def take_cut(part: dict[str, Tensor], prefix: str, augmentation: Augmentation) -> Cut:
+    """Take out of a micro-batch what says how its images are cut, under names that begin with the prefix."""
+    boxes = part.pop(prefix + "boxes")
+    flips = part.pop(prefix + "flips")
+    displacement = part.pop(prefix + ELASTIC_DRAW, None)
+    if displacement is not None:
+        displacement = augment.elastic_displacement(displacement, augmentation.elastic)
+    return Cut(boxes, flips, displacement, part.pop(prefix + COLOUR_DRAW, None))
+
+
+def cut_images(pixels: Tensor, cut: Cut, augmentation: Augmentation) -> Tensor:
+    """Crop, flip, resize, deform, colour and scale images [b, 3, S, S] -> [b, 3, H, W]."""
+    boxes = cut.boxes * pixels.shape[-1]
+    images = crop_resize(pixels, boxes, cut.flips, augmentation.img_size)
+    if cut.displacement is not None:
+        images = augment.deform(images, cut.displacement)
+    if cut.colours is not None:
+        images = 255 * augmentation.colours(images / 255, cut.colours)
+    return augment.scale_pixels(images, augmentation.inputs)
+
+
+def cut_masks(pixels: Tensor, cut: Cut, augmentation: Augmentation) -> Tensor:
+    """Crop, flip, resize and deform masks [b, 1, S, S] with the boxes of their images -> [b, H, W]."""
+    boxes = cut.boxes * pixels.shape[-1]
+    size = augmentation.img_size
+    if augmentation.mask_resize == "bilinear":
+        values = augment.file_values(pixels)
+        values = crop_resize(values, boxes, cut.flips, size, clamp=False, kernel="bilinear")
+        if cut.displacement is not None:
+            values = augment.deform(values, cut.displacement)
+        return augment.threshold_trimaps(values)
+    masks = crop_resize_nearest(pixels, boxes, cut.flips, size)
+    if cut.displacement is None:
+        return masks
+    shifted = (masks - OUTSIDE)[:, None]  # so that the 0 of places outside becomes OUTSIDE
+    deformed = augment.deform(shifted, cut.displacement, mode="nearest")
+    return deformed[:, 0].long() + OUTSIDE
+
+
 class Pipeline:
-    """Turns host batches into batches on the device, a few of them ahead of their use."""
+    """Turns host batches into batches on the device, a few of them ahead of their use.
+
+    views: name -> how the same images are cut once more.
+    """
 
     def __init__(
         self,
@@ -130,9 +217,11 @@ class Pipeline:
         augmentation: Augmentation,
         micro_batch_size: int,
         device: torch.device | str,
+        views: dict[str, Augmentation] | None = None,
     ):
         self.stores = stores
         self.augmentation = augmentation
+        self.views = views or {}
         self.micro_batch_size = micro_batch_size
         self.device = torch.empty(0, device=device).device  # with its number: "cuda" is the current GPU
         self.on_gpu = self.device.type == "cuda"
@@ -156,23 +245,22 @@ class Pipeline:
         return torch.from_numpy(store.rows[index])
 
     def augment(self, batch: dict[str, Tensor], first: int) -> dict[str, Tensor]:
-        """Move the micro-batch that starts at image `first` to the device, crop, flip, resize, deform and scale it."""
+        """Move the micro-batch that starts at image `first` to the device, and cut its images, masks and views."""
         part = {}
         for name, tensor in batch.items():
             part[name] = tensor[first : first + self.micro_batch_size].to(self.device, non_blocking=True)
-        boxes = part.pop("boxes")
-        flips = part.pop("flips")
-        displacement = None
-        if ELASTIC_DRAW in part:
-            displacement = augment.elastic_displacement(part.pop(ELASTIC_DRAW), self.augmentation.elastic)
-        for name, store in self.stores.items():
-            cut = self._cut_images if name == "images" else self._cut_masks
-            part[name] = cut(self._pixels(store, part[name]), boxes * store.size, flips, displacement)
+        pixels = {name: self._pixels(store, part[name]) for name, store in self.stores.items()}
+        cut = take_cut(part, "", self.augmentation)
+        part["images"] = cut_images(pixels["images"], cut, self.augmentation)
+        if "masks" in pixels:
+            part["masks"] = cut_masks(pixels["masks"], cut, self.augmentation)
+        for name, view in self.views.items():
+            cut = take_cut(part, f"{name}_", view)
+            part[name] = cut_images(pixels["images"], cut, view)
         if "strangers" in part:
-            store = self.stores["images"]
-            boxes = part.pop("stranger_boxes") * store.size
-            flips = part.pop("stranger_flips")
-            part["strangers"] = self._cut_images(self._pixels(store, part["strangers"]), boxes, flips, None)
+            strangers = self._pixels(self.stores["images"], part["strangers"])
+            cut = take_cut(part, "stranger_", self.augmentation)
+            part["strangers"] = cut_images(strangers, cut, self.augmentation)
         return part
 
     def _pixels(self, store: ImageStore, gathered: Tensor) -> Tensor:
@@ -180,27 +268,6 @@ class Pipeline:
         if store.tensor is None:
             return gathered
         return store.tensor.index_select(0, gathered)
-
-    def _cut_images(self, pixels: Tensor, boxes: Tensor, flips: Tensor, displacement: Tensor | None) -> Tensor:
-        images = crop_resize(pixels, boxes, flips, self.augmentation.img_size)
-        if displacement is not None:
-            images = augment.deform(images, displacement)
-        return augment.scale_pixels(images, self.augmentation.inputs)
-
-    def _cut_masks(self, pixels: Tensor, boxes: Tensor, flips: Tensor, displacement: Tensor | None) -> Tensor:
-        size = self.augmentation.img_size
-        if self.augmentation.mask_resize == "bilinear":
-            values = augment.file_values(pixels)
-            values = crop_resize(values, boxes, flips, size, clamp=False, kernel="bilinear")
-            if displacement is not None:
-                values = augment.deform(values, displacement)
-            return augment.threshold_trimaps(values)
-        masks = crop_resize_nearest(pixels, boxes, flips, size)
-        if displacement is None:
-            return masks
-        shifted = (masks - OUTSIDE)[:, None]  # so that the 0 of places outside becomes OUTSIDE
-        deformed = augment.deform(shifted, displacement, mode="nearest")
-        return deformed[:, 0].long() + OUTSIDE
 
     def run(self, prepare: Callable[..., HostBatch], items: Sequence) -> Iterator[list[dict[str, Tensor]]]:
         """Yield the micro-batches of prepare(item) for each item.
@@ -224,6 +291,20 @@ class Pipeline:
         """Choose the GPU whose page-locked memory the thread allocates."""
         if self.on_gpu:
             torch.cuda.set_device(self.device)
+
+
+def native_sizes(images: ImageStore, index: np.ndarray) -> np.ndarray:
+    """Look up height and width in pixels of the files of entries [B] -> [B, 2]."""
+    return images.sizes[images.rows[index]]
+
+
+def view_draws(views: dict[str, Augmentation]) -> dict[str, Draw]:
+    """Name the random numbers that views need of each image besides their boxes and flips."""
+    draws = {}
+    for name, view in views.items():
+        for purpose, draw in view.draws().items():
+            draws[f"{name}_{purpose}"] = draw
+    return draws
 
 
 def share_of_batch(batch_size: int, world_size: int, micro_batch_size: int | None, count: int) -> tuple[int, int]:
@@ -251,8 +332,9 @@ class TrainBatches:
     """Augmented training batches, each a pure function of (seed, epoch, position in the global batch).
 
     batch_size counts the images of all processes; each rank holds a contiguous part of it, in micro-batches. An epoch
-    leaves out its incomplete last batch and holds no entry twice. draws: name -> draw of further random numbers. dist: has
-    rank, world_size and device, such as engine.Distributed.
+    leaves out its incomplete last batch and holds no entry twice. draws: name -> draw of further random numbers. views:
+    name -> how the same images are cut once more; each has random numbers of its own, so that one more view changes no
+    other. dist: has rank, world_size and device, such as engine.Distributed.
     """
 
     def __init__(
@@ -264,6 +346,7 @@ class TrainBatches:
         seed: int,
         micro_batch_size: int | None = None,
         draws: dict[str, Draw] | None = None,
+        views: dict[str, Augmentation] | None = None,
         dist: Place = ALONE,
     ):
         images = examples.images
@@ -275,13 +358,14 @@ class TrainBatches:
         self.augmentation = augmentation
         self.batch_size = batch_size
         self.seed = seed
-        self.draws = {**augmentation.draws(), **(draws or {})}
+        self.views = views or {}
+        self.draws = {**augmentation.draws(), **view_draws(self.views), **(draws or {})}
         self.mine = slice(dist.rank * share, (dist.rank + 1) * share)
         self.micro_batches = share // micro
         self.steps_per_epoch = len(images) // batch_size
         self.order = functools.lru_cache(2)(self._order)
         self.order(0)  # refuses a bad seed now, not in the thread
-        self.pipeline = Pipeline(examples.stores(), augmentation, micro, dist.device)
+        self.pipeline = Pipeline(examples.stores(), augmentation, micro, dist.device, self.views)
 
     def _order(self, epoch: int) -> np.ndarray:
         """Shuffle the entries for an epoch."""
@@ -293,14 +377,16 @@ class TrainBatches:
         number = step % self.steps_per_epoch
         first = number * self.batch_size
         index = self.order(epoch)[first : first + self.batch_size]
+        sizes = native_sizes(self.examples.images, index)
         rng = seeded_rng(self.seed, CROP_STREAM, epoch, number)
-        boxes = self._boxes(rng, index)
-        allowed = np.array([self.augmentation.horizontal_flip, self.augmentation.vertical_flip])
-        flips = (rng.random((len(index), 2)) < 0.5) & allowed
+        boxes, flips = draw_cuts(rng, self.augmentation, sizes)
         arrays = {name: target[index] for name, target in self.examples.targets.items()}
         for name, draw in self.draws.items():
-            key = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big")
-            arrays[name] = draw(seeded_rng(self.seed, NAMED_STREAM, epoch, number, key), len(index))
+            rng = seeded_rng(self.seed, NAMED_STREAM, epoch, number, name_key(name))
+            arrays[name] = draw(rng, len(index))
+        for name, view in self.views.items():
+            rng = seeded_rng(self.seed, VIEW_STREAM, epoch, number, name_key(name))
+            arrays[f"{name}_boxes"], arrays[f"{name}_flips"] = draw_cuts(rng, view, sizes)
         strangers = None
         if self.examples.strangers:
             other = self._strangers(epoch, number)
@@ -318,26 +404,36 @@ class TrainBatches:
         other[circle] = np.roll(circle, 1)
         return other
 
-    def _boxes(self, rng: np.random.Generator, index: np.ndarray) -> np.ndarray:
-        """Draw crops as shares of each image [B, 4], so that they fit a cache of any size."""
-        images = self.examples.images
-        sizes = images.sizes[images.rows[index]]
-        if self.augmentation.crop_scale is None:
-            boxes = np.hstack([0 * sizes, sizes])
-        else:
-            boxes = augment.random_boxes(rng, sizes, self.augmentation.crop_scale)
-        return boxes / np.hstack([sizes, sizes])
-
     def run(self, first_step: int, last_step: int) -> Iterator[list[dict[str, Tensor]]]:
-        """Yield, for each global step, this rank's micro-batches: images [b, 3, H, W], masks [b, H, W], draws, strangers."""
+        """Yield, for each global step, this rank's micro-batches.
+
+        They hold images [b, 3, H, W], and what there is of masks [b, H, W], views and strangers [b, 3, H, W] and draws.
+        """
         return self.pipeline.run(self.prepare, range(first_step, last_step))
+
+
+def fixed_cuts(images: ImageStore, views: dict[str, Augmentation], seed: int) -> dict[str, np.ndarray]:
+    """Draw for all entries of a list how views cut them -> arrays [N, ...] as HostBatch names them."""
+    if not views:
+        return {}
+    index = np.arange(len(images.rows))
+    sizes = native_sizes(images, index)
+    arrays = {}
+    for name, view in views.items():
+        rng = seeded_rng(seed, VIEW_STREAM, name_key(name))
+        arrays[f"{name}_boxes"], arrays[f"{name}_flips"] = draw_cuts(rng, view, sizes)
+    for name, draw in view_draws(views).items():
+        rng = seeded_rng(seed, NAMED_STREAM, name_key(name))
+        arrays[name] = draw(rng, len(index))
+    return arrays
 
 
 class EvalBatches:
     """Every image of a rank's share once, squashed to img_size, with its targets, in batches of at most batch_size.
 
     Yields dictionaries: index int64 [b] (entries of the list), images [b, 3, H, W] scaled for the network, and a row
-    [b, ...] of each target, all on the device. targets: name -> tensor [N, ...] on the device.
+    [b, ...] of each target, all on the device. targets: name -> tensor [N, ...] on the device. views: name -> how images are
+    cut besides, each in one way that follows from the seed, the name of the view and the place in the list.
     """
 
     def __init__(
@@ -348,6 +444,8 @@ class EvalBatches:
         batch_size: int,
         targets: dict[str, Tensor] | None = None,
         inputs: str = "imagenet",
+        views: dict[str, Augmentation] | None = None,
+        seed: int = 0,
         dist: Place = ALONE,
     ):
         mine = np.arange(len(images.rows))[dist.rank :: dist.world_size]
@@ -355,8 +453,9 @@ class EvalBatches:
         even = math.ceil(len(mine) / math.ceil(len(mine) / batch_size)) if len(mine) else batch_size
         self.parts = [mine[first : first + even] for first in range(0, len(mine), even)]
         self.targets = targets or {}
+        self.cuts = fixed_cuts(images, views or {}, seed)
         augmentation = Augmentation(img_size, inputs=inputs)
-        self.pipeline = Pipeline({"images": images}, augmentation, batch_size, dist.device)
+        self.pipeline = Pipeline({"images": images}, augmentation, batch_size, dist.device, views)
 
     def __len__(self) -> int:
         return len(self.parts)
@@ -365,7 +464,8 @@ class EvalBatches:
         """Take images as they are."""
         boxes = np.tile(np.float32([0, 0, 1, 1]), (len(index), 1))
         flips = np.zeros((len(index), 2), bool)
-        return HostBatch(index, boxes, flips, {"index": index})
+        arrays = {name: array[index] for name, array in self.cuts.items()}
+        return HostBatch(index, boxes, flips, {**arrays, "index": index})
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         for micro_batches in self.pipeline.run(self.prepare, self.parts):

@@ -513,7 +513,11 @@ def measure_objectives(bench: Bench) -> None:
     count = bench.count("pretrain")
     contestants = {}
     for name in pretrain.OBJECTIVES:
-        training = bench.workshop.training(bench.workshop.pretraining(name, count))
+        try:
+            training = bench.workshop.training(bench.workshop.pretraining(name, count))
+        except EngineError as error:  # a size that it cannot be trained at
+            print(f"{name} is left out: {error}", flush=True)
+            continue
         contestants[name] = training.contestant(itertools.repeat(random_pixels(training.batches)))
     bench.compare("objectives", contestants, count, describe=describe_cost)
 

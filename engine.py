@@ -14,6 +14,7 @@ import contextlib
 import errno
 import hashlib
 import importlib.metadata
+import inspect
 import json
 import math
 import os
@@ -24,7 +25,7 @@ import subprocess
 import sys
 import warnings
 import zipfile
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -409,6 +410,13 @@ class Precision:
         return torch.autocast(self.device_type, self.dtype)
 
 
+@contextlib.contextmanager
+def single_precision() -> Iterator[None]:
+    """Context in which products of float32 tensors stay in float32, whatever the caller's autocast."""
+    with torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
+        yield
+
+
 # Peak of dense bf16 / fp16 matrix products with float32 accumulation in FLOP/s, from the vendor's data sheets and white
 # papers (half of the figures "with sparsity"). The keys are device names without vendor and memory size, see peak_of.
 PEAK_FLOPS = {
@@ -549,6 +557,19 @@ def param_groups(
         groups[key]["params"].append(parameter)
         groups[key]["names"].append(name)
     return list(groups.values())
+
+
+def without_compiler(kind: type[torch.optim.Optimizer]) -> type[torch.optim.Optimizer]:
+    """Make an optimizer class whose methods do the same without importing torch's compiler.
+
+    torch wraps these methods so that its compiler passes them over; at the first call the wrappers import the compiler,
+    which takes 2 s and 150 MB also where nothing is compiled. What they wrap is in their attribute __wrapped__, as
+    functools.wraps leaves it; a method that is not wrapped stays as it is.
+    """
+    names = ("add_param_group", "zero_grad", "state_dict", "load_state_dict")
+    methods = {name: inspect.unwrap(getattr(kind, name)) for name in names}
+    methods["step"] = torch.no_grad()(inspect.unwrap(kind.step))  # its wrapper switches gradients off as well
+    return type(kind.__name__, (kind,), methods)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

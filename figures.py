@@ -365,6 +365,62 @@ def sweep_beside_curves(
     save(figure, path)
 
 
+@dataclass
+class Mark:
+    """A score in a row: what it is of, its interval, each seed's value, and what the training before it cost."""
+
+    label: str
+    style: Style
+    iou: Interval
+    seeds: list[float]
+    cost: float
+
+
+@dataclass
+class Row:
+    """Scores of one kind, under one marker."""
+
+    label: str
+    marker: str
+    marks: list[Mark]
+
+
+def rows_beside_cost(path: Path, rows: Sequence[Row], titles: tuple[str, str]) -> None:
+    """Draw rows of scores from top to bottom, beside the same scores against their cost; titles: of score and cost."""
+    height = 1.6 + 0.55 * len(rows)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, height))
+    for number, row in enumerate(rows):
+        middle = (len(row.marks) - 1) / 2
+        for place, mark in enumerate(row.marks):
+            draw_mark(left, mark, row.marker, number + 0.24 * (place - middle))
+        costs = [mark.cost for mark in row.marks]
+        scores = [mark.iou.value for mark in row.marks]
+        right.plot(costs, scores, row.marker, color=BLACK, mfc="none", ms=9, label=row.label)
+        for mark in row.marks:
+            right.plot(mark.cost, mark.iou.value, row.marker, color=mark.style.colour, ms=5)
+    left.set_yticks(range(len(rows)), [row.label for row in rows])
+    left.invert_yaxis()
+    left.set_xlabel(titles[0])
+    right.set_xscale("log")
+    right.set_xlabel(titles[1])
+    right.set_ylabel(titles[0])
+    handles, names = left.get_legend_handles_labels()
+    found = dict(zip(names, handles, strict=True))
+    figure.tight_layout()
+    left.legend(found.values(), found.keys(), loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=len(found))
+    right.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    save(figure, path)
+
+
+def draw_mark(axis: Axes, mark: Mark, marker: str, height: float) -> None:
+    """Draw a score with its interval and seeds at a height."""
+    low = max(mark.iou.low, mark.iou.value - REACH)
+    high = min(mark.iou.high, mark.iou.value + REACH)
+    axis.hlines(height, low, high, color=mark.style.colour, lw=1.4, alpha=0.6)
+    axis.plot(mark.seeds, [height] * len(mark.seeds), ".", color=mark.style.colour, alpha=0.6, ms=5)
+    axis.plot(mark.iou.value, height, marker, color=mark.style.colour, ms=7, label=mark.label)
+
+
 def legend_below(axis: Axes, lines: Sequence[Line]) -> None:
     """Put a legend below the picture: the lines in one column, what was fitted to them in another."""
     handles, names = axis.get_legend_handles_labels()

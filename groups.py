@@ -14,7 +14,18 @@ from typing import NamedTuple
 
 import numpy as np
 
-from arms import LABEL_FRACTION, LABELS, PRETRAIN_ANIMAL, SCHEDULE, Arm, ArmKey, audited_flags, in_table_order
+from arms import (
+    LABEL_FRACTION,
+    LABELS,
+    NUM_IMAGES,
+    OBJECTIVE,
+    PRETRAIN_ANIMAL,
+    SCHEDULE,
+    Arm,
+    ArmKey,
+    audited_flags,
+    in_table_order,
+)
 from blocks import literal
 from records import MAE, SEGMENT, SIZES, RecordError, RunRecord, Setting, check_file, load_run
 from study import PlanError, PlanLine, read_plan
@@ -44,7 +55,9 @@ class Tolerance:
 
 
 NO_TOLERANCE = Tolerance()
-LABEL_SETTINGS = ("kind", "objective", "blr", *SCHEDULE)  # of pre-training on labels, beside those of the autoencoders
+# What belongs to an objective in pre-training: its recipe.
+RATES = ("blr", "min_lr", "weight_decay", "clip_grad")
+OBJECTIVE_SETTINGS = ("kind", "objective", "mask_ratio", "drop_path", *RATES, *SCHEDULE)
 
 
 def tolerance(a: Arm, b: Arm) -> Tolerance:
@@ -54,9 +67,9 @@ def tolerance(a: Arm, b: Arm) -> Tolerance:
         allowed.roles.add("network")
     if LABEL_FRACTION in (a.sweep, b.sweep):
         allowed.keys.add("batch_size")  # there may be fewer labels than images in a batch
-    if LABELS in (a.sweep, b.sweep):  # another objective with its own recipe, in pre-training alone
+    if {LABELS, OBJECTIVE} & {a.sweep, b.sweep}:  # another objective with its own recipe, in pre-training alone
         before = "" if a.stage == "pretrain" else "pretrain."
-        allowed.keys |= {f"{before}{name}" for name in LABEL_SETTINGS}
+        allowed.keys |= {f"{before}{name}" for name in OBJECTIVE_SETTINGS}
     allowed.keys |= audited_flags(a) | audited_flags(b)
     return allowed
 
@@ -152,13 +165,14 @@ class Study:
         return "; ".join(reasons)
 
     def matches(self, run: RunRecord, other: RunRecord) -> bool:
-        """Check whether two runs may stand in one sweep: equal but for the share of animals or labels, at equal updates."""
+        """Check whether two runs may stand in one sweep: equal but for what it changes, at equal updates."""
         if run.config.get("updates") != other.config.get("updates"):
             return False
         before = self.parent(run)
         other_before = self.parent(other)
         if before and other_before:
-            for size in SIZES:
+            sizes = ("updates",) if NUM_IMAGES in (run.arm.sweep, other.arm.sweep) else SIZES
+            for size in sizes:
                 if before.config.get(size) != other_before.config.get(size):
                     return False
         allowed = tolerance(run.arm, other.arm)

@@ -336,24 +336,44 @@ class ViT(nn.Module):
         return drop_path_scales(draws, self.drop_rates)
 
     def forward_encoder(
-        self, patches: torch.Tensor, ids: torch.Tensor | None = None, drop_path: torch.Tensor | None = None
+        self,
+        patches: torch.Tensor,
+        ids: torch.Tensor | None = None,
+        drop_path: torch.Tensor | None = None,
+        pos_embed: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Encode patches [B, K, p*p*C] at positions ids [B, K] (None: all, in image order) -> [B, 1 + K, D].
 
-        drop_path: factors of the residual branches [depth, B, 2], see `drop_path_scales`; None: all are 1.
+        drop_path: factors of the residual branches [depth, B, 2], see `drop_path_scales`; None: all are 1. pos_embed:
+        positions [1, 1 + L, D] of images of another size, see `interpolate_pos_embed`; None: the network's own.
         """
-        return self.norm(self.forward_blocks(patches, ids, drop_path))
+        return self.norm(self.forward_blocks(patches, ids, drop_path, pos_embed))
 
     def forward_blocks(
-        self, patches: torch.Tensor, ids: torch.Tensor | None = None, drop_path: torch.Tensor | None = None
+        self,
+        patches: torch.Tensor,
+        ids: torch.Tensor | None = None,
+        drop_path: torch.Tensor | None = None,
+        pos_embed: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Encode as `forward_encoder` does, without the last normalisation."""
-        x = self.patch_embed(patches)
-        positions = self.pos_embed[:, 1:]
+        return self.forward_embedded(self.patch_embed(patches), ids, drop_path, pos_embed)
+
+    def forward_embedded(
+        self,
+        x: torch.Tensor,
+        ids: torch.Tensor | None = None,
+        drop_path: torch.Tensor | None = None,
+        pos_embed: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Encode patches that are embedded already, x [B, K, D], as `forward_blocks` does."""
+        if pos_embed is None:
+            pos_embed = self.pos_embed
+        positions = pos_embed[:, 1:]
         if ids is not None:
             positions = F.embedding(ids, positions[0])
         x = x + positions
-        cls_token = (self.cls_token + self.pos_embed[:, :1]).expand(x.shape[0], -1, -1)
+        cls_token = (self.cls_token + pos_embed[:, :1]).expand(x.shape[0], -1, -1)
         x = torch.cat([cls_token.to(x.dtype), x], dim=1)
         for i, block in enumerate(self.blocks):
             if drop_path is None:

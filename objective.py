@@ -6,7 +6,6 @@ OBJECTIVES in pretrain.py, or TASKS in tasks.py for a downstream task.
 """
 
 import argparse
-import functools
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
@@ -26,13 +25,10 @@ import folders
 import splits
 from batches import Augmentation, Draw, EvalBatches, Examples, TrainBatches, uniform
 from data import ImageStore
-from engine import Distributed, EngineError, Parser, Precision, Progress, at_least
+from engine import Distributed, EngineError, Parser, Precision, Progress
 from runs import RunFolder
 from splits import Split
 from weights import ENCODER_KEYS, identify, load_pretrained
-
-LARGEST_VALIDATION_BATCH = 256
-VALIDATION_SEED = 20170  # of what pre-training validates with: masks, noise
 
 
 class ScoringNetwork:
@@ -147,12 +143,16 @@ class Objective:
         """Name the random numbers that the loss needs of each training image."""
         return {}
 
+    def views(self) -> dict[str, Augmentation]:
+        """Name further crops of each training image that the loss compares, and how they are cut."""
+        return {}
+
     def open(self, run: RunFolder) -> TrainBatches:
         """Open caches, stores and validation data; give the training batches."""
         raise NotImplementedError
 
     def train_batches(self, examples: Examples, augmentation: Augmentation) -> TrainBatches:
-        """Make the training batches that the flags ask for, with the objective's draws."""
+        """Make the training batches that the flags ask for, with the objective's draws and views."""
         return TrainBatches(
             examples,
             augmentation,
@@ -160,6 +160,7 @@ class Objective:
             seed=self.args.seed,
             micro_batch_size=self.args.micro_batch_size,
             draws=self.draws(),
+            views=self.views(),
             dist=self.dist,
         )
 
@@ -181,6 +182,9 @@ class Objective:
     def after_step(self, step: int, total_steps: int) -> None:
         """Update what follows the network once a global step: a teacher, a centre. step counts from 1."""
 
+    def compile_others(self) -> None:
+        """Compile what is called besides the model, such as a teacher; called by the loop if it compiles the model."""
+
     def validate(self, step: int, stopping: Callable[[], bool]) -> dict[str, float] | None:
         """Score the network on every process; None on all of them if stopping() became true on one meanwhile."""
         raise NotImplementedError
@@ -192,6 +196,10 @@ class Objective:
     def load_state(self, state: dict) -> None:
         """Take back what state() gave."""
 
+    def findings(self) -> dict:
+        """Say what open() has found out about the data, for the log: name -> plain values."""
+        return {}
+
     def finish(self) -> dict:
         """Draw figures after the last step; give further metrics.
 
@@ -202,220 +210,6 @@ class Objective:
     def export(self, weights: dict[str, Tensor]) -> dict:
         """Make the content of model.pt: weights under facebookresearch/mae's keys, and model_config to rebuild them."""
         raise NotImplementedError
-
-
-class Pretraining(Objective):
-    """An objective of pretrain.py: trained on a split of COCO, judged on fixed animal and non-animal images of val2017.
-
-    With --images it is trained on one's own images and judged on a few of them that are held out, in the list "held_out".
-
-    A subclass gives build_model and loss. Random numbers that the loss needs come from draws(); validation takes them from
-    one fixed seed, so they are the same for every arm, seed and machine. The encoder kept in model.pt is the part of the
-    network that has the keys of models.ViT.
-    """
-
-    scores = {"loss_animal": "loss on animal images", "loss_non_animal": "loss on non-animal images"}
-
-    def __init__(self, args: argparse.Namespace, dist: Distributed):
-        super().__init__(args, dist)
-        torch.manual_seed(args.seed)
-        try:
-            self.model = self.build_model()
-        except ValueError as error:
-            raise EngineError(str(error)) from None
-        self.init_sha256 = load_init(self.model, args.init, dist)
-        self.split = self.training_split()
-        self.held_out = self.validation_splits()
-        if args.images and self.scores is Pretraining.scores:
-            self.scores = {"loss_held_out": "loss on held-out images"}
-        self.epoch_images = images_of_an_epoch(args, self.split)
-        self.batch_size = args.batch_size
-
-    def build_model(self) -> nn.Module:
-        """Build the network of --model; a ValueError is reported as wrong use."""
-        raise NotImplementedError
-
-    @staticmethod
-    def default_blr(args: argparse.Namespace) -> float:
-        """Give the base rate where it depends on other flags: an objective that makes it None by default says it here."""
-        raise NotImplementedError
-
-    @functools.cached_property
-    def image_lists(self) -> "PretrainingLists":
-        """What the flags ask for. Only self.args are there yet."""
-        return pretraining_lists(self.args)
-
-    def training_split(self) -> Split:
-        """List the images to train on."""
-        return self.image_lists.train
-
-    def validation_splits(self) -> dict[str, Split]:
-        """List the images to validate on: animals and non-animals, or those of one's own that are held out."""
-        return self.image_lists.held_out
-
-    def lists(self) -> list[Split]:
-        return [self.split, *self.held_out.values()]
-
-    def remarks(self) -> list[str]:
-        """Say what of one's own images is left out, and why."""
-        return list(self.image_lists.remarks)
-
-    def readings(self) -> list[Reading]:
-        lists = [self.training_split(), *self.validation_splits().values()]
-        return [Reading(split.images, self.args.cache_size, root=self.args.images) for split in lists]
-
-    def identity(self) -> dict[str, str]:
-        validation = {f"val_{name}": split.sha256 for name, split in self.held_out.items()}
-        return {"train": self.split.sha256, "init": self.init_sha256, **validation}
-
-    def augmentation(self) -> Augmentation:
-        """Say how training images are cropped and flipped."""
-        return Augmentation(self.args.img_size, crop_scale=(0.2, 1.0))
-
-    def examples(self, store: ImageStore) -> Examples:
-        """Join the training images with what else belongs to each, such as targets."""
-        return Examples(store)
-
-    def validation_targets(self, images: Sequence[str]) -> dict[str, Tensor]:
-        """Give what validation batches carry besides images: fixed draws, name -> tensor [N, ...]."""
-        rng = np.random.default_rng(VALIDATION_SEED)
-        return {name: torch.from_numpy(draw(rng, len(images))) for name, draw in self.draws().items()}
-
-    def open(self, run: RunFolder) -> TrainBatches:
-        self.run_dir = run.dir
-        self.stores: dict[str, ImageStore] = {}
-        self.targets: dict[str, dict[str, Tensor]] = {}
-        for name, part in self.held_out.items():
-            store = open_store(self.args, self.dist, part.images)
-            targets = self.validation_targets(store.images)
-            self.stores[name] = store
-            # On the device once: a copy for each batch would make a GPU wait.
-            self.targets[name] = {key: target.to(self.dist.device) for key, target in targets.items()}
-        store = open_store(self.args, self.dist, self.split.images)
-        return self.train_batches(self.examples(store), self.augmentation())
-
-    def validate(self, step: int, stopping: Callable[[], bool]) -> dict[str, float] | None:
-        """Average the loss over each list of validation images, each image once."""
-        scores = {}
-        for name in self.stores:
-            mean = self.mean_over(name, self._loss_of_model, stopping)
-            if mean is None:
-                return None
-            scores[f"loss_{name}"] = mean
-        return scores
-
-    def _loss_of_model(self, batch: dict[str, Tensor]) -> Tensor:
-        return self.loss(self.scoring_network, batch)
-
-    @property
-    def validation_batch_size(self) -> int:
-        """Images that a process scores at a time."""
-        return min(self.args.micro_batch_size or self.args.batch_size, LARGEST_VALIDATION_BATCH)
-
-    def mean_over(
-        self, name: str, loss_of: Callable[[dict[str, Tensor]], Tensor], stopping: Callable[[], bool] = lambda: False
-    ) -> float | None:
-        """Average loss_of(batch) over the images of a validation list; None if a process was to stop meanwhile."""
-        store = self.stores[name]
-        batches = self.eval_batches(store, self.targets[name], self.validation_batch_size)
-
-        def score(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-            return {"loss": loss_of(batch).double() * len(batch["images"])}
-
-        totals = {"loss": torch.zeros((), dtype=torch.float64, device=self.dist.device)}
-        sums = sum_over(batches, score, totals, self.dist, stopping)
-        if sums is None:
-            return None
-        return sums["loss"].item() / len(store)
-
-    def export(self, weights: dict[str, Tensor]) -> dict:
-        encoder = {key: value for key, value in weights.items() if key.startswith(ENCODER_KEYS)}
-        config = {"img_size": self.args.img_size, "kind": "vit", "name": self.args.model}
-        return {"model": encoder, "model_config": config}
-
-
-# What chooses images of COCO, with the defaults.
-USUAL_SPLIT = {"split": "animal", "animal_fraction": None, "animal_images": "per_category", "categories": None}
-
-
-def add_split_arguments(parser: Parser) -> None:
-    """Add the flags that choose the images of a pre-training."""
-    arm = parser.flags("split", role="arm")
-    arm(
-        "--split",
-        choices=splits.split_names(),
-        default=USUAL_SPLIT["split"],
-        help="which images to pre-train on; see `prepare.py splits`",
-    )
-    arm("--animal_fraction", type=float, help="share of animal images in the mixed split, 0 to 1 (default 0.5)")
-    arm(
-        "--num_images",
-        type=at_least(1, int),
-        help="size of the split (default: that of the animal split, so that arms are matched)",
-    )
-    arm(
-        "--animal_images",
-        choices=splits.ANIMAL_IMAGES,
-        default=USUAL_SPLIT["animal_images"],
-        help="count an image once per animal category (the paper), once, or only if it has exactly one",
-    )
-    arm(
-        "--exclude_categories",
-        nargs="+",
-        metavar="CATEGORY",
-        help="leave out images that show one of these COCO categories: people stand in 60 %% of the non-animal images and "
-        "in 31 %% of the animal ones",
-    )
-    recipe = parser.flags("split", role="recipe")
-    recipe("--categories", nargs="+", help="COCO categories that take the place of the animals, for other studies")
-    how = parser.flags("split", role="computation")  # its content defines the experiment, not its path
-    how(
-        "--images",
-        metavar="DIR",
-        help="pre-train on all image files below this folder instead of a split of COCO; 5 %% of them are held out",
-    )
-
-
-class PretrainingLists(NamedTuple):
-    """What a pre-training reads: training images, lists of validation images by name, and remarks on them."""
-
-    train: Split
-    held_out: dict[str, Split]
-    remarks: tuple[str, ...] = ()
-
-
-def pretraining_lists(args: argparse.Namespace) -> PretrainingLists:
-    """List the images that the flags of a pre-training ask for; EngineError for flags that contradict each other."""
-    if args.images is None:
-        train = splits.select_split(
-            args.data_root, args.split, animal_fraction=args.animal_fraction, **split_options(args)
-        )
-        held_out = splits.mae_validation(args.data_root, categories=args.categories, cache_dir=args.cache_dir)
-        return PretrainingLists(train, held_out)
-    for flag, usual in USUAL_SPLIT.items():
-        if getattr(args, flag) != usual:
-            raise EngineError(f"--{flag} chooses images of COCO, and --images takes their place; leave one of them out")
-    own = folders.read_tree(args.images, args.num_images, args.split_seed)
-    return PretrainingLists(own.train, {"held_out": own.held_out}, own.remarks)
-
-
-def split_options(args: argparse.Namespace) -> dict:
-    """Give the flags that select_split and reference_size share."""
-    names = ("num_images", "animal_images", "categories", "split_seed", "cache_dir", "exclude_categories")
-    return {name: getattr(args, name) for name in names}
-
-
-def images_of_an_epoch(args: argparse.Namespace, split: Split) -> int:
-    """Count the images of a nominal epoch.
-
-    A split of another size than the animal split trains for as many updates as an arm of that size, unless --num_images
-    sets the size on purpose. Splits that are shares of animals have that size anyway, unless categories are excluded.
-    One's own images are an epoch.
-    """
-    whole = args.split in splits.ANIMAL_FRACTIONS and not args.exclude_categories
-    if args.images or args.num_images is not None or whole:
-        return len(split.images)
-    return splits.reference_size(args.data_root, **split_options(args))
 
 
 class Task(Objective):
@@ -737,14 +531,20 @@ def load_init(model: nn.Module, path: str | None, dist: Distributed, part: str =
 
 
 def open_store(
-    args: argparse.Namespace, dist: Distributed, images: Sequence[str], kind: str = "image", size: int | None = None
+    args: argparse.Namespace,
+    dist: Distributed,
+    images: Sequence[str],
+    kind: str = "image",
+    size: int | None = None,
+    root: str | None = None,
 ) -> ImageStore:
     """Build the decoded cache of these images where it is missing, and open it, on the GPU if it fits.
 
-    kind: image or trimap; size: side of the decoded square (default: --cache_size).
+    kind: image or trimap; size: side of the decoded square (default: --cache_size); root: the folder that the paths are
+    relative to (default: that of the run's images).
     """
     size = size or args.cache_size
-    root = image_root(args.data_root, vars(args))
+    root = root or image_root(args.data_root, vars(args))
     options = {"kind": kind, "cache_dir": args.cache_dir, "cache_size": size}
     data.build_cache(root, images, progress=Progress, **options)  # shown by the process that builds
     channels = 3 if kind == "image" else 1

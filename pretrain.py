@@ -23,8 +23,13 @@ from batches import Alone, Draw, EvalBatches, Examples, uniform
 from data import ImageStore
 from engine import EngineError, Parser, at_least, launch, setup
 from models import MODELS, build_mae, patchify, take_rows
-from objective import Pretraining, add_split_arguments, block_activations, chosen
+from objective import block_activations, chosen
+from objectives.dino import Dino
+from objectives.ijepa import BlockFeatures
 from objectives.labels import Labels
+from objectives.splitmask import SplitMask
+from objectives.tokens import Tokens
+from pretraining import Pretraining, add_split_arguments
 from trainer import add_training_arguments, train
 
 FIGURE_IMAGES = 4  # of each validation list
@@ -157,7 +162,14 @@ def to_photos(images: Tensor) -> np.ndarray:
 
 
 # The objectives by name: what --objective accepts. Name yours here.
-OBJECTIVES: dict[str, type[Pretraining]] = {"mae": MaskedPixels, "labels": Labels}
+OBJECTIVES: dict[str, type[Pretraining]] = {
+    "mae": MaskedPixels,
+    "labels": Labels,
+    "tokens": Tokens,
+    "splitmask": SplitMask,
+    "ijepa": BlockFeatures,
+    "dino": Dino,
+}
 
 
 def get_args_parser(objective: str = "mae") -> Parser:
@@ -178,6 +190,13 @@ def get_args_parser(objective: str = "mae") -> Parser:
     add_training_arguments(parser, output_dir="runs/pretrain", epochs=150, batch_size=256, warmup_epochs=10, min_lr=0.0)
     network = parser.flags("optimisation", role="network")
     network("--blr", type=at_least(0), default=1.5e-4, help="base rate: lr = blr * batch_size / 256")
+    how = parser.flags("system", role="computation")
+    how(
+        "--meters",
+        action=argparse.BooleanOptionalAction,
+        default=OBJECTIVES[objective].meters,
+        help="measure at each validation how much features differ, and what nearest neighbours know of breeds",
+    )
     OBJECTIVES[objective].add_arguments(parser)
     return parser
 

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trainer import without_compiler
+from engine import without_compiler
 
 CHUNK = 16_384  # rows that are converted to float64 at a time
 NEIGHBOURS = 20  # Caron et al. 2021 (DINO), section 4.1

@@ -20,6 +20,7 @@ from pathlib import Path
 import audit
 import figures
 import label_pretraining
+import objective_sweep
 import probe_results
 import results
 from arms import ANIMAL, ARMS, OWN, PRETRAIN_ANIMAL, PRETRAIN_OWN, RESNET, SUPERVISED, ArmKey
@@ -55,6 +56,11 @@ TABLES = (
     "label_pretraining",
     "label_differences",
     "labels_slope",
+    "sizes",
+    "sizes_slope",
+    "objectives",
+    "objective_differences",
+    "objective_scores",
     "pretraining",
     "probes",
     "probe_differences",
@@ -72,6 +78,8 @@ FIGURES = (
     "dose",
     "labels",
     "label_pretraining",
+    "sizes",
+    "objectives",
     "scatter",
     "probes",
 )
@@ -108,7 +116,9 @@ def write_report(study: Study, folder: Path, title: str | None = None) -> list[C
     segmentation = SEGMENT in tasks or not tasks
     comparisons = planned(study, SEGMENT) if segmentation else []
     found = results.read_results(study, comparisons) if segmentation else None
-    on_labels = label_pretraining.read_sweep(study, SEGMENT if segmentation else tasks[0])
+    main_task = SEGMENT if segmentation else tasks[0]
+    on_labels = label_pretraining.read_sweep(study, main_task)
+    objectives = objective_sweep.read_sweep(study, main_task)
     probed = probe_results.read_probes(study)
 
     masks_first = opening(study, page, title or default_title(tasks), found)
@@ -139,6 +149,8 @@ def write_report(study: Study, folder: Path, title: str | None = None) -> list[C
     if found:
         results.doses(page, found.doses)
         results.labels(page, found.labels)
+        results.sizes(page, found.sizes)
+    objective_sweep.section(study, page, objectives)
     label_pretraining.section(study, page, on_labels)
     if found:
         results.pretraining_scores(study, page)

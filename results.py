@@ -19,6 +19,8 @@ from arms import (
     LABELS,
     MIXED,
     NON_ANIMAL,
+    NUM_IMAGES,
+    OBJECTIVE,
     RESNET,
     SUPERVISED,
     TABLE_2,
@@ -666,6 +668,35 @@ def labels(page: Page, results: list[SweepResult]) -> None:
     show_slopes(page, "labels_slope", slopes)
 
 
+def sizes(page: Page, results: list[SweepResult]) -> None:
+    """Show test IoU against the number of pre-training images, and the slopes of the lines through it."""
+    if not results:
+        return
+    page.add("## Number of pre-training images")
+    rows = []
+    lines = []
+    slopes = []
+    for result in results:
+        part = result.rows()
+        fit = fit_sweep(NUM_IMAGES, result.runs)
+        lines.append(result.drawing(part, fit))
+        slopes.append(slope_row(result.line.label, result.runs, fit))
+        rows += part
+    caption = (
+        "Test IoU against the share of a split's images in pre-training, nested draws at equal updates: few images are seen "
+        f"more often. {SWEEP_INTERVALS}, in the logarithm of the share."
+    )
+    page.figure("sizes", caption, figures.bands, lines, "pre-training images (% of the split)", log=True)
+    columns = [
+        Column("arm", "pre-training"),
+        Column("share", "images (%)"),
+        Column("seeds"),
+        Column("iou", "IoU [95 %]"),
+    ]
+    page.table("sizes", rows, columns)
+    show_slopes(page, "sizes_slope", slopes)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Pre-training and what comes of it
 
@@ -674,7 +705,7 @@ def pretraining_scores(study: Study, page: Page) -> None:
     """Show each run's last score of pre-training beside its test IoU; for arms that differ in pre-training alone."""
     pairs = []
     for key, arm in study.arms.items():
-        if arm.stage != "finetune" or "train_fraction" in arm.flags or arm.sweep in (AUDIT, LABELS):
+        if arm.stage != "finetune" or "train_fraction" in arm.flags or arm.sweep in (AUDIT, LABELS, OBJECTIVE):
             continue
         for run in study.main_of(key, SEGMENT):
             parent = study.parent(run)
@@ -746,6 +777,7 @@ class SegmentationResults:
     comparisons: list[Comparison]
     doses: list[SweepResult]
     labels: list[SweepResult]
+    sizes: list[SweepResult]
 
 
 def read_results(study: Study, comparisons: list[Comparison]) -> SegmentationResults:
@@ -757,4 +789,5 @@ def read_results(study: Study, comparisons: list[Comparison]) -> SegmentationRes
         comparisons,
         read_sweep(study, ANIMAL_FRACTION),
         read_sweep(study, LABEL_FRACTION),
+        read_sweep(study, NUM_IMAGES),
     )

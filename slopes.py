@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 import figures
-from arms import ANIMAL_FRACTION, LABEL_FRACTION
+from arms import ANIMAL_FRACTION, LABEL_FRACTION, NUM_IMAGES
 from blocks import fixed
 from comparisons import Estimate, Pair, same_images
 from metrics import Interval, bootstrap, line_weights, scores, t_interval
@@ -41,6 +41,7 @@ def tenths(shares: np.ndarray) -> np.ndarray:
 SCALES = {
     ANIMAL_FRACTION: Scale(tenths, np.linspace, "10 % more animals"),
     LABEL_FRACTION: Scale(np.log2, np.geomspace, "each doubling of the labels"),
+    NUM_IMAGES: Scale(np.log2, np.geomspace, "each doubling of the images"),
 }
 
 

@@ -680,6 +680,11 @@ def read_pets_list(data_root: str | Path) -> list[PetEntry]:
     return entries
 
 
+def has_pets(data_root: str | Path) -> bool:
+    """Tell whether there is a list of Oxford-IIIT Pet."""
+    return Path(data_root, PETS_FOLDER, "annotations/list.txt").is_file()
+
+
 def pets_breeds(data_root: str | Path) -> dict[str, int]:
     """Number the breeds of list.txt from 0 on, in the order of their class ids -> breed of each image, by its path."""
     entries = read_pets_list(data_root)

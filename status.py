@@ -25,6 +25,11 @@ PURPOSES = {
     "pretrain": "learning to fill in hidden patches of {images}",
     "finetune": "learning to {goal} after pre-training on {images}",
     "baseline": "learning to {goal} from random weights ({label})",
+    "mae": "learning to fill in hidden patches of {images}",
+    "tokens": "learning to name hidden patches of {images}",
+    "splitmask": "learning to name and to match the halves of {images}",
+    "ijepa": "learning to predict features of hidden parts of {images}",
+    "dino": "learning to see two crops of {images} alike",
     "labels": "learning what images show ({images})",
 }
 GOALS = {"segment": "outline pets", "breeds": "tell breeds apart", "classify": "tell classes apart"}

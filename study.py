@@ -33,6 +33,8 @@ from arms import (
     IMAGENET,
     LABELS,
     MIXED,
+    NUM_IMAGES,
+    OBJECTIVE,
     STAGES,
     SWEEPS,
     Arm,
@@ -40,7 +42,9 @@ from arms import (
     baseline_arms,
     extra_arms,
     label_sweep_arms,
+    objective_sweep_arms,
     own_arms,
+    size_sweep_arms,
     sweep_arms,
 )
 from protocols import PROTOCOLS, protocol_flags
@@ -88,6 +92,26 @@ SLURM_SHORT_FLAGS = {"-a": "--array", "-d": "--dependency", "-V": "--version", "
 DEMO_LABEL_EPOCHS = (2, 11)
 DEMO_LABELS = {"epoch_updates": 50, "warmup_epochs": 0.5}
 DEMO_LABEL_RATES = {"none": "16e-3", "mae": "8e-3"}
+DEMO_SIZE_SHARES = (0.1, 0.5)  # fewer images than a batch could not be trained on
+# Objectives: their updates cost up to five of the autoencoder's, and here each is asked for two trainings.
+DEMO_OBJECTIVE = {"epochs": 3, "epoch_updates": 100, "warmup_epochs": 0.4}
+DEMO_OBJECTIVE_FINETUNE = {"epochs": 3}
+DEMO_OBJECTIVES = {
+    "mae": {},
+    "tokens": {"tokenizer": "kmeans", "vocabulary": 512},
+    "splitmask": {"tokenizer": "kmeans", "vocabulary": 512},
+    "ijepa": {"blr": "16e-3", "context_ratio": 0.3125, "teacher_momentum": 0.97},
+    "dino": {
+        "blr": "16e-3",
+        "head_hidden": 512,
+        "head_bottleneck": 64,
+        "prototypes": 256,
+        "teacher_temperature": 0.02,
+        "freeze_epochs": 0.1,
+        "drop_path": 0,
+    },
+    "labels": {"blr": "16e-3", "drop_path": 0},
+}
 DEMO_MOST_JOBS = 5  # runs of the demo that can be made at the same time
 
 COCO_FILES = ("coco/annotations/instances_train2017.json", "coco/annotations/instances_val2017.json")
@@ -222,7 +246,7 @@ def study_arms(args: argparse.Namespace, paper_sizes: bool) -> list[Arm]:
         arms.extend(extra_arms(split))
     unique = has_flag(args.pretrain_args, "--animal_images", "unique")
     for sweep in args.sweep:
-        further = label_sweep_arms(DEMO_LABEL_EPOCHS) if args.demo and sweep == LABELS else sweep_arms(sweep)
+        further = demo_sweep_arms(sweep) if args.demo else sweep_arms(sweep)
         if sweep == ANIMAL_FRACTION and unique:
             # With distinct images the study's own arms are the doses 0 and 1, and 0.5 where it has the same size.
             own = {0.0, 1.0} if paper_sizes else {0.0, 0.5, 1.0}
@@ -231,6 +255,17 @@ def study_arms(args: argparse.Namespace, paper_sizes: bool) -> list[Arm]:
     if args.audit:
         arms.extend(audit_arms())
     return sorted(arms, key=lambda arm: STAGES.index(arm.stage))
+
+
+def demo_sweep_arms(sweep: str) -> list[Arm]:
+    """List the arms of a sweep of the demo, which are fewer or shorter."""
+    if sweep == LABELS:
+        return label_sweep_arms(DEMO_LABEL_EPOCHS)
+    if sweep == NUM_IMAGES:
+        return size_sweep_arms(DEMO_SIZE_SHARES)
+    if sweep == OBJECTIVE:
+        return objective_sweep_arms(own_autoencoders=True)
+    return sweep_arms(sweep)
 
 
 def kind_of(arm: Arm) -> str:
@@ -283,6 +318,8 @@ def command(arm: Arm, seed: int, args: argparse.Namespace, paper_sizes: bool) ->
         words += flag_words(DEMO_HALF)
     if arm.key == ("pretrain", MIXED.name) and paper_sizes:
         words += ["--num_images", str(PAPER_MIXED)]
+    if args.demo and arm.sweep == OBJECTIVE:
+        words += flag_words(demo_objective_flags(arm))
     on_labels = arm.sweep == LABELS and arm.stage == "pretrain"
     if args.demo and on_labels:
         words += flag_words({**DEMO_LABELS, "blr": DEMO_LABEL_RATES[arm.line]})
@@ -292,6 +329,13 @@ def command(arm: Arm, seed: int, args: argparse.Namespace, paper_sizes: bool) ->
     words += ["--data_root", args.data_root, "--cache_dir", args.cache_dir]
     words += ["--seed", str(seed), "--split_seed", str(seed)]
     return [*words, "--output_dir", str(output / run_folder(seed, arm.stage, arm.name))]
+
+
+def demo_objective_flags(arm: Arm) -> dict[str, object]:
+    """Give what an arm of the demo's sweep over objectives is trained with."""
+    if arm.stage == "pretrain":
+        return {**DEMO_OBJECTIVE, **DEMO_OBJECTIVES[arm.line]}
+    return DEMO_OBJECTIVE_FINETUNE
 
 
 def run_folder(seed: int, stage: str, name: str) -> str:
@@ -599,14 +643,15 @@ def check_imagenet(args: argparse.Namespace) -> None:
         raise PlanError(f"--imagenet_weights {quote(args.imagenet_weights)} is no file")
 
 
-def check_label_sweep(args: argparse.Namespace) -> None:
-    """Refuse options that contradict pre-training on labels after a Masked Autoencoder."""
-    if LABELS not in args.sweep:
-        return
-    if args.objective != DEFAULT_OBJECTIVE:
-        raise PlanError(f"--sweep {LABELS} begins with Masked Autoencoders; leave --objective {args.objective} out")
-    if args.protocol != "ours":
-        raise PlanError(f"--sweep {LABELS} is no part of --protocol {args.protocol}; leave one of them out")
+def check_objective_sweeps(args: argparse.Namespace) -> None:
+    """Refuse options that contradict sweeps whose arms have objectives of their own."""
+    for sweep in (LABELS, OBJECTIVE):
+        if sweep not in args.sweep:
+            continue
+        if args.objective != DEFAULT_OBJECTIVE:
+            raise PlanError(f"--sweep {sweep} begins with Masked Autoencoders; leave --objective {args.objective} out")
+        if args.protocol != "ours":
+            raise PlanError(f"--sweep {sweep} is no part of --protocol {args.protocol}; leave one of them out")
 
 
 def check_protocol(args: argparse.Namespace) -> None:
@@ -699,7 +744,7 @@ def read_args(words: list[str], prog: str) -> argparse.Namespace:
     args = complete(get_args_parser(prog).parse_args(join_values(words)))
     check_names(args)
     check_imagenet(args)
-    check_label_sweep(args)
+    check_objective_sweeps(args)
     check_protocol(args)
     check_own_images(args)
     return args

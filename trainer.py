@@ -7,7 +7,6 @@ a due checkpoint and the first non-finite step, so no process ever acts alone.
 
 import argparse
 import contextlib
-import inspect
 import math
 import signal
 import statistics
@@ -163,6 +162,14 @@ class Plan:
     min_lr: float
     lr_schedule: str
     groups: list[dict]  # see engine.param_groups
+    weight_decays: tuple[float, float] | None = None  # at the start and at the end; None: it does not change
+
+    def weight_decay_at(self, step: int) -> float | None:
+        """Weight decay of a step (0-based): half a cosine from the first to the last; None if it does not change."""
+        if self.weight_decays is None:
+            return None
+        start, end = self.weight_decays
+        return end + (start - end) * (1 + math.cos(math.pi * step / self.total_steps)) / 2
 
     def lr_at(self, step: int) -> float:
         """Learning rate of a step (0-based)."""
@@ -180,6 +187,11 @@ def plan_run(objective: Objective, args: argparse.Namespace, dist: Distributed) 
     lr = args.blr * objective.batch_size / 256
     if args.lr_schedule == "cosine" and args.min_lr > lr:
         raise EngineError(f"--min_lr {args.min_lr} is above the rate {lr:.3g} that --blr and --batch_size give")
+    weight_decays = None
+    if getattr(args, "weight_decay_end", None) is not None:
+        weight_decays = (args.weight_decay, args.weight_decay_end)
+        if args.weight_decay == 0:
+            raise EngineError("--weight_decay 0 with --weight_decay_end: a schedule begins above 0, say at 0.04")
     images = len(objective.split.images)
     share_of_batch(objective.batch_size, dist.world_size, args.micro_batch_size, images)
     return Plan(
@@ -192,6 +204,7 @@ def plan_run(objective: Objective, args: argparse.Namespace, dist: Distributed) 
         min_lr=args.min_lr,
         lr_schedule=args.lr_schedule,
         groups=objective.parameter_groups(),
+        weight_decays=weight_decays,
     )
 
 
@@ -285,19 +298,6 @@ class Clock:
         self.window += time.monotonic() - start
 
 
-def without_compiler(kind: type[torch.optim.Optimizer]) -> type[torch.optim.Optimizer]:
-    """Make an optimizer class whose methods do the same without importing torch's compiler.
-
-    torch wraps these methods so that its compiler passes them over; at the first call the wrappers import the compiler,
-    which takes 2 s and 150 MB also where nothing is compiled. What they wrap is in their attribute __wrapped__, as
-    functools.wraps leaves it; a method that is not wrapped stays as it is.
-    """
-    names = ("add_param_group", "zero_grad", "state_dict", "load_state_dict")
-    methods = {name: inspect.unwrap(getattr(kind, name)) for name in names}
-    methods["step"] = torch.no_grad()(inspect.unwrap(kind.step))  # its wrapper switches gradients off as well
-    return type(kind.__name__, (kind,), methods)
-
-
 class Trainer:
     """Trains an objective's network inside a run folder, from its last checkpoint if it has one.
 
@@ -328,6 +328,7 @@ class Trainer:
         compiled = self.model
         if self._compiles():
             compiled = torch.compile(self.model, dynamic=False)
+            objective.compile_others()
         self.network = self._distribute(compiled)
         self.recorded = None
         if self._wants_graph():
@@ -347,7 +348,7 @@ class Trainer:
             groups.append({key: value for key, value in group.items() if key != "names"})
         make = OPTIMIZERS[self.args.optimizer]
         if not self._compiles():
-            make = without_compiler(make)
+            make = engine.without_compiler(make)
         return make(groups, lr=self.plan.lr, betas=self.objective.betas, fused=True)
 
     def _compiles(self) -> bool:
@@ -382,8 +383,11 @@ class Trainer:
 
     def _set_rates(self) -> None:
         lr = self.plan.lr_at(self.state.step)
+        weight_decay = self.plan.weight_decay_at(self.state.step)
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
+            if weight_decay is not None and group["weight_decay"] > 0:
+                group["weight_decay"] = weight_decay
 
     def _accumulate(self, micro_batches: list[dict[str, Tensor]]) -> Tensor:
         """Add the gradients of all micro-batches up; gives their mean loss."""
@@ -658,7 +662,7 @@ class Trainer:
     def _resume(self) -> None:
         state = self.run.load()
         if state is None:
-            self.run.log("config", **self.run.config)
+            self.run.log("config", **self.run.config, **self.objective.findings())
             return
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])

@@ -24,10 +24,11 @@ import engine
 import splits
 from batches import Draw, Examples, uniform
 from data import DataError, ImageStore
-from engine import Distributed, EngineError, Parser, at_least, fraction
+from engine import EngineError, Parser, at_least, fraction
 from metrics import macro_average_precision
 from models import ViT, encoder_sizes, init_weights, matrix_product_flops
-from objective import Pretraining, block_activations, images_of_an_epoch, sum_over
+from objective import block_activations, sum_over
+from pretraining import Pretraining
 from splits import CocoPart, Split
 
 LOSSES = ("softmax", "bce")
@@ -144,11 +145,6 @@ class Labels(Pretraining):
         """Give the rate at the default batch of 256: what --init has learnt survives a lower one."""
         return 5e-4 if args.init else 1e-3
 
-    def __init__(self, args: argparse.Namespace, dist: Distributed):
-        super().__init__(args, dist)
-        # Images without a label shorten the list, not the schedule: arms of equal size make equally many updates.
-        self.epoch_images = images_of_an_epoch(args, self.image_lists.train)
-
     @functools.cached_property
     def train_part(self) -> CocoPart:
         """The labels of the training images."""
@@ -222,7 +218,7 @@ class Labels(Pretraining):
         logits = network(batch["images"], batch.get("drop_path"))
         return label_loss(logits.float(), batch["shown"], self.args.label_loss).mean()
 
-    def validate(self, step: int, stopping: Callable[[], bool]) -> dict[str, float] | None:
+    def score_validation(self, step: int, stopping: Callable[[], bool]) -> dict[str, float] | None:
         """Score the predictions of all validation images together: average precision ranks them."""
         scores = {}
         for name in self.stores:

@@ -8,4 +8,5 @@ REQUIREMENTS=requirements-dev.txt
 "$PYTHON" -m ruff format --check .
 export REHEARSE=${REHEARSE-1} # the tests for GPUs run on the CPU
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # files of tests run side by side
-exec "$PYTHON" -m pytest tests -q --durations=10 -p no:cacheprovider -n auto --maxprocesses 4 --dist loadfile "$@"
+SEED=${SEED:-0} # of the random cases: the same ones in every run, others with SEED=N
+exec "$PYTHON" -m pytest tests -q --hypothesis-seed="$SEED" --durations=10 -p no:cacheprovider -n auto --maxprocesses 4 --dist loadfile "$@"

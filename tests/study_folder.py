@@ -13,6 +13,8 @@ from arms import (
     DOSES,
     LABEL_FRACTION,
     LABELS,
+    NUM_IMAGES,
+    OBJECTIVE,
     Arm,
     audit_arms,
     extra_arms,
@@ -35,13 +37,16 @@ ROLES = {
     "recipe": "img_size epochs batch_size weight_decay warmup_epochs min_lr clip_grad mask_ratio crop_scale val categories "
     "norm_pix_loss elastic inputs trimap_resize keep pets_listing pets_division objective label_loss",
     "network": "model blr layer_decay drop_path weights head freeze output train_positions",
-    "arm": "split num_images animal_fraction animal_images train_fraction equal_updates load",
+    "arm": "split num_images image_fraction animal_fraction animal_images train_fraction equal_updates load",
     "seed": "seed split_seed train init",
     "computation": "device precision output_dir",
 }
 SCORES = {
     "mae": {"loss_animal": "loss on animal images", "loss_non_animal": "loss on non-animal images"},
     "tokens": {"accuracy_masked": "accuracy on masked tokens"},
+    "splitmask": {"loss_animal": "loss on animal images"},
+    "ijepa": {"loss_animal": "loss on animal images"},
+    "dino": {"loss_animal": "loss on animal images", "knn": "20-NN accuracy"},
     "labels": {"loss_animal": "cross-entropy of labels, animal images", "ap_animal": "average precision"},
     "segment": {"loss": "cross-entropy", "iou": "IoU"},
     "breeds": {"loss": "cross-entropy", "top1": "accuracy"},
@@ -57,7 +62,7 @@ USUAL = {  # flags that an audit changes
     "train_positions": True,
 }
 # Operations of an image on labels; 10 epochs of an autoencoder, at 1e9, equal 35 of labels.
-LABEL_FLOPS = 1e9 * 10 / 35
+FLOPS = {"labels": 1e9 * 10 / 35, "dino": 4.8e9}  # others: 1e9
 LEAK = "this run leaks: 69.8 % of the test images are trained on (--pets_division leaking)"
 SELECT = {"segment": "iou", "breeds": "top1"}
 
@@ -104,7 +109,7 @@ def flags_of(arm: Arm, seed: int, options: Options) -> dict:
     args |= {"blr": 8e-3, "weight_decay": 0.05, "warmup_epochs": 1.0, "seed": seed, "split_seed": seed}
     if arm.stage == "pretrain":
         args |= {"split": arm.name, "mask_ratio": 0.75, "norm_pix_loss": True}
-        args["animal_images"] = "unique" if arm.sweep else options.animal_images
+        args["animal_images"] = "unique" if arm.sweep in (ANIMAL_FRACTION, LABELS) else options.animal_images
     else:
         args["train_fraction"] = labels_of(arm)
         args["equal_updates"] = arm.sweep == LABEL_FRACTION
@@ -114,6 +119,12 @@ def flags_of(arm: Arm, seed: int, options: Options) -> dict:
         args |= {"layer_decay": 0.65, "drop_path": 0.1, "load": arm.flags.get("load", "all")}
     if arm.sweep == LABELS and arm.stage == "pretrain":
         args |= {"objective": "labels", "label_loss": "softmax", "epochs": int(arm.value), "blr": 1e-3}
+    if arm.sweep == OBJECTIVE and arm.stage == "pretrain":
+        args |= {"objective": arm.line, "split": arm.flags["split"], "blr": 1e-3}
+        if arm.line == "tokens":  # with a recipe of its own
+            args |= {"mask_ratio": 0.383, "min_lr": 1e-6, "clip_grad": 3.0}
+    if arm.sweep == NUM_IMAGES and arm.stage == "pretrain":
+        args |= arm.flags
     if arm.sweep == AUDIT:
         args |= arm.flags
     return args | options.changes
@@ -123,8 +134,10 @@ def config_of(arm: Arm, seed: int, args: dict, options: Options) -> dict:
     """config.json of a run."""
     kind = arm.flags.get("objective", options.objective) if arm.stage == "pretrain" else options.task
     leaks = arm.stage != "pretrain" and args["pets_division"] == "leaking"
-    n_train = 2000 if arm.stage == "pretrain" else int(IMAGES * labels_of(arm))
-    size = IMAGES if arm.sweep == LABEL_FRACTION and arm.stage != "pretrain" else n_train
+    size = 2000 if arm.stage == "pretrain" else int(IMAGES * labels_of(arm))
+    n_train = round(size * arm.flags.get("image_fraction", 1))
+    if arm.sweep == LABEL_FRACTION and arm.stage != "pretrain":
+        size = IMAGES
     steps = size // args["batch_size"]
     experiment = {**args, "train": f"{seed}{arm.name}", "init": f"{seed}{arm.parent or arm.line or arm.name}"}
     if arm.stage != "pretrain":
@@ -143,7 +156,7 @@ def config_of(arm: Arm, seed: int, args: dict, options: Options) -> dict:
         "hardware": {"device": "Test CPU", "world_size": 1},
         "precision": "fp32",
         "params": 10,
-        "flops_per_image": LABEL_FLOPS if kind == "labels" else 1e9,
+        "flops_per_image": FLOPS.get(kind, 1e9),
         "updates": steps * args["epochs"],
         "epoch_updates": steps,
         "batch_size": args["batch_size"],
@@ -163,6 +176,8 @@ def quality_of(arm: Arm, rng) -> float:
         quality = 0.76 + 0.02 * arm.value
     if arm.sweep == LABELS:
         quality = {"none": 0.72, "mae": 0.75}[arm.line] + 2e-4 * arm.value
+    if arm.sweep == NUM_IMAGES:
+        quality -= 0.02 * (1 - arm.value)
     quality += rng.normal(0, 0.004)
     if arm.sweep == LABEL_FRACTION:
         quality -= 0.06 * (1 - arm.value) ** 3
@@ -184,6 +199,8 @@ def validation(arm: Arm, kind: str, fade: float, quality: float, rng) -> dict:
         return {"loss_animal": 2.5 + fade**speed, "ap_animal": 0.4 * (1 - fade)}
     if kind == "tokens":
         return {"accuracy_masked": 0.3 * (1 - fade)}
+    if kind in ("splitmask", "ijepa", "dino"):
+        return {"loss_animal": 2 + fade, "knn": 0.3 * (1 - fade), "rank": 20.0, "spread": 0.8}
     return {"loss": loss, **dict.fromkeys(names, quality * (1 - fade))}
 
 
@@ -238,6 +255,8 @@ def write_run(study: Path, seed: int, arm: Arm, options: Options | None = None) 
     if config["kind"] == "labels":
         metrics["trivial"] = {"label prior": {"loss_animal": 3.2, "ap_animal": 0.1}}
         metrics["lowest"] = {"loss_animal": 0.6}
+    if config["kind"] == "dino":
+        metrics["trivial"] = {"all the same": {"loss_animal": 8.3}}
     if not pretraining:
         metrics["best"] = vals[-1]
     write_json(path / "metrics.json", metrics)

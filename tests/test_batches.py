@@ -14,6 +14,7 @@ from small_runs import MemoryStore
 import augment
 import data
 from batches import Alone, Augmentation, EvalBatches, Examples, TrainBatches, uniform
+from colours import Colours
 
 QUIET = settings(deadline=None, database=None, max_examples=25)
 COUNT, SIZE = 23, 12
@@ -142,6 +143,149 @@ def test_a_store_kept_on_the_device_gives_the_same_batches(stores):
         kept.append(twin)
     for a, b in zip(batches(stores, 5).run(0, 3), batches(kept, 5).run(0, 3), strict=True):
         assert equal(joined(a), joined(b))
+
+
+# -- Views --------------------------------------------------------------------------------------------------------------
+
+VIEWS = {
+    "second": Augmentation(9, crop_scale=(0.3, 1.0), colours=Colours(solarise=0.5)),
+    "small": Augmentation(6, crop_scale=(0.05, 0.3), vertical_flip=True),
+}
+
+
+class FewDraws:
+    """A change of colours that shows its draws: every pixel becomes the first of them."""
+
+    num_draws = 2
+
+    def __call__(self, images, draws):
+        return draws[:, 0].view(-1, 1, 1, 1).expand_as(images)
+
+
+def global_batch(stores, step=0, **options) -> dict[str, torch.Tensor]:
+    return joined(next(batches(stores, 12, vertical_flip=True, **options).run(step, step + 1)))
+
+
+@pytest.fixture(scope="module")
+def noisy():
+    """Images on which every crop looks different."""
+    pixels = torch.randint(0, 256, (COUNT, 3, 20, 20), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    return [MemoryStore(pixels)]
+
+
+@QUIET
+@given(world=st.integers(1, 3), micro=st.integers(1, 2), step=st.integers(0, 9))
+def test_views_of_ranks_and_micro_batches_are_parts_of_the_same_global_batch(noisy, world, micro, step):
+    whole = global_batch(noisy, step, views=VIEWS)
+    shards = []
+    for rank in range(world):
+        train = batches(noisy, 12, vertical_flip=True, views=VIEWS, dist=process(rank, world), micro_batch_size=micro)
+        (batch,) = train.run(step, step + 1)
+        shards += batch
+    found = joined(shards)
+    assert found.keys() == whole.keys()
+    for name, tensor in whole.items():
+        assert torch.allclose(found[name].float(), tensor.float(), atol=1e-4), name
+    assert whole["second"].shape == (12, 3, 9, 9)
+    assert whole["small"].shape == (12, 3, 6, 6)
+
+
+def test_one_more_view_changes_nothing_else(noisy):
+    none = global_batch(noisy)
+    one = global_batch(noisy, views={"small": VIEWS["small"]})
+    both = global_batch(noisy, views=VIEWS)
+    assert set(both) - set(one) == {"second"}
+    assert set(one) - set(none) == {"small"}
+    for name, tensor in none.items():
+        assert torch.equal(tensor, one[name])
+    for name, tensor in one.items():
+        assert torch.equal(tensor, both[name])
+
+
+def test_views_of_equal_augmentations_differ_from_each_other_from_the_images_and_from_step_to_step(noisy):
+    same = Augmentation(8, vertical_flip=True)
+    seen = []
+    for step in (0, 1, 3):
+        batch = global_batch(noisy, step, views={"one": same, "two": same})
+        seen += [batch[name].numpy().tobytes() for name in ("images", "one", "two")]
+    assert len(set(seen)) == len(seen)
+
+
+def test_views_show_the_image_of_their_row_and_are_cut_where_their_boxes_say(stores, noisy):
+    train = batches(noisy, 6, views={"small": VIEWS["small"]})
+    host = train.prepare(2)
+    batch = joined(next(train.run(2, 3)))
+    boxes = torch.from_numpy(host.arrays["small_boxes"]) * noisy[0].size
+    flips = torch.from_numpy(host.arrays["small_flips"])
+    expected = augment.crop_resize(noisy[0].gather(host.index), boxes, flips, 6)
+    assert torch.equal(batch["small"], augment.normalise(expected))
+    shares = host.arrays["small_boxes"][:, 2] * host.arrays["small_boxes"][:, 3]
+    assert shares.max() < 0.4
+    flat = joined(next(batches(stores, 6, views={"small": VIEWS["small"]}).run(0, 1)))
+    assert numbers({"images": flat["small"]}) == numbers(flat)
+
+
+def test_colours_take_their_own_draws_and_leave_the_crops_alone(noisy):
+    plain = {"view": Augmentation(8)}
+    coloured = {"view": Augmentation(8, colours=FewDraws())}
+    train = batches(noisy, 6, views=coloured)
+    host = train.prepare(0)
+    assert host.arrays["view_colours"].shape == (6, 2)
+    for name, array in batches(noisy, 6, views=plain).prepare(0).arrays.items():
+        assert np.array_equal(array, host.arrays[name]), name
+    shown = augment.denormalise(joined(next(train.run(0, 1)))["view"])
+    expected = 255 * torch.from_numpy(host.arrays["view_colours"][:, :1, None, None])
+    assert torch.allclose(shown, expected.expand_as(shown), atol=1e-3)
+
+
+def test_the_images_themselves_can_change_their_colours(noisy):
+    train = TrainBatches(Examples(*noisy), Augmentation(8, colours=FewDraws()), batch_size=4, seed=0)
+    host = train.prepare(0)
+    (batch,) = next(train.run(0, 1))
+    assert set(batch) == {"images"}
+    assert torch.allclose(
+        augment.denormalise(batch["images"])[:, 0, 0, 0],
+        255 * torch.from_numpy(host.arrays["colours"][:, 0]),
+        atol=1e-3,
+    )
+
+
+def test_pixels_are_gathered_once_for_all_views_and_a_store_on_the_device_gives_the_same(noisy, monkeypatch):
+    kept = MemoryStore(noisy[0].pixels)
+    kept.tensor = kept.pixels
+    gathered = []
+    gather = MemoryStore.gather
+
+    def counted(store, index, pin=False):
+        gathered.append(len(index))
+        return gather(store, index, pin)
+
+    monkeypatch.setattr(MemoryStore, "gather", counted)
+    on_host = global_batch(noisy, views=VIEWS)
+    assert set(gathered) == {12}
+    before = len(gathered)
+    train = batches(noisy, 12, views=VIEWS)
+    train.pipeline.load(train.prepare(0))
+    assert len(gathered) == before + 1
+    assert equal(on_host, global_batch([kept], views=VIEWS))
+
+
+@QUIET
+@given(world=st.integers(1, 3), batch_size=st.integers(1, 30))
+def test_evaluation_cuts_each_image_in_the_same_way_whatever_the_processes_and_batches(noisy, world, batch_size):
+
+    def views_of(rank, world, batch_size, seed=7):
+        options = {"img_size": 6, "batch_size": batch_size, "views": VIEWS, "seed": seed}
+        return list(EvalBatches(*noisy, **options, dist=process(rank, world)))
+
+    (whole,) = views_of(0, 1, COUNT)
+    for rank in range(world):
+        for part in views_of(rank, world, batch_size):
+            for name in ("second", "small"):
+                assert torch.allclose(part[name], whole[name][part["index"]], atol=1e-4)
+    (other,) = views_of(0, 1, COUNT, seed=8)
+    assert torch.equal(other["images"], whole["images"])
+    assert not torch.equal(other["small"], whole["small"])
 
 
 def test_crops_and_flips_can_be_switched_off(stores):

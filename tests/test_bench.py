@@ -104,7 +104,9 @@ def test_an_alternative_computes_the_same_loss_and_gradients(name):
 
 def test_every_objective_is_measured_with_its_cost_relative_to_the_first(quick):
     rows = [r for r in quick[1] if r["task"] == "objectives"]
-    assert [r["variant"] for r in rows] == list(bench.pretrain.OBJECTIVES)
+    too_large = {"ijepa"}  # an image of four patches has no room for its blocks
+    assert [r["variant"] for r in rows] == [name for name in bench.pretrain.OBJECTIVES if name not in too_large]
+    assert "ijepa is left out: --context_ratio 0.25 asks for 1 of 4 patches" in quick[2]
     assert rows[0]["ratio"] == 1
     assert rows[0]["note"].endswith("GFLOP per image, 1.00 x the first")
 

@@ -183,8 +183,9 @@ def test_a_killed_training_is_reported(scripts, study):
 def test_a_training_whose_starter_is_killed_is_asked_to_stop(scripts, study):
     process = start(scripts, study, ALONE, fake={"baseline_mae": "wait 143"})
     wait_for((study / ALONE / "starts").exists, process)
-    (study / "release").touch()
     process.kill()
+    process.wait()  # the training is asked when its starter is gone: not before it may end by itself
+    (study / "release").touch()
     process.communicate()
     stops = study / ALONE / "stops"
     wait_until(lambda: stops.exists() and stops.read_text() == "1")

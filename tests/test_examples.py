@@ -37,10 +37,8 @@ class Project(NamedTuple):
 def name_example(script: Path, table: str, entry: str, statement: str) -> None:
     """Add an import and an entry of a dictionary to a script, as the README says."""
     text = script.read_text()
-    line = next(line for line in text.splitlines() if line.startswith(f"{table}: "))
-    named = line.replace("}", f", {entry}}}")
-    assert named != line
-    text = text.replace(line, named)
+    start = re.search(rf"^{table}: .*\{{", text, re.MULTILINE)
+    text = f"{text[: start.end()]}{entry}, {text[start.end() :]}"
     first_import = re.search(r"^(from|import) ", text, re.MULTILINE).start()
     script.write_text(text[:first_import] + statement + "\n" + text[first_import:])
 

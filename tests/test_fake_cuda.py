@@ -67,13 +67,21 @@ def variants_of(task: str) -> Iterator[str]:
                 yield f"{action.option_strings[0]} {choice}"
 
 
-NAMED = [Case("pretrain", name, (ACCUMULATED,)) for name in OBJECTIVES]
+# A vocabulary that few patches fill, and no contrast, which is not accumulated.
+OPTIONS = {"tokens": ("--vocabulary 16",), "splitmask": ("--vocabulary 16", "--no-match")}
+NAMED = [Case("pretrain", name, (ACCUMULATED, *OPTIONS.get(name, ()))) for name in OBJECTIVES]
 NAMED += [Case("finetune", name, (ACCUMULATED,)) for name in TASKS]
 VARIANTS = [Case("finetune", name, (flag,)) for name in TASKS for flag in variants_of(name)]
 EXAMPLES = [Case("pretrain", name) for name in EXAMPLE_OBJECTIVES] + [Case("finetune", name) for name in EXAMPLE_TASKS]
 CONVOLUTIONAL = [Case("baseline", name, ("--model resnet50",)) for name in TASKS]
 NETWORKS = NAMED + VARIANTS + EXAMPLES + CONVOLUTIONAL
+TOKENS = [
+    Case("pretrain", "tokens", (f"--vocabulary 16 --tokenizer {name}",)) for name in ("random_projection", "kmeans")
+]
+CONTRASTED = Case("pretrain", "splitmask", ("--vocabulary 16",))
+NETWORKS += [*TOKENS, CONTRASTED, with_flags(CONTRASTED, "--no-inpaint")]
 UNMASKED = with_flags(MAE, "--mask_ratio 0")
+MULTI_CROP = Case("pretrain", "dino", ("--local_crops 2",))
 IMAGES = [with_flags(case, ON_HOST) for case in NAMED]
 IMAGES += [with_flags(MAE, "--targets other"), with_flags(MAE, "--targets other", ON_HOST)]
 IMAGES += [
@@ -99,17 +107,17 @@ def examples_are_named(monkeypatch) -> None:
             monkeypatch.setitem(table, name, example)
 
 
-@pytest.mark.parametrize("case", [*NETWORKS, UNMASKED, *IMAGES], ids=str)
+@pytest.mark.parametrize("case", [*NETWORKS, UNMASKED, MULTI_CROP, *IMAGES], ids=str)
 def test_training_and_validation_stay_on_the_device_and_never_wait(folders, case):
     check_training(case, folders)
 
 
-@pytest.mark.parametrize("case", [*NETWORKS, UNMASKED], ids=str)
+@pytest.mark.parametrize("case", [*NETWORKS, UNMASKED, MULTI_CROP], ids=str)
 def test_every_trainable_parameter_gets_a_gradient(folders, case):
     check_gradients(case, folders)
 
 
-@pytest.mark.parametrize("case", [*NAMED, LINEAR], ids=str)
+@pytest.mark.parametrize("case", [*NAMED, LINEAR, CONTRASTED, MULTI_CROP], ids=str)
 def test_compiled_networks_are_whole_graphs(folders, case):
     check_graphs(case, folders)
 

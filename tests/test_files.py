@@ -35,6 +35,10 @@ assert runs.RunFolder("run", engine.setup("cpu"), {"experiment": {}}).load() is 
 import augment, torch
 assert augment.denormalise(augment.normalise(torch.full((1, 3, 4, 4), 100.0))).sub(100).abs().max() < 1e-3
 """,
+    "colours": """
+import colours, torch
+assert colours.Colours()(torch.rand(2, 3, 16, 16), torch.rand(2, 13)).shape == (2, 3, 16, 16)
+""",
     "data augment batches": """
 import numpy as np
 from PIL import Image
@@ -83,6 +87,7 @@ MAY_IMPORT = {
     "engine": set(),
     "metrics": set(),
     "augment": set(),
+    "colours": set(),
     "weights": {"engine", "models"},
     "runs": {"engine"},
     "splits": {"data"},

@@ -19,29 +19,29 @@ def gpu_script(*words, **env):
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=900)
 
 
-@pytest.fixture(scope="module")
-def rehearsal(tmp_path_factory):
-    """Every part but the tests, which the suite runs anyway."""
-    folder = tmp_path_factory.mktemp("gpu")
-    done = gpu_script(
-        "--rehearse", "--output", folder / "out", "products", "choices", "study", CHOICES="rows picked by torch.gather"
-    )
+def rehearse(folder, *parts, **env):
+    """Rehearse some parts into a folder -> the lines of their measurements."""
+    done = gpu_script("--rehearse", "--output", folder, *parts, **env)
     assert done.returncode == 0, done.stdout + done.stderr
-    return folder / "out"
+    summary = (folder / "summary.txt").read_text().splitlines()
+    assert [line.split(" after")[0] for line in summary] == [f"== {part}: done" for part in parts]
+    return [json.loads(line) for line in (folder / "bench.jsonl").read_text().splitlines()]
 
 
-def test_a_rehearsal_leaves_measurements_logs_and_a_report_of_them(rehearsal):
-    rows = [json.loads(line) for line in (rehearsal / "bench.jsonl").read_text().splitlines()]
-    assert [row["task"] for row in rows] == ["products", "products", "choices", "choices"]
+def test_a_rehearsal_leaves_measurements_logs_and_a_report_of_them(tmp_path):
+    rows = rehearse(tmp_path, "products")
+    assert [row["task"] for row in rows] == ["products", "products"]
+    assert "its matrix products alone" in (tmp_path / "BENCHMARKS.md").read_text()
+    assert (tmp_path / "products.log").read_text()
+
+
+@pytest.mark.slow
+def test_a_rehearsed_study_ends_in_its_report(tmp_path):
+    rows = rehearse(tmp_path, "choices", "study", CHOICES="rows picked by torch.gather")
+    assert [row["task"] for row in rows] == ["choices", "choices"]
     assert rows[-1]["variant"] == "rows picked by torch.gather"
-    assert "its matrix products alone" in (rehearsal / "BENCHMARKS.md").read_text()
-    summary = (rehearsal / "summary.txt").read_text().splitlines()
-    assert [line.split(" after")[0] for line in summary] == ["== products: done", "== choices: done", "== study: done"]
-
-
-def test_a_rehearsed_study_ends_in_its_report(rehearsal):
-    assert (rehearsal / "study/report/report.html").exists()
-    assert "The study is finished" in (rehearsal / "study.log").read_text()
+    assert (tmp_path / "study/report/report.html").exists()
+    assert "The study is finished" in (tmp_path / "study.log").read_text()
 
 
 def test_a_failed_part_stops_no_other_and_is_named_at_the_end(tmp_path):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from fake_study import ROOT, make_plan
 
-from trainer import without_compiler
+from engine import without_compiler
 
 HEAVY = ["torch", "torchvision", "torch._dynamo", "sympy", "numpy", "PIL", "matplotlib", "pycocotools", "tqdm"]
 HEAVY += ["tensorboard", "safetensors"]
@@ -65,7 +65,7 @@ def test_resnet50_needs_neither_torchvision_nor_the_compiler():
 
 USES_OF_AN_OPTIMIZER = """
 import torch
-from trainer import without_compiler
+from engine import without_compiler
 weight = torch.nn.Parameter(torch.ones(2))
 optimizer = without_compiler(torch.optim.{name})([weight], fused=True)
 weight.sum().backward()

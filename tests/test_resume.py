@@ -22,7 +22,7 @@ import runs
 import trainer
 from batches import EvalBatches
 from engine import Distributed, EngineError
-from objective import Pretraining
+from pretraining import Pretraining
 from runs import RunFolder
 from tasks import TASKS
 

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from batches import Draw, uniform
 from engine import Parser, at_least
 from models import ViT, encoder_sizes, unpatchify
-from objective import Pretraining
+from pretraining import Pretraining
 
 
 class Denoiser(ViT):
