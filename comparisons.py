@@ -164,6 +164,16 @@ class Comparison:
     def tested(self) -> bool:
         return not math.isnan(self.p)
 
+    def untested_cells(self) -> dict:
+        """Give a table's cells for a difference that is shown without a test: each seed's, and the mean of several."""
+        each = []
+        for value, image in zip(self.values, self.images, strict=True):
+            each.append(image._replace(value=value).points(2))
+        cells: dict[str, object] = {"each": ", ".join(each)}
+        if len(self.values) > 1:
+            cells["mean"] = self.mean
+        return cells
+
     @property
     def verdict(self) -> str:
         """Say what the tests decide, each after correction; what none of them decides is never called equal."""

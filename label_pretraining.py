@@ -297,13 +297,7 @@ def differences(study: Study, page: Page, points: list[Point]) -> None:
         if len(arms) < 2:
             continue
         found = compare(study, arms["mae"], arms["none"])
-        each = []
-        for value, image in zip(found.values, found.images, strict=True):
-            each.append(image._replace(value=value).points(2))
-        row = {"epochs": epochs, "each": ", ".join(each)}
-        if len(found.values) > 1:
-            row["mean"] = found.mean
-        rows.append(row)
+        rows.append({"epochs": epochs, **found.untested_cells()})
     if not rows:
         return
     unit = "percentage points" if points[0].runs[0].kind == SEGMENT else "hundredths"

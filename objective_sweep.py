@@ -96,27 +96,25 @@ def read_sweep(study: Study, task: str) -> list[Point]:
     for key, arm in study.arms.items():
         runs = study.main_of(key, task)
         if arm.sweep == OBJECTIVE and runs:
-            images = next(own for own in OBJECTIVE_SWEEP if arm.name.endswith(f"{arm.line}_{own.name}"))
-            add_point(study, found, lines[arm.line], images, arm, runs)
+            add_point(study, found, lines[arm.line], arm, runs)
     if not found:
         return []
     if not any(point.line.name == MAE_DECODER for point in found):
         for key in OBJECTIVE_SWEEP:  # the study's own arms are that line, if they are trained alike
             runs = study.main_of(key, task)
             if runs:
-                add_point(study, found, lines[MAE_DECODER], key, study.arms[key], runs)
+                add_point(study, found, lines[MAE_DECODER], study.arms[key], runs)
     places = list(lines)
     found.sort(key=lambda point: (places.index(point.line.name), OBJECTIVE_SWEEP.index(point.images)))
     return found
 
 
-def add_point(
-    study: Study, found: list[Point], line: SweepLine, images: ArmKey, arm: Arm, runs: list[RunRecord]
-) -> None:
+def add_point(study: Study, found: list[Point], line: SweepLine, arm: Arm, runs: list[RunRecord]) -> None:
     """Add a point if its trainings are finished and as long as those of the first one; else name it in the notes."""
     pretraining = [study.parent(run) for run in runs]
     if any(run is None or run.problem for run in pretraining):
         return
+    images = ArmKey("finetune", pretraining[0].arm.flags["split"])
     point = Point(line, images, arm, runs, pretraining)
     if not found or is_equal(point, found[0]):
         found.append(point)
@@ -215,13 +213,7 @@ def differences(study: Study, page: Page, points: list[Point]) -> None:
             if other.line.name != point.line.name:
                 continue
             found = compare(study, point.arm.key, other.arm.key)
-            each = []
-            for value, image in zip(found.values, found.images, strict=True):
-                each.append(image._replace(value=value).points(2))
-            row = {"line": point.line.label, "each": ", ".join(each)}
-            if len(found.values) > 1:
-                row["mean"] = found.mean
-            rows.append(row)
+            rows.append({"line": point.line.label, **found.untested_cells()})
     if not rows:
         return
     unit = "percentage points" if points[0].runs[0].kind == SEGMENT else "hundredths"

@@ -148,8 +148,8 @@ def write_report(study: Study, folder: Path, title: str | None = None) -> list[C
         reconstructions(study, page)
     if found:
         results.doses(page, found.doses)
-        results.labels(page, found.labels)
-        results.sizes(page, found.sizes)
+        results.shares(page, found.labels, results.LABEL_SHARES)
+        results.shares(page, found.sizes, results.IMAGE_SHARES)
     objective_sweep.section(study, page, objectives)
     label_pretraining.section(study, page, on_labels)
     if found:

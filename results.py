@@ -5,6 +5,7 @@ Every section is a function of the study and the page; it adds nothing where its
 
 from collections import Counter
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -639,62 +640,60 @@ def doses(page: Page, results: list[SweepResult]) -> None:
         show_slopes(page, "dose_slope", [slope_row(result.line.label, result.runs, fit)])
 
 
-def labels(page: Page, results: list[SweepResult]) -> None:
-    """Show test IoU against the share of labels in fine-tuning, and the slopes of the lines through it."""
+class ShareSweep(NamedTuple):
+    """How a sweep over shares on a logarithmic scale is shown; `name` of its figure and table."""
+
+    sweep: str
+    name: str
+    title: str
+    caption: str
+    axis: str
+    column: str
+
+
+LABEL_SHARES = ShareSweep(
+    LABEL_FRACTION,
+    "labels",
+    "Share of labels in fine-tuning",
+    "Test IoU against the share of labelled images, by pre-training images, at equal updates.",
+    "labelled training images (%)",
+    "labels (%)",
+)
+IMAGE_SHARES = ShareSweep(
+    NUM_IMAGES,
+    "sizes",
+    "Number of pre-training images",
+    "Test IoU against the share of a split's images in pre-training, nested draws at equal updates: few images are seen "
+    "more often.",
+    "pre-training images (% of the split)",
+    "images (%)",
+)
+
+
+def shares(page: Page, results: list[SweepResult], shown: ShareSweep) -> None:
+    """Show test IoU against a share, and the slopes of the lines through it."""
     if not results:
         return
-    page.add("## Share of labels in fine-tuning")
+    page.add(f"## {shown.title}")
     rows = []
     lines = []
     slopes = []
     for result in results:
         part = result.rows()
-        fit = fit_sweep(LABEL_FRACTION, result.runs)
+        fit = fit_sweep(shown.sweep, result.runs)
         lines.append(result.drawing(part, fit))
         slopes.append(slope_row(result.line.label, result.runs, fit))
         rows += part
-    caption = (
-        "Test IoU against the share of labelled images, by pre-training images, at equal updates. "
-        f"{SWEEP_INTERVALS}, in the logarithm of the share."
-    )
-    page.figure("labels", caption, figures.bands, lines, "labelled training images (%)", log=True)
+    caption = f"{shown.caption} {SWEEP_INTERVALS}, in the logarithm of the share."
+    page.figure(shown.name, caption, figures.bands, lines, shown.axis, log=True)
     columns = [
         Column("arm", "pre-training"),
-        Column("share", "labels (%)"),
+        Column("share", shown.column),
         Column("seeds"),
         Column("iou", "IoU [95 %]"),
     ]
-    page.table("labels", rows, columns)
-    show_slopes(page, "labels_slope", slopes)
-
-
-def sizes(page: Page, results: list[SweepResult]) -> None:
-    """Show test IoU against the number of pre-training images, and the slopes of the lines through it."""
-    if not results:
-        return
-    page.add("## Number of pre-training images")
-    rows = []
-    lines = []
-    slopes = []
-    for result in results:
-        part = result.rows()
-        fit = fit_sweep(NUM_IMAGES, result.runs)
-        lines.append(result.drawing(part, fit))
-        slopes.append(slope_row(result.line.label, result.runs, fit))
-        rows += part
-    caption = (
-        "Test IoU against the share of a split's images in pre-training, nested draws at equal updates: few images are seen "
-        f"more often. {SWEEP_INTERVALS}, in the logarithm of the share."
-    )
-    page.figure("sizes", caption, figures.bands, lines, "pre-training images (% of the split)", log=True)
-    columns = [
-        Column("arm", "pre-training"),
-        Column("share", "images (%)"),
-        Column("seeds"),
-        Column("iou", "IoU [95 %]"),
-    ]
-    page.table("sizes", rows, columns)
-    show_slopes(page, "sizes_slope", slopes)
+    page.table(shown.name, rows, columns)
+    show_slopes(page, f"{shown.name}_slope", slopes)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

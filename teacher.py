@@ -39,6 +39,7 @@ class Teacher:
         self.network = copy.deepcopy(network).eval().requires_grad_(False)
         self.compiled: Callable | None = None
         self.training_size: int | None = None  # images of a call in training
+        self.leader: nn.Module | None = None  # the network that was followed last
         self.followed = [name for name, parameter in network.named_parameters() if parameter.requires_grad]
 
     def to(self, device: torch.device | str) -> "Teacher":
@@ -63,12 +64,18 @@ class Teacher:
     @torch.no_grad()
     def update(self, network: nn.Module, momentum: float) -> None:
         """Move every followed weight: momentum times its value plus (1 - momentum) times that of the network."""
+        if network is not self.leader:
+            self._follow(network)
+        torch._foreach_mul_(self.weights, momentum)
+        torch._foreach_add_(self.weights, self.news, alpha=1 - momentum)
+
+    def _follow(self, network: nn.Module) -> None:
+        """Look up the weights that follow, and those of the network; it takes longer than an update on a GPU."""
         own = dict(self.network.named_parameters())
         theirs = dict(network.named_parameters())
-        weights = [own[name] for name in self.followed]
-        news = [theirs[name].detach() for name in self.followed]
-        torch._foreach_mul_(weights, momentum)
-        torch._foreach_add_(weights, news, alpha=1 - momentum)
+        self.weights = [own[name] for name in self.followed]
+        self.news = [theirs[name] for name in self.followed]
+        self.leader = network
 
     def state(self) -> dict[str, torch.Tensor]:
         """Give what a checkpoint must hold."""

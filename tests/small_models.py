@@ -53,3 +53,16 @@ def transformers_mae(norm_pix_loss: bool = True, mask_ratio: float = 0.75, **siz
         layer_norm_eps=1e-6,
     )
     return transformers.ViTMAEForPreTraining(config)
+
+
+def photos(count: int, seed: int = 0) -> torch.Tensor:
+    """Random images of the size of SMALL_ENCODER [count, 3, 32, 32]."""
+    return torch.randn(count, 3, 32, 32, generator=torch.Generator().manual_seed(seed))
+
+
+def change_patch(images: torch.Tensor, patch: int) -> torch.Tensor:
+    """Replace the pixels of one of the 4 x 4 patches of all images."""
+    changed = images.clone()
+    row, column = divmod(patch, 4)
+    changed[:, :, 8 * row : 8 * row + 8, 8 * column : 8 * column + 8] += 5
+    return changed

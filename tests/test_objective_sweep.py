@@ -176,7 +176,7 @@ def make_section(folder: Path) -> tuple[Study, str]:
     study = Study(folder)
     page = Page(folder)
     objective_sweep.section(study, page, objective_sweep.read_sweep(study, SEGMENT))
-    results.sizes(page, results.read_sweep(study, arms.NUM_IMAGES))
+    results.shares(page, results.read_sweep(study, arms.NUM_IMAGES), results.IMAGE_SHARES)
     page.write("report")
     return study, (folder / "report.md").read_text()
 

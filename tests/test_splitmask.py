@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_models import SMALL_ENCODER, relative_error, spread
+from small_models import SMALL_ENCODER, change_patch, photos, relative_error, spread
 from small_runs import (
     IMG,
     SMALL,
@@ -46,18 +46,6 @@ def network(vocabulary: int | None = 10) -> SplitMaskNetwork:
 
 def draw_split(images: int, seed: int = 0) -> torch.Tensor:
     return torch.from_numpy(halves((4, 4))(np.random.default_rng(seed), images))
-
-
-def photos(count: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(count, 3, 32, 32, generator=torch.Generator().manual_seed(seed))
-
-
-def change_patch(images: torch.Tensor, patch: int) -> torch.Tensor:
-    """Replace the pixels of one patch of 8 x 8 of all images."""
-    changed = images.clone()
-    row, column = divmod(patch, 4)
-    changed[:, :, 8 * row : 8 * row + 8, 8 * column : 8 * column + 8] += 5
-    return changed
 
 
 # -- What either half sees ----------------------------------------------------------------------------------------------
