@@ -17,7 +17,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from arms import BLACK, BLUE, RED, SKY, Style
 
@@ -402,6 +402,9 @@ def rows_beside_cost(path: Path, rows: Sequence[Row], titles: tuple[str, str]) -
     left.invert_yaxis()
     left.set_xlabel(titles[0])
     right.set_xscale("log")
+    right.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    right.xaxis.set_major_formatter("{x:g}")
+    right.xaxis.set_minor_formatter(NullFormatter())
     right.set_xlabel(titles[1])
     right.set_ylabel(titles[0])
     handles, names = left.get_legend_handles_labels()

@@ -49,9 +49,8 @@ LEARNT_COLUMNS = [
     Column("line", "objective"),
     Column("images", "pre-training images"),
     Column("words", "validation score"),
-    Column("last", "last"),
-    Column("predictor", "without learning"),
-    Column("trivial", "its score"),
+    Column("last"),
+    Column("trivial", "without learning"),
 ]
 
 
@@ -228,19 +227,28 @@ def learnt(page: Page, points: list[Point]) -> None:
         if point.line.name == MAE_DECODER:
             continue
         for score, words in point.pretraining[0].config["scores"].items():
-            levels = [run.trivial(score) for run in point.pretraining]
-            for predictor in levels[0]:
-                known = [level[predictor] for level in levels if predictor in level]
-                row = {
-                    "line": point.line.label,
-                    "images": point.pretraining[0].arm.images,
-                    "words": words,
-                    "last": statistics.fmean(run.metrics["last"][score] for run in point.pretraining),
-                    "predictor": predictor,
-                    "trivial": statistics.fmean(known),
-                }
-                rows.append(row)
+            trivial = trivial_words(point, score)
+            if not trivial:
+                continue
+            row = {
+                "line": point.line.label,
+                "images": point.pretraining[0].arm.images,
+                "words": words,
+                "last": statistics.fmean(run.metrics["last"][score] for run in point.pretraining),
+                "trivial": trivial,
+            }
+            rows.append(row)
     if not rows:
         return
     page.add("What each has learnt of its own question, on validation images, beside what needs no learning:")
     page.table("objective_scores", rows, LEARNT_COLUMNS)
+
+
+def trivial_words(point: Point, score: str) -> str:
+    """Name what learns nothing with its score, mean over seeds: "unigram 6.071, copy mixture 5.738"."""
+    levels = [run.trivial(score) for run in point.pretraining]
+    words = []
+    for predictor in levels[0]:
+        known = [level[predictor] for level in levels if predictor in level]
+        words.append(f"{predictor} {statistics.fmean(known):.3f}")
+    return ", ".join(words)

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# What takes longer than the suite: the full demo with its claims, kills and faults, Slurm, the over-fitting tests at 224 px.
-# usage: bash tests/acceptance.sh [demo|stress|faults|slurm|slow|clean]...   (default: all; SAMPLE_ROOT=DIR adds real photos)
+# What takes longer than the suite: the full demo with its claims, objectives until they have learnt, kills and faults, Slurm,
+# the over-fitting tests at 224 px.
+# usage: bash tests/acceptance.sh [demo|objectives|stress|faults|slurm|slow|clean]...   (all; SAMPLE_ROOT=DIR adds real photos)
 set -eu
 cd "$(dirname "$0")/.."
 REQUIREMENTS=requirements-dev.txt
@@ -24,7 +25,7 @@ sample_memory() { # sample_memory PID FILE: each second until it ends, the large
   done
 }
 
-for part in ${*:-clean demo stress faults slurm slow}; do
+for part in ${*:-clean demo objectives stress faults slurm slow}; do
   case $part in
     clean) # from a clone with nothing installed; the suite leaves no file behind
       git clone -q . "$folder/clone"
@@ -46,6 +47,11 @@ for part in ${*:-clean demo stress faults slurm slow}; do
       if [ -n "${SAMPLE_ROOT:-}" ]; then
         bash run_all.sh --demo --data_root "$SAMPLE_ROOT" --output "$folder/photos" --cache_dir "$folder/cache"
         "$PYTHON" tests/check_demo.py "$folder/photos"
+      fi ;;
+    objectives) # each trained with three seeds until it has learnt what it is asked; its frozen encoder beside random ones
+      "$PYTHON" tests/check_objectives.py "$folder/objectives"
+      if [ -n "${SAMPLE_ROOT:-}" ]; then
+        "$PYTHON" tests/check_objectives.py "$folder/objectives_photos" --data_root "$SAMPLE_ROOT"
       fi ;;
     stress) # trainings killed again and again; then whole studies: their script, one of its processes, or all
       "$PYTHON" tests/stress.py kills 20
