@@ -19,14 +19,15 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-HERE = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(HERE))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from check_demo import Claim
+
 from engine import read_json
 from probe_records import TRIMAP, load_probe, random_folder
 from study import DEMO_IMG_SIZE, DEMO_MODEL, DEMO_OBJECTIVES, DEMO_PRETRAIN, flag_words
 
+HERE = Path(__file__).resolve().parents[1]
 LISTS = ("animal", "non_animal")
 SEEDS = (0, 1, 2)
 UPDATES = {"tokens": 600, "splitmask": 400, "ijepa": 800, "dino": 500}
@@ -144,7 +145,9 @@ def of_dino(metrics: dict, name: str) -> list[tuple[str, bool]]:
 
 def table_of_probes(runs: list[Run]) -> list[str]:
     """Write what frozen encoders know, beside random ones: mean and standard deviation over seeds."""
-    lines = ["test score of a probe: trained / random, mean ± standard deviation over seeds; * more than both deviations"]
+    lines = [
+        "test score of a probe: trained / random, mean ± standard deviation over seeds; * more than both deviations"
+    ]
     for objective in dict.fromkeys(run.objective for run in runs):
         of_objective = [run for run in runs if run.objective == objective]
         cells = []
