@@ -1,8 +1,12 @@
 """Time contestants fairly: in turns whose order changes, with the device synchronised around each turn."""
 
+import json
+import os
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from statistics import median
 from typing import NamedTuple
 
@@ -14,7 +18,7 @@ class Contestant:
     """What is timed.
 
     step: does one step, of any number of images. flops: floating-point operations per image. state_bytes: what the
-    contestant keeps on the device between its turns (weights and optimizer).
+    contestant keeps on the device between its turns (weights, optimizer, a teacher); 0 if it trains nothing.
     """
 
     step: Callable[[], object]
@@ -35,7 +39,7 @@ class Timing:
 
     contestant: Contestant
     turns: list[float] = field(default_factory=list)  # seconds of a step
-    memory: int | None = None  # bytes at the peak of its last turn; None on CPUs
+    memory: int | None = None  # bytes of tensors at the peak of a step; None on CPUs for what trains nothing
 
     @property
     def seconds(self) -> float:
@@ -81,6 +85,9 @@ class Stopwatch:
         for turn in range(1, self.repeats + 1):
             for name in order_of_turn(list(contestants), turn):
                 self._take_turn(timings[name], pace)
+        if not self.on_gpu:
+            for timing in timings.values():
+                measure_memory(timing)
         return timings
 
     def _take_turn(self, timing: Timing, pace: Pace) -> None:
@@ -92,6 +99,29 @@ class Stopwatch:
         others = torch.cuda.memory_allocated() - contestant.state_bytes
         timing.turns.append(self.seconds(contestant.step, pace))
         timing.memory = torch.cuda.max_memory_allocated() - others
+
+
+def measure_memory(timing: Timing) -> None:
+    """Measure the memory of one more step on the CPU, of a contestant that trains."""
+    contestant = timing.contestant
+    if contestant.state_bytes:
+        timing.memory = contestant.state_bytes + most_allocated(contestant.step)
+
+
+def most_allocated(step: Callable[[], object]) -> int:
+    """Find the most bytes that a step has allocated at a time, beyond what there was before it.
+
+    PyTorch's allocator on CPUs counts only for its profiler, which writes its running total into a trace.
+    """
+    os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # the profiler's own remarks are for its authors
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as trace:
+        step()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        trace.export_chrome_trace(str(path))
+        events = json.loads(path.read_text())["traceEvents"]
+    totals = [event["args"]["Total Allocated"] for event in events if event["name"] == "[memory]"]
+    return max(totals, default=0)
 
 
 def order_of_turn(names: list[str], turn: int) -> list[str]:

@@ -66,7 +66,21 @@ def test_quick_measures_every_training_on_both_kinds_of_batches(quick):
         if "step_ms" in row:
             assert row["img_s"] == pytest.approx(1e3 * row["batch_size"] / row["step_ms"])
             assert row["mfu"] is None  # no peak is known for a CPU
-            assert row["mem_gb"] is None
+            if row["task"] in (*bench.TRAININGS, "objectives"):
+                assert row["mem_gb"] > 0
+
+
+def test_memory_is_the_most_that_a_step_holds_at_a_time():
+    kept = torch.zeros(1000)
+
+    def step():
+        first = kept + 1
+        second = torch.cat([first, first])
+        del first
+        return second + 1
+
+    assert bench_timing.most_allocated(step) == pytest.approx(4 * 4000, abs=100)
+    assert bench_timing.most_allocated(step) == pytest.approx(4 * 4000, abs=100)
 
 
 def test_every_choice_in_the_step_is_measured_beside_its_alternative(quick):
@@ -108,7 +122,7 @@ def test_every_objective_is_measured_with_its_cost_relative_to_the_first(quick):
     assert [r["variant"] for r in rows] == [name for name in bench.pretrain.OBJECTIVES if name not in too_large]
     assert "ijepa is left out: --context_ratio 0.25 asks for 1 of 4 patches" in quick[2]
     assert rows[0]["ratio"] == 1
-    assert rows[0]["note"].endswith("GFLOP per image, 1.00 x the first")
+    assert "GFLOP per image, 1.00 x the first; " in rows[0]["note"]
 
 
 @pytest.fixture(scope="module")
