@@ -49,7 +49,7 @@ from models import MODELS
 from objective import Objective, TestSetting
 from runs import RunFolder
 from tasks import TASKS
-from trainer import Trainer, plan_run
+from trainer import Trainer, plan_run, teacher_bytes
 
 TRAININGS = ("pretrain", "finetune", "resnet50")
 DEFAULT_TASKS = (*TRAININGS, "data", "rest", "study", "products", "scaling")
@@ -238,11 +238,6 @@ class TrainingStep:
         self.trainer.train_step(micro_batches, want_norm=False)
 
 
-def bytes_of(tensors: Iterable[Tensor]) -> int:
-    """Count the bytes of tensors."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-
 @dataclass
 class Training:
     """A training as its script sets it up."""
@@ -253,9 +248,8 @@ class Training:
 
     def contestant(self, source: Iterator[list[dict[str, Tensor]]]) -> Contestant:
         """Make a contestant of the training on a source of micro-batches."""
-        state_bytes = 3 * bytes_of(self.trainer.params)  # with AdamW's two moments
-        teacher = self.objective.state().get("teacher", {})
-        state_bytes += bytes_of(teacher.values())
+        weights = sum(p.numel() * p.element_size() for p in self.trainer.params)
+        state_bytes = 3 * weights + teacher_bytes(self.objective)  # with AdamW's two moments
         return Contestant(TrainingStep(self.trainer, source), self.trainer.flops, state_bytes)
 
     def on_real_batches(self) -> Contestant:

@@ -283,7 +283,8 @@ class ViT(nn.Module):
         super().__init__()
         height, width = as_image_size(img_size)
         if height % patch_size or width % patch_size or min(height, width) < patch_size:
-            raise ValueError(f"img_size {height} x {width} is not divisible by patch_size {patch_size}")
+            problem = f"img_size {height} x {width} is not divisible by patch_size {patch_size}"
+            raise ValueError(f"{problem}; use a multiple of it, as {max(1, round(height / patch_size)) * patch_size}")
         self.img_size = (height, width)
         self.patch_size = patch_size
         self.embed_dim = embed_dim

@@ -31,6 +31,7 @@ from arms import (
     CONTROLS,
     HALF,
     IMAGENET,
+    LABEL_FRACTION,
     LABELS,
     MIXED,
     NUM_IMAGES,
@@ -112,6 +113,14 @@ DEMO_OBJECTIVES = {
     },
     "labels": {"blr": "16e-3", "drop_path": 0},
 }
+# Flags that say what a line of a sweep is: the user's, which come last, would make its name false.
+SWEPT_IN_PRETRAINING = {
+    ANIMAL_FRACTION: ("animal_fraction",),
+    LABELS: ("objective",),
+    NUM_IMAGES: ("image_fraction", "num_images"),
+    OBJECTIVE: ("objective",),
+}
+SWEPT_IN_FINETUNING = {LABEL_FRACTION: ("label_fraction",), OBJECTIVE: ("load",)}
 DEMO_MOST_JOBS = 5  # runs of the demo that can be made at the same time
 
 COCO_FILES = ("coco/annotations/instances_train2017.json", "coco/annotations/instances_val2017.json")
@@ -654,6 +663,23 @@ def check_objective_sweeps(args: argparse.Namespace) -> None:
             raise PlanError(f"--sweep {sweep} is no part of --protocol {args.protocol}; leave one of them out")
 
 
+def check_swept_flags(args: argparse.Namespace) -> None:
+    """Refuse flags of trainings that change what the lines of a sweep are."""
+    for sweep in args.sweep:
+        refuse_swept("--pretrain_args", args.pretrain_args, sweep, SWEPT_IN_PRETRAINING.get(sweep, ()))
+        refuse_swept("--finetune_args", args.finetune_args, sweep, SWEPT_IN_FINETUNING.get(sweep, ()))
+    if OBJECTIVE in args.sweep and sets_flag(args.pretrain_args, "micro_batch_size"):
+        raise PlanError("--sweep objective trains splitmask, which compares all images of a batch; leave "
+                        "--micro_batch_size out of --pretrain_args")  # fmt: skip
+
+
+def refuse_swept(option: str, words: list[str], sweep: str, flags: tuple[str, ...]) -> None:
+    """Raise PlanError if the words of an option set one of the flags of a sweep."""
+    for flag in flags:
+        if sets_flag(words, flag):
+            raise PlanError(f"{option} sets --{flag}, which --sweep {sweep} changes; leave one of them out")
+
+
 def check_protocol(args: argparse.Namespace) -> None:
     """Refuse options that contradict a protocol or an audit."""
     wanted = ""
@@ -745,6 +771,7 @@ def read_args(words: list[str], prog: str) -> argparse.Namespace:
     check_names(args)
     check_imagenet(args)
     check_objective_sweeps(args)
+    check_swept_flags(args)
     check_protocol(args)
     check_own_images(args)
     return args

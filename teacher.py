@@ -17,11 +17,11 @@ from torch import Tensor, nn
 
 
 def momentum_at(step: int, total_steps: int, start: float, end: float = 1.0, shape: str = "linear") -> float:
-    """Compute the momentum of an update, step from 1 to total_steps: from `start` towards `end`, at the end of it there.
+    """Compute the momentum of an update, step from 1 to total_steps: `start` at the first one, and towards `end`.
 
     shape: "linear" as in I-JEPA, or "cosine" as in DINO. ValueError for another shape.
     """
-    progress = step / total_steps
+    progress = (step - 1) / total_steps
     if shape == "cosine":
         progress = (1 - math.cos(math.pi * progress)) / 2
     elif shape != "linear":

@@ -190,8 +190,11 @@ def plan_run(objective: Objective, args: argparse.Namespace, dist: Distributed) 
     weight_decays = None
     if getattr(args, "weight_decay_end", None) is not None:
         weight_decays = (args.weight_decay, args.weight_decay_end)
-        if args.weight_decay == 0:
-            raise EngineError("--weight_decay 0 with --weight_decay_end: a schedule begins above 0, say at 0.04")
+        if weight_decays == (0, 0):
+            weight_decays = None
+        elif args.weight_decay == 0:
+            problem = f"--weight_decay 0 cannot grow to --weight_decay_end {args.weight_decay_end:g}"
+            raise EngineError(f"{problem}; begin above 0, say at 0.04, or give --weight_decay_end 0 too")
     images = len(objective.split.images)
     share_of_batch(objective.batch_size, dist.world_size, args.micro_batch_size, images)
     return Plan(
@@ -688,7 +691,8 @@ def train(objective: Objective, args: argparse.Namespace, dist: Distributed) -> 
     bytes_per_parameter = 12  # the weight and AdamW's two moments
     if objective.select and objective.keep_best:
         bytes_per_parameter += 4  # and the best weight so far
-    run = RunFolder(args.output_dir, dist, config, args.resume, state_bytes=config["params"] * bytes_per_parameter)
+    state_bytes = config["params"] * bytes_per_parameter + teacher_bytes(objective)
+    run = RunFolder(args.output_dir, dist, config, args.resume, state_bytes=state_bytes)
     if run.finished:
         if dist.is_main:
             print(f"{run.dir} is finished; nothing to do (--resume never starts over)")
@@ -775,10 +779,16 @@ def print_groups(plan: Plan) -> None:
 
 
 def expected_memory(objective: Objective, config: dict) -> float | None:
-    """Estimate the memory of training in GB: 16 bytes a parameter (weight, gradient, two moments) and activations."""
+    """Estimate the memory of training in GB: 16 bytes a parameter (weight, gradient, moments), a teacher, activations."""
     values = objective.activation_values()
     if values is None:
         return None
     images = config["args"]["micro_batch_size"] or config["batch_size"] // config["hardware"]["world_size"]
     bytes_per_value = 4 if config["precision"] == "fp32" else 2
-    return (16 * config["params"] + images * values * bytes_per_value) / 1e9
+    return (16 * config["params"] + teacher_bytes(objective) + images * values * bytes_per_value) / 1e9
+
+
+def teacher_bytes(objective: Objective) -> int:
+    """Count the bytes of an objective's teacher, which checkpoints hold too; 0 without one."""
+    teacher = objective.state().get("teacher", {})
+    return sum(tensor.numel() * tensor.element_size() for tensor in teacher.values())

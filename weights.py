@@ -339,6 +339,9 @@ def find_tensors(content: dict) -> State:
         if isinstance(content.get(key), dict):
             state = content[key]
             break
+    kept = content.get("objective")  # of a run's last.pt; what its model.pt will hold is the teacher
+    if isinstance(kept, dict) and isinstance(kept.get("teacher"), dict):
+        state = kept["teacher"]
     return {key: value for key, value in state.items() if isinstance(key, str) and is_plain_tensor(value)}
 
 

@@ -31,6 +31,7 @@ from teacher import Teacher, momentum_at
 GLOBAL_CROPS = 2
 LOCAL_SHARE = 96 / 224  # side of a local crop as a share of the side of a global one
 LEAST_LOCAL = 0.05  # smallest local crop as a share of the image's area
+MOST_PROTOTYPES = 262_144  # as many as DINOv2's largest heads have
 LISTS = ("animal", "non_animal")
 
 
@@ -64,7 +65,7 @@ class Head(nn.Module):
         prototypes = F.normalize(self.prototypes, dim=-1)
         if learning is not None:
             prototypes = scale_gradient(prototypes, learning)
-        return F.linear(directions, prototypes)
+        return F.linear(directions, prototypes)  # in autocast's precision, as in the authors' code
 
 
 class DinoNetwork(ViT):
@@ -211,7 +212,12 @@ class Dino(Pretraining):
             default=True,
             help="jitter, grey, blur and solarise; without, crops of one image are told by their colours",
         )
-        recipe("--prototypes", type=at_least(2, int), default=4096, help="K, what the head chooses among")
+        recipe(
+            "--prototypes",
+            type=at_least(2, int, MOST_PROTOTYPES),
+            default=4096,
+            help="K, what the head chooses among; Caron et al. have 65,536",
+        )
         recipe("--head_hidden", type=at_least(1, int), default=2048, help="width of the head's hidden layers")
         recipe("--head_bottleneck", type=at_least(1, int), default=256, help="width of the head's last but one layer")
         recipe(
@@ -257,6 +263,13 @@ class Dino(Pretraining):
         args = self.args
         head = {"hidden": args.head_hidden, "bottleneck": args.head_bottleneck, "prototypes": args.prototypes}
         return DinoNetwork(**head, img_size=args.img_size, drop_path=args.drop_path, **encoder_sizes(args.model))
+
+    def remarks(self) -> list[str]:
+        remarks = super().remarks()
+        if self.args.freeze_epochs >= self.args.epochs:
+            problem = f"--freeze_epochs {self.args.freeze_epochs:g} of {self.args.epochs} epochs"
+            remarks.append(f"{problem}: the prototypes never learn; freeze them for a tenth of the epochs or less")
+        return remarks
 
     @property
     def encoder(self) -> ViT:
@@ -407,14 +420,10 @@ class Dino(Pretraining):
     def finish(self) -> dict:
         """Score both collapses, and the answer that is best among those that look at no image: the teacher's mean."""
         uniform_loss = math.log(self.args.prototypes)
-        collapses = {"uniform collapse": uniform_loss, "collapse to one prototype": 0.0}
-        trivial = {"best constant": self.constant_losses}
-        for words, value in collapses.items():
-            scores = {}
-            for name in self.stores:
-                scores[f"loss_{name}"] = value
-                scores[f"entropy_{name}"] = value
-            trivial[words] = scores
+        trivial = {"best constant": self.constant_losses, "uniform collapse": {}, "collapse to one prototype": {}}
+        for name in self.stores:
+            trivial["uniform collapse"] |= {f"loss_{name}": uniform_loss, f"entropy_{name}": uniform_loss}
+            trivial["collapse to one prototype"][f"entropy_{name}"] = 0.0  # and no loss, which none could be below
         return {"trivial": trivial}
 
     def export(self, weights: dict[str, Tensor]) -> dict:

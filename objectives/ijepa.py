@@ -103,6 +103,10 @@ class Masks(NamedTuple):
     @staticmethod
     def of(args: argparse.Namespace, grid: Shape) -> "Masks":
         """Take the sizes from the flags; ValueError if they do not fit the grid."""
+        for name in ("target_scale", "target_aspect"):
+            low, high = getattr(args, name)
+            if low > high:
+                raise ValueError(f"--{name} {low:g} {high:g} is LOW above HIGH; give --{name} {high:g} {low:g}")
         patches = grid[0] * grid[1]
         targets = tuple(equal_shapes(grid, args.target_scale, args.target_aspect))
         context = round(args.context_ratio * patches)
@@ -325,8 +329,13 @@ class BlockFeatures(Pretraining):
         encoder = encoder_sizes(self.args.model)
         dim = self.args.predictor_dim
         depth = self.args.predictor_depth
+        multiple = math.lcm(4, encoder["num_heads"])  # for two-dimensional positions, and for the heads
         if dim is None:
             dim = min(encoder["embed_dim"] // 2, LARGEST_PREDICTOR["dim"])
+        elif dim % multiple:
+            nearest = max(1, round(dim / multiple)) * multiple
+            problem = f"--predictor_dim {dim} is no multiple of {multiple}, as --model {self.args.model} needs"
+            raise ValueError(f"{problem}; use {nearest}")
         if depth is None:
             depth = min(max(encoder["depth"] // 2, 1), LARGEST_PREDICTOR["depth"])
         return {"predictor_dim": dim, "predictor_depth": depth}

@@ -23,7 +23,7 @@ def count_hidden(patches: int, mask_ratio: float) -> int:
     """Count the patches that a mask ratio hides; ValueError unless it hides one and leaves one visible."""
     hidden = round(patches * mask_ratio)
     if not 0 < hidden < patches:
-        problem = f"mask_ratio {mask_ratio:g} hides {hidden} of {patches} patches"
+        problem = f"--mask_ratio {mask_ratio:g} hides {hidden} of {patches} patches"
         raise ValueError(f"{problem}; choose one that hides 1 to {patches - 1}")
     return hidden
 

@@ -167,6 +167,7 @@ class SplitMask(Tokens):
     """Predict the tokens of each half of an image from the other one, and match the halves (SplitMask)."""
 
     name = "splitmask"
+    meters = True
     words_of_inpainting = {"cross_entropy": "cross-entropy of tokens", "accuracy": "accuracy of tokens"}
     words_of_matching = {"info_nce": "InfoNCE of halves"}
     words = {"loss": "loss", **words_of_inpainting, **words_of_matching}

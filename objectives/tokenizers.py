@@ -33,6 +33,7 @@ from models import patchify, take_rows
 TOKENIZERS = ("random_projection", "random_patches", "kmeans")
 LARGEST_SIDE = 8  # of the patches that are compared, in pixels
 COLOURS = 3
+LARGEST_VOCABULARY = 65_536  # the logits of more would not fit beside a network
 CLUSTERED = 64  # patches for each token that k-means looks at; El-Nouby et al. have 366
 COUNTED = 16  # patches for each token whose tokens are counted, where no clusters are sought
 ITERATIONS = 20  # of k-means
@@ -55,7 +56,7 @@ def add_tokenizer_arguments(parser: Parser) -> None:
     )
     recipe(
         "--vocabulary",
-        type=at_least(2, int),
+        type=at_least(2, int, LARGEST_VOCABULARY),
         default=8192,
         help="number of different tokens; fewer make an easier task, say 512 for images of 64 pixels",
     )
@@ -211,10 +212,13 @@ class Sample(NamedTuple):
 
     @staticmethod
     def of(tokenizer: Tokenizer, images: int, patches: int) -> "Sample":
-        """Choose as many views as tokens, or as there are images if these are fewer; patches: those of a view."""
+        """Choose as many views as tokens, or as there are images if these are fewer; patches: those of a view.
+
+        Of few images there are several views each: what is counted on the codes' own patches alone is uniform.
+        """
         vocabulary = tokenizer.vocabulary
         wanted = vocabulary * (CLUSTERED if tokenizer.kind == "kmeans" else COUNTED)
-        views = max(min(vocabulary, images), math.ceil(vocabulary / patches))
+        views = max(min(vocabulary, images), math.ceil(wanted / patches))
         return Sample(views, min(patches, math.ceil(wanted / views)))
 
 

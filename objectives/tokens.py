@@ -144,6 +144,7 @@ class Tokens(Pretraining):
     """Predict the tokens of hidden patches from the visible ones (BEiT)."""
 
     name = "tokens"
+    meters = True
     words = {"loss": "cross-entropy of hidden tokens", "accuracy": "accuracy of hidden tokens"}
     scores = name_scores(words)
     recordable = True

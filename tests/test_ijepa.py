@@ -435,7 +435,7 @@ def test_only_the_student_gets_gradients_and_one_step_moves_the_teacher_exactly(
     for name, parameter in objective.model.named_parameters():
         assert (parameter.grad is not None) == parameter.requires_grad, name
     torch.optim.SGD(objective.model.parameters(), lr=0.1).step()
-    objective.after_step(1, 4)
+    objective.after_step(2, 4)
     momentum = 0.9 + 0.1 / 4
     student = objective.model.state_dict()
     for name, value in objective.teacher.network.state_dict().items():
@@ -457,6 +457,19 @@ def test_a_teacher_begins_as_the_network_that_init_names(flags, trained):
     for key, tensor in trained.teacher.network.state_dict().items():
         assert torch.equal(objective.teacher.network.state_dict()[key], tensor), key
         assert torch.equal(objective.model.state_dict()[key], tensor), key
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--predictor_dim", 50], "--predictor_dim 50 is no multiple of 4, as --model mini needs; use 48"),
+        (["--target_scale", 0.2, 0.1], "--target_scale 0.2 0.1 is LOW above HIGH; give --target_scale 0.1 0.2"),
+        (["--target_aspect", 2, 0.5], "--target_aspect 2 0.5 is LOW above HIGH"),
+    ],
+)
+def test_sizes_that_cannot_be_are_refused_by_their_flags(flags, tmp_path, words, message):
+    assert message in refusal("pretrain", *flags, *words, "--output_dir", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_context_that_does_not_fit_is_refused_before_anything_is_written(flags, tmp_path):

@@ -100,6 +100,29 @@ def test_what_contradicts_the_sweep_over_objectives_is_refused(words):
         plan("--sweep", "objective", *words)
 
 
+@pytest.mark.parametrize(
+    "sweep, option, flags, message",
+    [
+        (
+            "objective",
+            "--pretrain_args",
+            "--objective=dino",
+            "--pretrain_args sets --objective, which --sweep objective",
+        ),
+        ("labels", "--pretrain_args", "--objective dino", "--pretrain_args sets --objective, which --sweep labels"),
+        ("objective", "--finetune_args", "--load=all", "--finetune_args sets --load, which --sweep objective changes"),
+        ("objective", "--pretrain_args", "--micro_batch_size 2", "leave --micro_batch_size out of --pretrain_args"),
+        ("num_images", "--pretrain_args", "--image_fraction 0.5", "--pretrain_args sets --image_fraction"),
+        ("num_images", "--pretrain_args", "--num_images 64", "--pretrain_args sets --num_images"),
+        ("animal_fraction", "--pretrain_args", "--animal_fraction 1", "--pretrain_args sets --animal_fraction"),
+        ("label_fraction", "--finetune_args", "--label_fraction 1", "--finetune_args sets --label_fraction"),
+    ],
+)
+def test_a_flag_that_would_make_the_lines_of_a_sweep_something_else_is_refused(sweep, option, flags, message):
+    with pytest.raises(PlanError, match=message):
+        plan("--sweep", sweep, option, flags)
+
+
 @pytest.mark.parametrize("words", [[], ["--demo"]])
 def test_an_arm_of_either_sweep_is_found_by_its_name(words):
     for line in plan(*words, "--sweep", "objective", "--sweep", "num_images"):

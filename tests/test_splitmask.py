@@ -301,7 +301,7 @@ def assert_equal(one, other) -> None:
 
 
 def test_contrast_alone_needs_no_tokens(flags, tmp_path):
-    text = train(flags, "--epochs", 1, "--no-inpaint", "--output_dir", tmp_path)
+    text = train(flags, "--epochs", 1, "--no-inpaint", "--no-meters", "--output_dir", tmp_path)
     assert "tokens (" not in text
     record = metrics(tmp_path)
     assert set(record["trivial"]) == {"chance"}

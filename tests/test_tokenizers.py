@@ -235,7 +235,7 @@ def test_a_seed_gives_one_tokeniser_and_another_seed_another(kind):
         batches = TrainBatches(examples, Augmentation(16), batch_size=batch_size, seed=seed)
         tokenizer = Tokenizer(kind, 20, 4, seed)
         views = training_views(tokenizer, batches, 16, Place())
-        assert views.shape == (9, 16, 48)
+        assert views.shape == ({"kmeans": 80}.get(kind, 20), 16, 48)
         tokenizer.fit(views)
         return tokenizer
 
@@ -264,13 +264,19 @@ def test_random_patches_are_patches_of_different_views_and_name_themselves():
 
 @QUICK
 @given(st.sampled_from(TOKENIZERS), st.integers(2, 600), st.integers(1, 900), st.integers(1, 256))
-def test_enough_patches_are_looked_at_of_as_many_images_as_there_are(kind, vocabulary, images, patches):
+def test_enough_patches_are_looked_at_however_few_images_there_are(kind, vocabulary, images, patches):
     sample = Sample.of(Tokenizer(kind, vocabulary, 1), images, patches)
+    wanted = vocabulary * (64 if kind == "kmeans" else 16)
     assert sample.views >= min(vocabulary, images)
     assert sample.patches <= patches
-    assert sample.views * sample.patches >= vocabulary
-    if images >= vocabulary:
+    assert sample.views * sample.patches >= wanted
+    if images >= vocabulary and vocabulary * patches >= wanted:
         assert sample.views == vocabulary
+
+
+def test_tokens_of_few_images_are_counted_on_more_patches_than_their_codes():
+    sample = Sample.of(Tokenizer("random_patches", 8192, 16), images=64, patches=16)
+    assert sample.views * sample.patches == 16 * 8192
 
 
 def slow_kmeans(patches: np.ndarray, codes: np.ndarray) -> np.ndarray:

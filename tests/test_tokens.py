@@ -282,13 +282,13 @@ def test_another_vocabulary_is_another_experiment_and_a_mask_that_hides_all_is_r
     message = refusal("pretrain", *flags, "--epochs", 1, "--tokenizer", "kmeans", "--output_dir", tmp_path)
     assert "tokenizer was 'random_patches', now 'kmeans'" in message
     message = refusal("pretrain", *flags, "--mask_ratio", 1, "--output_dir", tmp_path / "other")
-    assert "mask_ratio 1 hides 16 of 16 patches" in message
+    assert "--mask_ratio 1 hides 16 of 16 patches" in message
     assert not (tmp_path / "other").exists()
 
 
 def test_own_images_are_scored_as_one_list(flags, tmp_path):
     photos = drawn_root(None) / "coco/train2017"
-    train(flags, "--images", photos, "--epochs", 1, "--output_dir", tmp_path / "own")
+    train(flags, "--images", photos, "--epochs", 1, "--no-meters", "--output_dir", tmp_path / "own")
     config = json.loads((tmp_path / "own/config.json").read_text())
     assert set(config["scores"]) == {"loss_held_out", "accuracy_held_out"}
     assert set(metrics(tmp_path / "own")["trivial"]["unigram"]) == set(config["scores"])

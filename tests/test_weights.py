@@ -132,6 +132,14 @@ def test_transformers_encoder_alone_gives_the_same_features(generation, trained)
     assert "decoder starts fresh" in str(report)
 
 
+def test_of_an_unfinished_run_with_a_teacher_it_is_the_teacher_that_is_loaded(trained):
+    encoder = {key: value for key, value in trained.state_dict().items() if not key.startswith(("decoder", "mask"))}
+    student = {key: torch.zeros_like(value) for key, value in encoder.items()}
+    model = ViT(**SMALL_ENCODER)
+    load_pretrained(model, {"model": student, "optimizer": {}, "objective": {"teacher": encoder}})
+    assert torch.equal(model.state_dict()["norm.weight"], encoder["norm.weight"])
+
+
 def test_timm_state_dict_gives_timms_features():
     timm = pytest.importorskip("timm", reason="timm is not installed")
     vit = timm.create_model(
