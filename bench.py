@@ -49,7 +49,7 @@ from models import MODELS
 from objective import Objective, TestSetting
 from runs import RunFolder
 from tasks import TASKS
-from trainer import Trainer, plan_run, teacher_bytes
+from trainer import Trainer, kept_bytes, plan_run
 
 TRAININGS = ("pretrain", "finetune", "resnet50")
 DEFAULT_TASKS = (*TRAININGS, "data", "rest", "study", "products", "scaling")
@@ -249,7 +249,7 @@ class Training:
     def contestant(self, source: Iterator[list[dict[str, Tensor]]]) -> Contestant:
         """Make a contestant of the training on a source of micro-batches."""
         weights = sum(p.numel() * p.element_size() for p in self.trainer.params)
-        state_bytes = 3 * weights + teacher_bytes(self.objective)  # with AdamW's two moments
+        state_bytes = 3 * weights + kept_bytes(self.objective.state())  # with AdamW's two moments
         return Contestant(TrainingStep(self.trainer, source), self.trainer.flops, state_bytes)
 
     def on_real_batches(self) -> Contestant:

@@ -691,7 +691,7 @@ def train(objective: Objective, args: argparse.Namespace, dist: Distributed) -> 
     bytes_per_parameter = 12  # the weight and AdamW's two moments
     if objective.select and objective.keep_best:
         bytes_per_parameter += 4  # and the best weight so far
-    state_bytes = config["params"] * bytes_per_parameter + teacher_bytes(objective)
+    state_bytes = config["params"] * bytes_per_parameter + kept_bytes(objective.state())
     run = RunFolder(args.output_dir, dist, config, args.resume, state_bytes=state_bytes)
     if run.finished:
         if dist.is_main:
@@ -785,10 +785,15 @@ def expected_memory(objective: Objective, config: dict) -> float | None:
         return None
     images = config["args"]["micro_batch_size"] or config["batch_size"] // config["hardware"]["world_size"]
     bytes_per_value = 4 if config["precision"] == "fp32" else 2
-    return (16 * config["params"] + teacher_bytes(objective) + images * values * bytes_per_value) / 1e9
+    return (16 * config["params"] + kept_bytes(objective.state()) + images * values * bytes_per_value) / 1e9
 
 
-def teacher_bytes(objective: Objective) -> int:
-    """Count the bytes of an objective's teacher, which checkpoints hold too; 0 without one."""
-    teacher = objective.state().get("teacher", {})
-    return sum(tensor.numel() * tensor.element_size() for tensor in teacher.values())
+def kept_bytes(state: dict) -> int:
+    """Count the bytes of the tensors that an objective keeps besides its network, such as a teacher: of its state()."""
+    total = 0
+    for value in state.values():
+        if isinstance(value, dict):
+            total += kept_bytes(value)
+        elif isinstance(value, Tensor):
+            total += value.numel() * value.element_size()
+    return total

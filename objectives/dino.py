@@ -31,7 +31,7 @@ from teacher import Teacher, momentum_at
 GLOBAL_CROPS = 2
 LOCAL_SHARE = 96 / 224  # side of a local crop as a share of the side of a global one
 LEAST_LOCAL = 0.05  # smallest local crop as a share of the image's area
-MOST_PROTOTYPES = 262_144  # as many as DINOv2's largest heads have
+MOST_PROTOTYPES = 262_144  # four times those of Caron et al.
 LISTS = ("animal", "non_animal")
 
 

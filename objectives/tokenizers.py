@@ -39,6 +39,7 @@ COUNTED = 16  # patches for each token whose tokens are counted, where no cluste
 ITERATIONS = 20  # of k-means
 FLAT = 0.01  # deviation in units of normalised pixels (0.6 grey levels) below which a patch is flat
 ROWS = 8192  # patches that are compared at a time: bounds the memory of their similarities
+MOST_REPEATED = 4096  # views of fewer images, which take seconds
 VIEWS_AT_A_TIME = 256
 CODE_STREAM = 100  # of the random numbers of a tokeniser, besides those of the batches
 PLACE_STREAM = 101
@@ -214,11 +215,13 @@ class Sample(NamedTuple):
     def of(tokenizer: Tokenizer, images: int, patches: int) -> "Sample":
         """Choose as many views as tokens, or as there are images if these are fewer; patches: those of a view.
 
-        Of few images there are several views each: what is counted on the codes' own patches alone is uniform.
+        Of few images there are several views each, up to MOST_REPEATED: the codes' own patches alone would be counted as
+        uniform.
         """
         vocabulary = tokenizer.vocabulary
         wanted = vocabulary * (CLUSTERED if tokenizer.kind == "kmeans" else COUNTED)
-        views = max(min(vocabulary, images), math.ceil(wanted / patches))
+        repeated = min(math.ceil(wanted / patches), MOST_REPEATED)
+        views = max(min(vocabulary, images), math.ceil(vocabulary / patches), repeated)
         return Sample(views, min(patches, math.ceil(wanted / views)))
 
 

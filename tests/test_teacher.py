@@ -13,7 +13,7 @@ from torch import nn
 
 from models import ViT
 from teacher import Teacher, momentum_at
-from trainer import Plan, Trainer
+from trainer import Plan, Trainer, kept_bytes
 
 QUICK = settings(deadline=None, database=None, max_examples=40)
 MOMENTA = st.floats(0, 1)
@@ -230,3 +230,10 @@ def test_no_weight_decay_at_either_end_is_none_at_all(flags, tmp_path):
     run("pretrain", *flags, *words)
     saved = torch.load(tmp_path / "run/model.pt", weights_only=True)
     assert saved["model"]
+
+
+def test_what_an_objective_keeps_counts_its_teacher_and_every_other_tensor():
+    teacher = {"weight": torch.zeros(3, 4), "bias": torch.zeros(3)}
+    state = {"teacher": teacher, "centre": torch.zeros(5, dtype=torch.float64), "losses": {"loss": 0.5}}
+    assert kept_bytes(state) == 4 * 15 + 8 * 5
+    assert kept_bytes({}) == 0
