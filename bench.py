@@ -30,6 +30,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -37,6 +38,7 @@ from torch import Tensor
 import baseline
 import bench_choices
 import bench_eager
+import bench_growth
 import bench_peers
 import bench_products
 import bench_rest
@@ -52,7 +54,7 @@ from tasks import TASKS
 from trainer import Trainer, kept_bytes, plan_run
 
 TRAININGS = ("pretrain", "finetune", "resnet50")
-DEFAULT_TASKS = (*TRAININGS, "data", "rest", "study", "products", "scaling")
+DEFAULT_TASKS = (*TRAININGS, "data", "rest", "growth", "study", "products", "scaling")
 
 PEERS = ("eager", "transformers", "timm", "pil")
 
@@ -73,6 +75,7 @@ STUDY = {
     "decoding": 61_036 + 2 * 7_349,
     "testing": 6 * 1_103,
     "starting": 9,
+    "opening": 3 * (25_739 + 2 * 1_016) + 6 * (2 * 5_144 + 1_102),  # rows of the caches, images and trimaps
 }
 CHECKPOINT_EVERY = 300  # seconds, as --save_minutes has it
 # Validation images per image of training, with the scripts' --val_epochs.
@@ -107,9 +110,9 @@ def get_args_parser() -> Parser:
         nargs="+",
         choices=list(MEASUREMENTS),
         default=DEFAULT_TASKS,
-        help="what to measure. rest: start, decoding, checkpoints, tests; study: its time from all these rates;\n"
-        "products: the matrix products of a step alone; choices: pre-training with each choice in it undone;\n"
-        "objectives: all objectives of pretrain.py (default: all but the last two)",
+        help="what to measure. rest: start, decoding, checkpoints, tests; growth: what more images cost; study: its time\n"
+        "from all these rates; products: the matrix products of a step alone; choices: pre-training with each choice in\n"
+        "it undone; objectives: all objectives of pretrain.py (default: all but the last two)",
     )
     add("--choices", nargs="+", choices=choice_names(), help="with --tasks choices: only these (default: all)")
     add("--quick", action="store_true", help="mae_small, few images and turns: a check that takes two minutes")
@@ -318,6 +321,12 @@ class Workshop:
         args = pretrain.resolve(pretrain.get_args_parser(name).parse_args(flags))
         return self._sized(pretrain.OBJECTIVES[name](args, dist))
 
+    def pretraining_on(self, images: Path, count: int) -> Objective:
+        """Build the Masked Autoencoder's pre-training on a folder of images, with a cache beside it."""
+        flags = [*self._flags(count), f"--images={images}", f"--cache_dir={images.parent / 'cache'}"]
+        args = pretrain.get_args_parser("mae").parse_args([f"--model={self.args.model}", *flags])
+        return pretrain.OBJECTIVES["mae"](pretrain.resolve(args), self.dist)
+
     def _flags(self, count: int) -> list[str]:
         """Pass on the flags that all training scripts have."""
         return [
@@ -402,19 +411,20 @@ class Bench:
         """
         if pace is None:
             pace = self.stopwatch.usual_pace
+        rounds = [contestants]
         if apart:
-            timings = {}
-            for name, contestant in contestants.items():
+            rounds = [{name: contestant} for name, contestant in contestants.items()]
+        first = None
+        for together in rounds:
+            if apart:
                 torch.compiler.reset()
-                timings |= self.stopwatch.take_turns({name: contestant}, pace)
-        else:
-            timings = self.stopwatch.take_turns(contestants, pace)
-        first = next(iter(timings.values()))
-        for name, timing in timings.items():
-            fields = self.fields_of(timing, first, count)
-            if describe is not None:
-                fields["note"] = describe(timing, first)
-            self.ledger.record(task, name, steps=pace.steps, model=self.model_of(task), **fields)
+            timings = self.stopwatch.take_turns(together, pace)
+            for name, timing in timings.items():
+                first = first or timing
+                fields = self.fields_of(timing, first, count)
+                if describe is not None:
+                    fields["note"] = describe(timing, first)
+                self.ledger.record(task, name, steps=pace.steps, model=self.model_of(task), **fields)
 
     def model_of(self, task: str) -> str | None:
         """Name the network of a task."""
@@ -535,35 +545,48 @@ def describe_cost(timing: Timing, first: Timing) -> str:
 
 def choice_names() -> list[str]:
     """Name the alternatives that --choices selects from."""
-    return ["compilation", "cuda_graph", *bench_choices.PATCHES, *bench_choices.OPTIMIZERS]
+    names = ["compilation", "cuda_graph", *bench_choices.PATCHES, *bench_choices.OPTIMIZERS, *bench_choices.KERNELS]
+    return [*names, "max-autotune"]  # which takes minutes to compile
 
 
 def measure_choices(bench: Bench) -> None:
     """Measure pre-training with each choice in its step undone; all contestants train the same parameters."""
     count = bench.count("pretrain")
-    workshop = bench.workshop
-    training = workshop.training(workshop.pretraining("mae", count))
+    training = bench.workshop.training(bench.workshop.pretraining("mae", count))
     source = itertools.repeat(random_pixels(training.batches))
-    own = training.contestant(source)
-    contestants = {SYNTHETIC: own}
+    contestants = {SYNTHETIC: training.contestant(source)}
     for name in bench.args.choices or choice_names():
-        if name == "compilation":
-            shown = "not compiled" if bench.args.compile else "torch.compile"
-            contestants[shown] = with_other_compilation(workshop, training).contestant(source)
-        elif name == "cuda_graph":
-            if bench.on_gpu:
-                contestants["forward and backward pass as a CUDA graph"] = recorded(workshop, training).contestant(
-                    source
-                )
-        elif name in bench_choices.PATCHES:
-            step = bench_choices.undone(name, own.step)
-            contestants[name] = Contestant(step, flops=None, state_bytes=own.state_bytes)  # it computes more or less
-        else:
-            other = copy.copy(training.trainer)
-            other.optimizer = bench_choices.other_optimizer(name, training.trainer.optimizer)
-            contestants[name] = dataclasses.replace(training, trainer=other).contestant(source)
+        contestants |= alternative(bench, name, training, source)
     usual = bench.stopwatch.usual_pace
     bench.compare("choices", contestants, count, Pace(usual.steps, max(1, usual.settle)), apart=bench.args.compile)
+
+
+def alternative(
+    bench: Bench, name: str, training: Training, source: Iterator[list[dict[str, Tensor]]]
+) -> dict[str, Contestant]:
+    """Make the contestant of a choice, as the report names it; none where nothing is to be chosen."""
+    own = training.contestant(source)
+    if name == "compilation":
+        shown = "not compiled" if bench.args.compile else "torch.compile"
+        return {shown: with_other_compilation(bench.workshop, training).contestant(source)}
+    if name == "cuda_graph":
+        if not bench.on_gpu:
+            return {}
+        return {"forward and backward pass as a CUDA graph": recorded(bench.workshop, training).contestant(source)}
+    if name == "max-autotune":
+        if not (bench.on_gpu and bench.args.compile):
+            return {}
+        return {"torch.compile, max-autotune": autotuned(bench.workshop, training).contestant(source)}
+    if name in bench_choices.KERNELS:
+        if not bench_choices.has_kernel(name, bench.device, training.trainer.precision.dtype or torch.float32):
+            return {}
+        return {name: dataclasses.replace(own, step=bench_choices.with_kernel(name, own.step))}
+    if name in bench_choices.PATCHES:
+        step = bench_choices.undone(name, own.step)
+        return {name: Contestant(step, flops=None, state_bytes=own.state_bytes)}  # it computes more or less
+    other = copy.copy(training.trainer)
+    other.optimizer = bench_choices.other_optimizer(name, training.trainer.optimizer)
+    return {name: dataclasses.replace(training, trainer=other).contestant(source)}
 
 
 def recorded(workshop: Workshop, training: Training) -> Training:
@@ -572,6 +595,14 @@ def recorded(workshop: Workshop, training: Training) -> Training:
     objective.args = copy.copy(objective.args)
     objective.args.cuda_graph = True
     other = workshop.training(objective, training.batches)
+    other.trainer.optimizer = training.trainer.optimizer
+    return other
+
+
+def autotuned(workshop: Workshop, training: Training) -> Training:
+    """Set the same training up with a compiler that tries many kernels for each product."""
+    with mock.patch.object(torch, "compile", functools.partial(torch.compile, mode="max-autotune-no-cudagraphs")):
+        other = workshop.training(copy.copy(training.objective), training.batches)
     other.trainer.optimizer = training.trainer.optimizer
     return other
 
@@ -715,6 +746,44 @@ def measure_start(bench: Bench, images: int) -> None:
         bench.ledger.record("starting", variant, model=args.model, seconds=seconds, img_s=1 / seconds, note=note)
 
 
+def measure_growth(bench: Bench) -> None:
+    """Measure what a training's start and a batch cost with more and more images, at the study's --cache_size."""
+    if bench.args.synthetic:
+        return
+    counts = list(bench_growth.QUICK_COUNTS if bench.args.quick else bench_growth.COUNTS)
+    photos = sorted(Path(bench.workshop.data_root).rglob("*.jpg"))[: bench_growth.PER_FOLDER]
+    openings = []
+    for count in counts:
+        with tempfile.TemporaryDirectory(dir=bench.workshop.folder) as place:
+            folder = Path(place, "photos")
+            bench_growth.write_photos(photos, folder, count)
+            openings.append(measure_images(bench, folder, count))
+    per_image = bench_growth.slope(counts, openings)
+    rate = 1 / per_image if per_image > 0 else None  # fewer images may take longer, by chance
+    note = f"{1e6 * per_image:,.0f} us for each image more"
+    bench.ledger.record("opening", "growth", model=bench.args.model, img_s=rate, note=note)
+
+
+def measure_images(bench: Bench, folder: Path, count: int) -> float:
+    """Measure a folder of `count` images, cached beside it -> the seconds that a start takes to open them."""
+    batch_size = min(bench.count("pretrain"), count // 2)
+    objective = bench.workshop.pretraining_on(folder, batch_size)
+    kept = []
+
+    def open_batches() -> TrainBatches:
+        kept.clear()  # a GPU may not have room for two
+        kept.append(objective.open(bench.workshop.run_folder()))
+        return kept[0]
+
+    seconds = bench_growth.measure_start(folder, open_batches, bench.args.repeats)
+    host = cpu_milliseconds(bench.stopwatch, host_batches(kept[0], pin=bench.on_gpu).__next__) / batch_size
+    note = f"start: listed in {seconds.listing:.3f} s, opened in {seconds.opening:.3f} s"
+    note += f" (first decoded in {seconds.decoding:.1f} s); batches: {host:.3f} ms of CPU time per image"
+    fields = {"images": count, "seconds": seconds._asdict(), "cpu_ms": host, "cache_size": objective.args.cache_size}
+    bench.ledger.record("growth", f"{count:,} images", batch_size=batch_size, note=note, **fields)
+    return seconds.opening
+
+
 def measure_study(bench: Bench) -> None:
     """Project the time of the study from the measured rates; name what is missing instead of guessing."""
     rates = study_rates(rows_like_these(bench))
@@ -808,6 +877,7 @@ def measure_in_processes(bench: Bench, count: int, world: int) -> None:
 OTHER_MEASUREMENTS: dict[str, Callable[[Bench], None]] = {
     "data": measure_data,
     "rest": measure_rest,
+    "growth": measure_growth,
     "products": measure_products,
     "scaling": measure_scaling,
     "choices": measure_choices,
@@ -910,6 +980,8 @@ def missing_measurements(rows: list[dict]) -> list[tuple[str, str]]:
         wanted.append((task, REAL))
     wanted.append(("scaling", SYNTHETIC))
     wanted.append(("choices", SYNTHETIC))
+    wanted += [("objectives", name) for name in pretrain.OBJECTIVES]
+    wanted.append(("opening", "growth"))
     wanted.append(("data", "cache + augmentation on cuda:0"))
     wanted.append(("study", WHOLE_STUDY))
     done = {(row["task"], row["variant"]) for row in rows if is_of_study_size(row)}

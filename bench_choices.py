@@ -10,6 +10,7 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import models
 from models import MaskedAutoencoder
@@ -109,6 +110,35 @@ OPTIMIZERS = {
     "AdamW, foreach": {"fused": False, "foreach": True},
     "AdamW, one tensor at a time": {"fused": False, "foreach": False},
 }
+# Kernels that torch chooses among for attention; of those that a GPU and a precision have.
+KERNELS = {
+    "attention by FlashAttention": SDPBackend.FLASH_ATTENTION,
+    "attention by the memory-efficient kernel": SDPBackend.EFFICIENT_ATTENTION,
+    "attention by cuDNN": SDPBackend.CUDNN_ATTENTION,
+}
+
+
+def has_kernel(name: str, device: torch.device, dtype: torch.dtype) -> bool:
+    """Tell whether a GPU has an attention kernel of KERNELS, for heads as wide as those of encoder and decoder."""
+    if device.type != "cuda":
+        return False
+    try:
+        for width in (64, 32):
+            q = torch.zeros(1, 1, 8, width, device=device, dtype=dtype, requires_grad=True)
+            with_kernel(name, F.scaled_dot_product_attention)(q, q, q).sum().backward()
+    except RuntimeError:
+        return False
+    return True
+
+
+def with_kernel(name: str, function: Callable) -> Callable:
+    """Make a function that runs with the attention kernel `name` of KERNELS alone."""
+
+    def run(*args: Any) -> Any:
+        with sdpa_kernel(KERNELS[name]):
+            return function(*args)
+
+    return run
 
 
 def undone(name: str, function: Callable) -> Callable:

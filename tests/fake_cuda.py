@@ -2,7 +2,7 @@
 
     with fake_cuda() as gpu:
         trainer = make_trainer(case, gpu.dist, folders)
-        with watch(gpu, trainer.model):
+        with watch(gpu, networks_of(trainer)):
             trainer.train_step(micro_batches, want_norm=True)
 
 PyTorch's FakeTensorMode runs every operation for its shape, dtype and device alone, so the scripts' own code runs as on a
@@ -46,7 +46,7 @@ SIZES = {
     "depth": 1,
     "num_heads": 2,
     "decoder_embed_dim": 16,
-    "decoder_depth": 2,
+    "decoder_depth": 1,
     "decoder_num_heads": 2,
 }
 CLASS_FOLDERS = "coco"  # of the data root: its parts stand for two classes
@@ -185,13 +185,13 @@ def convert(module: nn.Module, change: Callable[[Tensor], Tensor], recurse: bool
 
 
 def clear_caches() -> None:
-    """Empty the caches of all functions of the project."""
+    """Empty the caches of all functions of the project; what FakeTensorMode knows of operations holds no tensors."""
     for module in list(sys.modules.values()):
         file = getattr(module, "__file__", None) or ""
         if not file.startswith(str(REPOSITORY)) or "site-packages" in file:
             continue
         for value in list(vars(module).values()):
-            if hasattr(value, "cache_clear"):
+            if hasattr(value, "cache_clear") and not isinstance(value, type):
                 value.cache_clear()
 
 
@@ -312,8 +312,9 @@ class Watch(TorchDispatchMode):
         tensors = tensors_of((args, kwargs))
         if any(tensor.device == GPU for tensor in tensors) or kwargs.get("device") == GPU:
             self.check_waits(name, args, kwargs)
+        result = func(*args, **kwargs)  # a tensor of another device is refused here, whatever its precision
         self.check_precision(name, [tensor for tensor in tensors if tensor.is_floating_point()])
-        return func(*args, **kwargs)
+        return result
 
     def check_waits(self, name: str, args: tuple, kwargs: dict) -> None:
         """Refuse operations whose result, or whose size, the host has to know."""
@@ -368,8 +369,8 @@ class Watch(TorchDispatchMode):
 
 
 @contextlib.contextmanager
-def watch(gpu: FakeGPU, network: nn.Module, warm_up: bool = False) -> Iterator[Watch]:
-    """Context of a Watch that knows when the network is at work. Raises WrongPrecision if it multiplied nothing."""
+def watch(gpu: FakeGPU, networks: list[nn.Module], warm_up: bool = False) -> Iterator[Watch]:
+    """Context of a Watch that knows when one of the networks is at work. WrongPrecision if they multiplied nothing."""
     watching = Watch(gpu.pinned, warm_up)
 
     def begin(*_: object) -> None:
@@ -378,7 +379,9 @@ def watch(gpu: FakeGPU, network: nn.Module, warm_up: bool = False) -> Iterator[W
     def end(*_: object) -> None:
         watching.in_network = False
 
-    hooks = [network.register_forward_pre_hook(begin), network.register_forward_hook(end)]
+    hooks = []
+    for network in networks:
+        hooks += [network.register_forward_pre_hook(begin), network.register_forward_hook(end)]
     try:
         with watching:
             yield watching
@@ -416,6 +419,26 @@ def filled_gradients(parameters: list[nn.Parameter]) -> Callable[[Tensor], None]
     return backward
 
 
+def networks_of(trainer: Trainer) -> list[nn.Module]:
+    """List the networks that a training computes with: its own, and the teacher if it has one."""
+    networks = [trainer.model]
+    if hasattr(trainer.objective, "teacher"):
+        networks.append(trainer.objective.teacher.network)
+    return networks
+
+
+def check_batches(case: Case, folders: Folders) -> None:
+    """Make the training batches of two steps of a case on the fake GPU."""
+    with fake_cuda() as gpu:
+        trainer = make_trainer(case, gpu.dist, folders)
+        with contextlib.closing(trainer.batches.run(0, 2)) as steps:
+            for warm_up in (True, False):
+                with Watch(gpu.pinned, warm_up):
+                    micro_batches = next(steps)
+                for batch in micro_batches:
+                    require_on_device(batch, GPU)
+
+
 def check_training(case: Case, folders: Folders) -> None:
     """Make two steps of a case on the fake GPU and score its validation images, up to the final read of the sums."""
     with fake_cuda() as gpu:
@@ -424,9 +447,9 @@ def check_training(case: Case, folders: Folders) -> None:
         backward = filled_gradients(trainer.params)
         steps = trainer.batches.run(0, 2)
         with mock.patch.object(Tensor, "backward", backward), contextlib.closing(steps):
-            with watch(gpu, trainer.model, warm_up=True):
+            with watch(gpu, networks_of(trainer), warm_up=True):
                 trainer.train_step(next(steps), want_norm=False)
-            with watch(gpu, trainer.model):
+            with watch(gpu, networks_of(trainer)):
                 trainer.train_step(next(steps), want_norm=True)
         require_on_device(training_state(trainer), GPU)
         check_validation(trainer, gpu)
@@ -441,6 +464,8 @@ def training_state(trainer: Trainer) -> dict[str, Tensor]:
             named[f"optimizer: {name} of parameter {number}"] = tensor
     for name in ("losses", "skipped", "first_bad_step"):
         named[f"meter: {name}"] = getattr(trainer.meter, name)
+    for number, tensor in enumerate(tensors_of(trainer.objective.state())):
+        named[f"objective: tensor {number}"] = tensor
     return named
 
 
@@ -455,9 +480,7 @@ def check_validation(trainer: Trainer, gpu: FakeGPU) -> None:
         require_on_device({"sum of scores": tensor}, GPU)
         raise LoopEnded
 
-    # Of an objective with a teacher, it may be the teacher that is asked first.
-    asked = getattr(trainer.objective, "encoder", trainer.model)
-    with mock.patch.object(Distributed, "sum", end), watch(gpu, asked):
+    with mock.patch.object(Distributed, "sum", end), watch(gpu, networks_of(trainer)):
         try:
             trainer._validate()
         except LoopEnded:
@@ -490,25 +513,3 @@ def check_gradients(case: Case, folders: Folders) -> None:
             if parameter.grad is None:
                 raise NoGradient(f"{name} gets no gradient")
             require_on_device({f"gradient of {name}": parameter.grad}, device)
-
-
-def check_graphs(case: Case, folders: Folders) -> None:
-    """Train and validate twice on the CPU through torch.compile: whole graphs, and no new ones the second time."""
-    compile_whole = torch.compile
-
-    def whole(network: nn.Module, **options: object) -> Callable:
-        return compile_whole(network, fullgraph=True, backend="aot_eager", **options)
-
-    compiled = case._replace(flags=(*case.flags, "--compile", "--device cpu", "--precision bf16"))
-    torch._dynamo.reset()
-    try:
-        with small_network(), mock.patch.object(torch, "compile", whole):
-            trainer = make_trainer(compiled, Distributed(0, 0, 1, torch.device("cpu")), folders)
-            with contextlib.closing(trainer.batches.run(0, 2)) as steps:
-                trainer.train_step(next(steps), want_norm=True)
-                trainer._validate()
-                with torch._dynamo.config.patch(error_on_recompile=True):
-                    trainer.train_step(next(steps), want_norm=True)
-                    trainer._validate()
-    finally:
-        torch._dynamo.reset()

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # What only a machine with an NVIDIA GPU can show: tests, speed, memory, and a small study on photos. Results go to one folder.
 # usage: bash tests/gpu.sh [--rehearse] [--output DIR] [--data_root DIR] [PART]...
-#   PART         tests train products scaling choices study   (default: all, in this order: the most telling first)
+#   PART         tests train products scaling objectives choices study   (default: all, in this order: the most telling first)
 #   --rehearse   the same commands at tiny size on the CPU, to know that they work before the first GPU is met
 #   --output     folder of logs, measurements (bench.jsonl) and BENCHMARKS.md (default: gpu_results)
 #   --data_root  photos laid out as in the README (default: drawn ones)
@@ -15,13 +15,13 @@ while [ $# -gt 0 ]; do
     --rehearse) REHEARSE=1 ;;
     --output|--data_root) [ $# -gt 1 ] || { echo "gpu.sh: error: $1 needs a folder" >&2; exit 2; }
       if [ "$1" = --output ]; then OUTPUT=$2; else DATA_ROOT=$2; fi; shift ;;
-    tests|train|products|scaling|choices|study) PARTS+=("$1") ;;
+    tests|train|products|scaling|objectives|choices|study) PARTS+=("$1") ;;
     -h|--help) sed -n '2,9s/^# \{0,1\}//p' "$0"; exit 0 ;;
-    *) echo "gpu.sh: error: unknown part $1; parts are tests train products scaling choices study" >&2; exit 2 ;;
+    *) echo "gpu.sh: error: unknown part $1; parts are tests train products scaling objectives choices study" >&2; exit 2 ;;
   esac
   shift
 done
-[ "${#PARTS[@]}" -gt 0 ] || PARTS=(tests train products scaling choices study)
+[ "${#PARTS[@]}" -gt 0 ] || PARTS=(tests train products scaling objectives choices study)
 . ./setup.sh || exit 1
 if [ -z "$REHEARSE" ] && ! "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
   echo "gpu.sh: error: torch sees no GPU; --rehearse runs the same at tiny size on the CPU" >&2
@@ -31,24 +31,31 @@ mkdir -p "$OUTPUT" || exit 2
 export PYTHONUNBUFFERED=1
 
 BENCH=("$PYTHON" bench.py --output "$OUTPUT/bench.jsonl" --cache_dir "$OUTPUT/cache")
+# A CPU's compiler takes minutes and says nothing of a GPU's; the tests make the graphs without it.
+[ -z "$REHEARSE" ] || BENCH=(env TORCHDYNAMO_DISABLE=1 "${BENCH[@]}")
 [ -z "$DATA_ROOT" ] || BENCH+=(--data_root "$DATA_ROOT")
 REPEATS=(--repeats 3)
 if [ -n "$REHEARSE" ]; then
-  BENCH+=(--device cpu --no-compile --model mae_tiny --img_size 32 --batch_size 2)
+  BENCH+=(--quick --device cpu --no-compile --model mae_tiny --img_size 32 --batch_size 2)
   REPEATS=(--repeats 1)
 fi
 PEERS=(--peers eager pil)
 if "$PYTHON" -c 'import timm, transformers' 2> /dev/null; then PEERS=(--peers); fi
 
 tests() { # numerics, synchronisation, precision, compilation, accumulation, resume
-  REHEARSE=$REHEARSE "$PYTHON" -m pytest tests/test_gpu.py -q -p no:cacheprovider --durations=10 -n 4 --dist worksteal
+  REHEARSE=$REHEARSE "$PYTHON" -m pytest tests/test_gpu.py -q -p no:cacheprovider --durations=10 -n auto --maxprocesses 4 --dist worksteal
 }
 train() { # steps on synthetic and real batches beside peers, validation, profiles, data path, all else, the study's time
   "${BENCH[@]}" "${REPEATS[@]}" "${PEERS[@]}" --profile "$OUTPUT/profile" \
-    --tasks pretrain finetune resnet50 data rest study
+    --tasks pretrain finetune resnet50 data rest growth study
 }
 products() { "${BENCH[@]}" "${REPEATS[@]}" --tasks products; }
 scaling() { "${BENCH[@]}" "${REPEATS[@]}" --tasks scaling --synthetic; }
+objectives() { # two crops of 256 images, as one objective has them, would not fit everywhere
+  local sizes=(--batch_size 128)
+  [ -z "$REHEARSE" ] || sizes=(--batch_size 2 --img_size 64) # of smaller images, one objective has no blocks
+  "${BENCH[@]}" "${REPEATS[@]}" --tasks objectives --synthetic "${sizes[@]}"
+}
 choices() {
   local names=()
   [ -z "${CHOICES:-}" ] || IFS=, read -r -a names <<< "$CHOICES"
@@ -61,7 +68,7 @@ study() { # the study's own path: three pre-trainings, four fine-tunings, two ba
     "$PYTHON" prepare.py demo --data_root "$photos" || return
   fi
   if [ -n "$REHEARSE" ]; then
-    how+=(--gpus 0 --model mae_tiny --pretrain_args "--img_size 32 --epochs 1 --epoch_updates 2 --batch_size 4 --warmup_epochs 0")
+    how+=(--gpus 0 --jobs 2 --model mae_tiny --pretrain_args "--img_size 32 --epochs 1 --epoch_updates 2 --batch_size 4 --warmup_epochs 0")
     how+=(--finetune_args "--img_size 32 --epochs 1 --epoch_updates 2 --batch_size 4 --warmup_epochs 0")
   else
     how+=(--pretrain_args "--epochs 4 --epoch_updates 75 --batch_size 128 --warmup_epochs 0.4 ${STUDY_ARGS:-}")

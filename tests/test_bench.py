@@ -11,16 +11,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 import bench
 import bench_choices
 import bench_eager
+import bench_growth
 import bench_peers
 import bench_products
 import bench_timing
 import models
+from data import read_image
 from engine import EngineError, setup
+from folders import read_tree
 from trainer import Trainer
 
 ROOT = Path(bench.__file__).parent
@@ -45,6 +49,7 @@ def quick(tmp_path_factory):
         *bench.TRAININGS,
         "data",
         "rest",
+        "growth",
         "study",
         "products",
         "choices",
@@ -98,6 +103,30 @@ def test_what_a_study_spends_besides_steps_is_measured(quick):
     assert rows["products", "its matrix products alone"]["note"].endswith("of the step")
 
 
+def test_what_more_images_cost_is_measured(quick):
+    rows = [r for r in quick[1] if r["task"] == "growth"]
+    assert [r["images"] for r in rows] == list(bench_growth.QUICK_COUNTS)
+    for row in rows:
+        assert row["seconds"].keys() == {"listing", "decoding", "opening"}
+        assert row["cpu_ms"] > 0
+    (opening,) = [r for r in quick[1] if r["task"] == "opening"]
+    first, last = (row["seconds"]["opening"] for row in rows)
+    more = rows[-1]["images"] - rows[0]["images"]
+    assert opening["note"] == f"{1e6 * (last - first) / more:,.0f} us for each image more"
+
+
+def test_photos_of_a_growing_folder_are_all_different_and_can_be_read(tmp_path):
+    colours = ["red", "green", "blue"]
+    for colour in colours:
+        Image.new("RGB", (20, 10), colour).save(tmp_path / f"{colour}.jpg")
+    bench_growth.write_photos([tmp_path / f"{colour}.jpg" for colour in colours], tmp_path / "many", 7)
+    images = read_tree(tmp_path / "many")
+    assert len(images.train.images) + len(images.held_out.images) == 7
+    assert images.remarks == ()
+    for image in images.train.images:
+        assert read_image(tmp_path / "many" / image).size == (20, 10)
+
+
 @pytest.mark.parametrize("name", bench_choices.PATCHES)
 def test_an_alternative_computes_the_same_loss_and_gradients(name):
     torch.manual_seed(0)
@@ -114,6 +143,32 @@ def test_an_alternative_computes_the_same_loss_and_gradients(name):
     bench_choices.undone(name, step)()
     for ours, theirs in zip(*found, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_an_attention_kernel_can_be_prescribed_where_the_device_has_it():
+    q = torch.randn(2, 2, 5, 8)
+    attend = torch.nn.functional.scaled_dot_product_attention
+    alone = bench_choices.with_kernel("attention by FlashAttention", attend)  # CPUs have one of that name
+    torch.testing.assert_close(alone(q, q, q), bench_choices.explicit_attention(q, q, q))
+    for name in bench_choices.KERNELS:
+        assert not bench_choices.has_kernel(name, torch.device("cpu"), torch.float32)
+
+
+def test_autotuning_is_asked_of_the_compiler_and_trains_the_same_parameters(workshop, monkeypatch):
+    asked = []
+
+    def compile(network, **options):
+        asked.append(options)
+        return network
+
+    monkeypatch.setattr(torch, "compile", compile)
+    monkeypatch.setattr(workshop.args, "compile", True)
+    training = workshop.training(workshop.objective("pretrain", 2))
+    other = bench.autotuned(workshop, training)
+    assert asked == [{"dynamic": False}, {"dynamic": False, "mode": "max-autotune-no-cudagraphs"}]
+    assert other.trainer.optimizer is training.trainer.optimizer
+    assert other.objective.model is training.objective.model
+    assert torch.compile is compile
 
 
 def test_every_objective_is_measured_with_its_cost_relative_to_the_first(quick):

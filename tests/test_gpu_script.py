@@ -19,41 +19,43 @@ def gpu_script(*words, **env):
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=900)
 
 
-def rehearse(folder, *parts, **env):
-    """Rehearse some parts into a folder -> the lines of their measurements."""
-    done = gpu_script("--rehearse", "--output", folder, *parts, **env)
-    assert done.returncode == 0, done.stdout + done.stderr
-    summary = (folder / "summary.txt").read_text().splitlines()
-    assert [line.split(" after")[0] for line in summary] == [f"== {part}: done" for part in parts]
+def verdicts(folder: Path) -> list[str]:
+    """Read what became of each part."""
+    return [line.split(" after")[0] for line in (folder / "summary.txt").read_text().splitlines()]
+
+
+def measurements(folder: Path) -> list[dict]:
+    """Read the lines that the parts wrote."""
     return [json.loads(line) for line in (folder / "bench.jsonl").read_text().splitlines()]
 
 
-def test_a_rehearsal_leaves_measurements_logs_and_a_report_of_them(tmp_path):
-    rows = rehearse(tmp_path, "products")
-    assert [row["task"] for row in rows] == ["products", "products"]
+def test_a_failed_part_stops_no_other_and_a_report_has_the_measurements_of_those(tmp_path):
+    done = gpu_script("--rehearse", "--output", tmp_path, "choices", "products", CHOICES="no such choice")
+    assert done.returncode == 1
+    assert done.stderr.strip().endswith(f"gpu.sh: failed: choices; logs in {tmp_path}")
+    assert verdicts(tmp_path) == ["== choices: FAILED", "== products: done"]
+    assert [row["task"] for row in measurements(tmp_path)] == ["products", "products"]
     assert "its matrix products alone" in (tmp_path / "BENCHMARKS.md").read_text()
     assert (tmp_path / "products.log").read_text()
 
 
 @pytest.mark.slow
 def test_a_rehearsed_study_ends_in_its_report(tmp_path):
-    rows = rehearse(tmp_path, "choices", "study", CHOICES="rows picked by torch.gather")
+    parts = ("choices", "study")
+    done = gpu_script("--rehearse", "--output", tmp_path, *parts, CHOICES="rows picked by torch.gather")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert verdicts(tmp_path) == [f"== {part}: done" for part in parts]
+    rows = measurements(tmp_path)
     assert [row["task"] for row in rows] == ["choices", "choices"]
     assert rows[-1]["variant"] == "rows picked by torch.gather"
     assert (tmp_path / "study/report/report.html").exists()
     assert "The study is finished" in (tmp_path / "study.log").read_text()
 
 
-def test_a_failed_part_stops_no_other_and_is_named_at_the_end(tmp_path):
-    done = gpu_script("--rehearse", "--output", tmp_path, "choices", CHOICES="no such choice")
-    assert done.returncode == 1
-    assert done.stderr.strip().endswith(f"gpu.sh: failed: choices; logs in {tmp_path}")
-
-
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["everything"], "unknown part everything; parts are tests train products scaling choices study"),
+        (["everything"], "unknown part everything; parts are tests train products scaling objectives choices study"),
         (["--output"], "--output needs a folder"),
     ],
 )

@@ -42,13 +42,6 @@ def trained(result) -> list[str]:
     return [line[3:] for line in lines if line.startswith("== seed0_") and "evaluate" not in line and ":" not in line]
 
 
-def trained_again(args) -> list[str]:
-    """Run the script once more, successfully -> the trainings that it started."""
-    result = run_all(*args)
-    assert result.returncode == 0, result.stdout + result.stderr
-    return trained(result)
-
-
 @pytest.fixture(scope="module")
 def study(tmp_path_factory):
     """A finished cut demo on few drawn photos."""
@@ -103,31 +96,27 @@ def test_runs_side_by_side_give_the_same_networks_to_the_bit(study):
     assert again.returncode == 0 and again.stdout.count("finished before, skipped") == 9 + 2
 
 
-def test_a_lost_run_is_repeated_and_what_started_from_the_same_weights_stays(study):
-    out, args, _ = study
-    shutil.rmtree(out / "seed0" / "pretrain_non_animal")
-    assert trained_again(args) == ["seed0_pretrain_non_animal"]
-
-
-def test_a_run_that_started_from_other_weights_is_repeated(study):
-    out, args, _ = study
-    path = out / "seed0/finetune_non_animal/config.json"
-    config = json.loads(path.read_text())
-    config["experiment"]["init"] = "other weights"
-    path.write_text(json.dumps(config))
-    assert trained_again(args) == ["seed0_finetune_non_animal"]
-
-
-def test_an_unfinished_run_is_started_anew_when_what_it_starts_from_was_trained_again(study):
-    out, args, _ = study
-    folder = out / "seed0" / "finetune_mixed"
-    for name in ("metrics.json", "test.npz", "model.pt"):
-        (folder / name).unlink()
+def change_start(folder: Path, weights: str) -> None:
+    """Let the configuration of a run say that it started from other weights."""
     config = json.loads((folder / "config.json").read_text())
-    config["experiment"]["init"] = "weights of an earlier pre-training"
+    config["experiment"]["init"] = weights
     (folder / "config.json").write_text(json.dumps(config))
-    shutil.rmtree(out / "seed0" / "pretrain_mixed")
-    assert trained_again(args) == ["seed0_pretrain_mixed", "seed0_finetune_mixed"]
+
+
+def test_what_is_lost_or_started_from_other_weights_is_repeated_and_nothing_else(study):
+    out, args, _ = study
+    seed = out / "seed0"
+    shutil.rmtree(seed / "pretrain_non_animal")  # it ends with the same weights, so what started from them stays
+    change_start(seed / "finetune_animal", "other weights")
+    # Unfinished, and what it started from is trained again: it is not gone on with.
+    for name in ("metrics.json", "test.npz", "model.pt"):
+        (seed / "finetune_mixed" / name).unlink()
+    change_start(seed / "finetune_mixed", "weights of an earlier pre-training")
+    shutil.rmtree(seed / "pretrain_mixed")
+    result = run_all(*args)
+    assert result.returncode == 0, result.stdout + result.stderr
+    repeated = ["pretrain_mixed", "pretrain_non_animal", "finetune_animal", "finetune_mixed"]
+    assert sorted(trained(result)) == sorted(f"seed0_{name}" for name in repeated)
 
 
 def test_changed_flags_are_refused_however_often_they_are_repeated(study):
