@@ -643,11 +643,16 @@ def measure_data(bench: Bench) -> None:
     for name, job in host_jobs.items():
         cost = cpu_milliseconds(bench.stopwatch, job) / count
         bench.ledger.record("data", f"host, {name}", cpu_ms=cost, note=f"{cost:.3f} ms of CPU time per image")
-    trained = bench.ledger.rates(SYNTHETIC).get("pretrain")
-    if trained is not None:
-        share = trained / bench.ledger.rates(own)["data"]
+    trained = [row["img_s"] for row in rows_like_these(bench) if is_synthetic_pretraining(row)]
+    if trained:
+        share = trained[-1] / bench.ledger.rates(own)["data"]
         note = f"{share:.2%} of a synthetic training step"
         bench.ledger.record("data", "augmentation", note=note, model=bench.args.model)
+
+
+def is_synthetic_pretraining(row: dict) -> bool:
+    """Tell whether a row has the rate of pre-training on synthetic batches."""
+    return (row["task"], row["variant"]) == ("pretrain", SYNTHETIC)
 
 
 def pretraining_batches(bench: Bench, count: int, device: torch.device) -> TrainBatches:

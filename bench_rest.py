@@ -1,5 +1,6 @@
 """What a study's time goes to besides training steps: start, decoding, checkpoints, tests. For bench.py --tasks rest."""
 
+import json
 import os
 import subprocess
 import sys
@@ -73,7 +74,8 @@ def has_step(log: Path) -> bool:
     """Tell whether a run's log has the line of a training step."""
     if not log.exists():
         return False
-    return any('"train"' in line for line in log.read_text().splitlines())
+    whole_lines = log.read_text().rpartition("\n")[0].splitlines()
+    return any(json.loads(line)["event"] == "train" for line in whole_lines)
 
 
 def pretrain_command(data_root: str, cache_dir: str, model: str, img_size: int, device: str) -> list[str]:

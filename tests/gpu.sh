@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # What only a machine with an NVIDIA GPU can show: tests, speed, memory, and a small study on photos. Results go to one folder.
 # usage: bash tests/gpu.sh [--rehearse] [--output DIR] [--data_root DIR] [PART]...
-#   PART         tests train products scaling objectives choices study   (default: all, in this order: the most telling first)
+#   PART         tests pretrain finetune resnet50 rest products scaling objectives choices study
+#                (default: all, in this order: the most telling first)
 #   --rehearse   the same commands at tiny size on the CPU, to know that they work before the first GPU is met
 #   --output     folder of logs, measurements (bench.jsonl) and BENCHMARKS.md (default: gpu_results)
 #   --data_root  photos laid out as in the README (default: drawn ones)
@@ -9,19 +10,23 @@
 # Each part runs alone, and a failed one stops no other. CHOICES="NAME,NAME" and STUDY_ARGS="FLAGS" shorten the last two.
 set -u
 cd "$(dirname "$0")/.."
+ALL=(tests pretrain finetune resnet50 rest products scaling objectives choices study)
 REHEARSE="" OUTPUT=gpu_results DATA_ROOT="" PARTS=()
 while [ $# -gt 0 ]; do
   case $1 in
     --rehearse) REHEARSE=1 ;;
     --output|--data_root) [ $# -gt 1 ] || { echo "gpu.sh: error: $1 needs a folder" >&2; exit 2; }
       if [ "$1" = --output ]; then OUTPUT=$2; else DATA_ROOT=$2; fi; shift ;;
-    tests|train|products|scaling|objectives|choices|study) PARTS+=("$1") ;;
-    -h|--help) sed -n '2,9s/^# \{0,1\}//p' "$0"; exit 0 ;;
-    *) echo "gpu.sh: error: unknown part $1; parts are tests train products scaling objectives choices study" >&2; exit 2 ;;
+    -h|--help) sed -n '2,10s/^# \{0,1\}//p' "$0"; exit 0 ;;
+    *) if ! printf '%s\n' "${ALL[@]}" | grep -qxF -- "$1"; then
+        echo "gpu.sh: error: unknown part $1; parts are ${ALL[*]}" >&2
+        exit 2
+      fi
+      PARTS+=("$1") ;;
   esac
   shift
 done
-[ "${#PARTS[@]}" -gt 0 ] || PARTS=(tests train products scaling objectives choices study)
+[ "${#PARTS[@]}" -gt 0 ] || PARTS=("${ALL[@]}")
 . ./setup.sh || exit 1
 if [ -z "$REHEARSE" ] && ! "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
   echo "gpu.sh: error: torch sees no GPU; --rehearse runs the same at tiny size on the CPU" >&2
@@ -30,10 +35,13 @@ fi
 mkdir -p "$OUTPUT" || exit 2
 export PYTHONUNBUFFERED=1
 
-BENCH=("$PYTHON" bench.py --output "$OUTPUT/bench.jsonl" --cache_dir "$OUTPUT/cache")
+if [ -z "$DATA_ROOT" ]; then
+  DATA_ROOT=$OUTPUT/photos
+  "$PYTHON" prepare.py demo --data_root "$DATA_ROOT" || exit 1
+fi
+BENCH=("$PYTHON" bench.py --data_root "$DATA_ROOT" --output "$OUTPUT/bench.jsonl" --cache_dir "$OUTPUT/cache")
 # A CPU's compiler takes minutes and says nothing of a GPU's; the tests make the graphs without it.
 [ -z "$REHEARSE" ] || BENCH=(env TORCHDYNAMO_DISABLE=1 "${BENCH[@]}")
-[ -z "$DATA_ROOT" ] || BENCH+=(--data_root "$DATA_ROOT")
 REPEATS=(--repeats 3)
 if [ -n "$REHEARSE" ]; then
   BENCH+=(--quick --device cpu --no-compile --model mae_tiny --img_size 32 --batch_size 2)
@@ -45,9 +53,19 @@ if "$PYTHON" -c 'import timm, transformers' 2> /dev/null; then PEERS=(--peers); 
 tests() { # numerics, synchronisation, precision, compilation, accumulation, resume
   REHEARSE=$REHEARSE "$PYTHON" -m pytest tests/test_gpu.py -q -p no:cacheprovider --durations=10 -n auto --maxprocesses 4 --dist worksteal
 }
-train() { # steps on synthetic and real batches beside peers, validation, profiles, data path, all else, the study's time
-  "${BENCH[@]}" "${REPEATS[@]}" "${PEERS[@]}" --profile "$OUTPUT/profile" \
-    --tasks pretrain finetune resnet50 data rest growth study
+pretrain() { # steps on synthetic and real batches beside peers, validation, a profile
+  "${BENCH[@]}" "${REPEATS[@]}" "${PEERS[@]}" --profile "$OUTPUT/profile" --tasks pretrain
+}
+finetune() { # the same; then launched as one graph, as the host may launch kernels more slowly than the GPU runs them
+  "${BENCH[@]}" "${REPEATS[@]}" "${PEERS[@]}" --profile "$OUTPUT/profile" --tasks finetune &&
+    "${BENCH[@]}" "${REPEATS[@]}" --cuda_graph --tasks finetune
+}
+resnet50() {
+  "${BENCH[@]}" "${REPEATS[@]}" --profile "$OUTPUT/profile" --tasks resnet50 &&
+    "${BENCH[@]}" "${REPEATS[@]}" --cuda_graph --tasks resnet50
+}
+rest() { # the data path, all that is not training, and the study's time by all rates
+  "${BENCH[@]}" "${REPEATS[@]}" "${PEERS[@]}" --tasks data rest growth study
 }
 products() { "${BENCH[@]}" "${REPEATS[@]}" --tasks products; }
 scaling() { "${BENCH[@]}" "${REPEATS[@]}" --tasks scaling --synthetic; }
@@ -62,11 +80,7 @@ choices() {
   "${BENCH[@]}" "${REPEATS[@]}" --tasks choices --synthetic ${names[@]+--choices "${names[@]}"}
 }
 study() { # the study's own path: three pre-trainings, four fine-tunings, two baselines, tests, report
-  local photos=$DATA_ROOT how=(--output "$OUTPUT/study" --cache_dir "$OUTPUT/cache")
-  if [ -z "$photos" ]; then
-    photos=$OUTPUT/photos
-    "$PYTHON" prepare.py demo --data_root "$photos" || return
-  fi
+  local how=(--output "$OUTPUT/study" --cache_dir "$OUTPUT/cache")
   if [ -n "$REHEARSE" ]; then
     how+=(--gpus 0 --jobs 2 --model mae_tiny --pretrain_args "--img_size 32 --epochs 1 --epoch_updates 2 --batch_size 4 --warmup_epochs 0")
     how+=(--finetune_args "--img_size 32 --epochs 1 --epoch_updates 2 --batch_size 4 --warmup_epochs 0")
@@ -74,7 +88,7 @@ study() { # the study's own path: three pre-trainings, four fine-tunings, two ba
     how+=(--pretrain_args "--epochs 4 --epoch_updates 75 --batch_size 128 --warmup_epochs 0.4 ${STUDY_ARGS:-}")
     how+=(--finetune_args "--epochs 5 --epoch_updates 30 --warmup_epochs 0.5 ${STUDY_ARGS:-}")
   fi
-  bash run_all.sh --data_root "$photos" "${how[@]}"
+  bash run_all.sh --data_root "$DATA_ROOT" "${how[@]}"
 }
 
 FAILED=()

@@ -20,6 +20,7 @@ import bench_eager
 import bench_growth
 import bench_peers
 import bench_products
+import bench_rest
 import bench_timing
 import models
 from data import read_image
@@ -101,6 +102,18 @@ def test_what_a_study_spends_besides_steps_is_measured(quick):
     assert {("starting", "first time"), ("starting", "again")} <= rows.keys()
     assert "adds" in rows["pretrain validation", "share"]["note"]
     assert rows["products", "its matrix products alone"]["note"].endswith("of the step")
+
+
+def test_a_training_has_started_when_its_first_step_is_done(tmp_path):
+    log = tmp_path / "log.jsonl"
+    assert not bench_rest.has_step(log)
+    configuration = json.dumps({"event": "config", "manifest": {"train": []}})
+    step = json.dumps({"event": "train", "step": 1})
+    for content, started in (("", False), (configuration + "\n", False), (configuration + "\n" + step, False)):
+        log.write_text(content)
+        assert bench_rest.has_step(log) == started
+    log.write_text(f"{configuration}\n{step}\n")
+    assert bench_rest.has_step(log)
 
 
 def test_what_more_images_cost_is_measured(quick):
