@@ -11,6 +11,7 @@ so a drifting machine favours none; times are medians over synchronised turns, r
 """
 
 import argparse
+import contextlib
 import copy
 import dataclasses
 import functools
@@ -416,15 +417,25 @@ class Bench:
             rounds = [{name: contestant} for name, contestant in contestants.items()]
         first = None
         for together in rounds:
-            if apart:
-                torch.compiler.reset()
-            timings = self.stopwatch.take_turns(together, pace)
+            with self.compiled_anew() if apart else contextlib.nullcontext():
+                timings = self.stopwatch.take_turns(together, pace)
             for name, timing in timings.items():
                 first = first or timing
                 fields = self.fields_of(timing, first, count)
                 if describe is not None:
                     fields["note"] = describe(timing, first)
                 self.ledger.record(task, name, steps=pace.steps, model=self.model_of(task), **fields)
+
+    @contextlib.contextmanager
+    def compiled_anew(self) -> Iterator[None]:
+        """Context in which nothing that was compiled before is used, in memory or on disk.
+
+        What is found on disk may have been made with another attention kernel: those are not part of its key.
+        """
+        torch.compiler.reset()
+        folder = tempfile.mkdtemp(dir=self.workshop.folder)
+        with mock.patch.dict(os.environ, TORCHINDUCTOR_CACHE_DIR=folder):
+            yield
 
     def model_of(self, task: str) -> str | None:
         """Name the network of a task."""

@@ -51,7 +51,9 @@ PEERS=(--peers eager pil)
 if "$PYTHON" -c 'import timm, transformers' 2> /dev/null; then PEERS=(--peers); fi
 
 tests() { # numerics, synchronisation, precision, compilation, accumulation, resume
-  REHEARSE=$REHEARSE "$PYTHON" -m pytest tests/test_gpu.py -q -p no:cacheprovider --durations=10 -n auto --maxprocesses 4 --dist worksteal
+  local beside=()
+  if "$PYTHON" -c 'import xdist' 2> /dev/null; then beside=(-n auto --maxprocesses 4 --dist worksteal); fi
+  REHEARSE=$REHEARSE "$PYTHON" -m pytest tests/test_gpu.py -q -p no:cacheprovider --durations=10 ${beside[@]+"${beside[@]}"}
 }
 pretrain() { # steps on synthetic and real batches beside peers, validation, a profile
   "${BENCH[@]}" "${REPEATS[@]}" "${PEERS[@]}" --profile "$OUTPUT/profile" --tasks pretrain

@@ -167,6 +167,27 @@ def test_an_attention_kernel_can_be_prescribed_where_the_device_has_it():
         assert not bench_choices.has_kernel(name, torch.device("cpu"), torch.float32)
 
 
+def test_contestants_apart_find_nothing_that_was_compiled_before(tmp_path, monkeypatch):
+    args = bench.get_args_parser().parse_args([*TINY, "--no-compile", "--output", str(tmp_path / "bench.jsonl")])
+    args.peers = ()
+    apart = bench.Bench(args, setup("cpu"), str(tmp_path))
+    resets = []
+    monkeypatch.setattr(torch.compiler, "reset", lambda: resets.append(None))
+    found = []
+
+    def step():
+        found.append(os.environ["TORCHINDUCTOR_CACHE_DIR"])
+
+    before = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
+    contestants = {name: bench_timing.Contestant(step) for name in ("one", "other")}
+    apart.compare("choices", contestants, 1, apart=True)
+    assert len(resets) == 2
+    assert found[0] == found[1] != found[2] == found[3]
+    assert os.environ.get("TORCHINDUCTOR_CACHE_DIR") == before
+    rows = [json.loads(line) for line in (tmp_path / "bench.jsonl").read_text().splitlines()]
+    assert [row["variant"] for row in rows] == ["one", "other"]
+
+
 def test_autotuning_is_asked_of_the_compiler_and_trains_the_same_parameters(workshop, monkeypatch):
     asked = []
 
