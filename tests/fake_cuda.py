@@ -8,7 +8,7 @@
 PyTorch's FakeTensorMode runs every operation for its shape, dtype and device alone, so the scripts' own code runs as on a
 GPU, without one and without a driver. Operations on several devices raise FakeTensorDeviceMismatchError; `watch` adds what
 the mode lets through: waits of the host and products of the wrong precision. Not covered: values, kernels, streams,
-memory, several GPUs, and the backward pass on cuda:0, which asks the driver (the device "meta" stands in for it).
+memory, several GPUs, fp16, and the backward pass on cuda:0, which asks the driver (the device "meta" stands in for it).
 """
 
 import argparse
@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
 
+import numpy as np
 import torch
 from small_runs import REPOSITORY, words_of
 from torch import Tensor, nn
@@ -32,7 +33,7 @@ import engine
 import models
 import pretrain
 import tasks
-from batches import Pipeline
+from batches import EvalBatches, Pipeline
 from data import ImageStore
 from engine import Distributed, Precision
 from objective import Objective
@@ -290,17 +291,33 @@ def tensors_of(values: object) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
 
 
+def with_whole_indices(name: str, args: tuple) -> tuple:
+    """Let an index of truth values, of which fake ones have none, select everything."""
+    if name != "index":
+        return args
+    source, indices = args
+    whole = []
+    for index in indices:
+        if index is not None and index.dtype == torch.bool:
+            index = torch.arange(len(index), device=index.device)
+        whole.append(index)
+    return source, whole
+
+
 class Watch(TorchDispatchMode):
     """Raises HostWaits and WrongPrecision at the operation that is to blame.
 
-    warm_up: let constants be copied to the device, which are kept for later steps. in_network: whether a call of the network
-    is going on. products: how many of its matrix products were seen.
+    warm_up: let constants be copied to the device, which are kept for later steps. reading: whether the host may wait, as
+    between the loops over validation batches; it reads some number, and what it selects by is true. in_network: whether a
+    call of the network is going on. products: how many of its matrix products were seen.
     """
 
-    def __init__(self, pinned: set[StorageWeakRef], warm_up: bool = False):
+    def __init__(self, pinned: set[StorageWeakRef], warm_up: bool = False, device: torch.device = GPU):
         super().__init__()
         self.pinned = pinned
         self.warm_up = warm_up
+        self.device = device
+        self.reading = False
         self.in_network = False
         self.products = 0
 
@@ -310,7 +327,11 @@ class Watch(TorchDispatchMode):
             return func(*args, **kwargs)
         name = func.overloadpacket.__name__
         tensors = tensors_of((args, kwargs))
-        if any(tensor.device == GPU for tensor in tensors) or kwargs.get("device") == GPU:
+        if self.reading:
+            if name == "_local_scalar_dense":
+                return float(args[0].is_floating_point())  # no sum is 0, and no process was asked to stop
+            args = with_whole_indices(name, args)
+        elif any(tensor.device == self.device for tensor in tensors) or kwargs.get("device") == self.device:
             self.check_waits(name, args, kwargs)
         result = func(*args, **kwargs)  # a tensor of another device is refused here, whatever its precision
         self.check_precision(name, [tensor for tensor in tensors if tensor.is_floating_point()])
@@ -348,7 +369,7 @@ class Watch(TorchDispatchMode):
         if target == source.device:
             return
         way = f"{name} from {source.device} to {target}"
-        if source.device == GPU:
+        if source.device == self.device:
             raise HostWaits(f"{way}: the host reads the device")
         if self.warm_up:
             return
@@ -463,29 +484,39 @@ def training_state(trainer: Trainer) -> dict[str, Tensor]:
         for name, tensor in state.items():
             named[f"optimizer: {name} of parameter {number}"] = tensor
     for name in ("losses", "skipped", "first_bad_step"):
-        named[f"meter: {name}"] = getattr(trainer.meter, name)
+        kept = getattr(trainer.meter, name)
+        assert not kept.requires_grad, f"the meter's {name} keep the graphs of all steps"
+        named[f"meter: {name}"] = kept
     for number, tensor in enumerate(tensors_of(trainer.objective.state())):
         named[f"objective: tensor {number}"] = tensor
     return named
 
 
-class LoopEnded(Exception):
-    """All batches of a validation are scored; the sums are read next."""
-
-
 def check_validation(trainer: Trainer, gpu: FakeGPU) -> None:
-    """Score the validation images; the loop must end where processes add their sums up."""
+    """Score the validation images; the host may wait between the loops over batches, and never in them."""
+    loop = EvalBatches.__iter__
+    add_up = Distributed.sum
 
-    def end(dist: Distributed, tensor: Tensor) -> Tensor:
+    def sum_on_device(dist: Distributed, tensor: Tensor) -> Tensor:
         require_on_device({"sum of scores": tensor}, GPU)
-        raise LoopEnded
+        return add_up(dist, tensor)
 
-    with mock.patch.object(Distributed, "sum", end), watch(gpu, networks_of(trainer)):
-        try:
-            trainer._validate()
-        except LoopEnded:
-            return
-    raise AssertionError("the validation did not end in Distributed.sum")
+    def numbers(tensor: Tensor) -> np.ndarray:
+        return np.ones(tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.object(Distributed, "sum", sum_on_device))
+        stack.enter_context(mock.patch.object(Tensor, "numpy", numbers))
+        watching = stack.enter_context(watch(gpu, networks_of(trainer)))
+
+        def strict(batches: EvalBatches) -> Iterator[dict[str, Tensor]]:
+            watching.reading = False
+            yield from loop(batches)
+            watching.reading = True
+
+        stack.enter_context(mock.patch.object(EvalBatches, "__iter__", strict))
+        watching.reading = True
+        trainer._validate()
 
 
 def first_batch(case: Case, folders: Folders) -> dict[str, Tensor]:
@@ -499,13 +530,14 @@ def first_batch(case: Case, folders: Folders) -> dict[str, Tensor]:
 
 
 def check_gradients(case: Case, folders: Folders) -> None:
-    """Go backward from the loss on the device "meta", which computes nothing; every trainable parameter must take part."""
+    """Go forward and backward on the device "meta", which computes nothing; every trainable parameter must take part."""
     batch = first_batch(case, folders)
     device = torch.device("meta")
     with fake_tensors() as mode:
         objective = make_objective(case, arguments(case, folders), Distributed(0, 0, 1, device))
         moved = {name: mode.from_tensor(tensor).to(device) for name, tensor in batch.items()}
-        objective.loss(objective.model, moved).backward()
+        with Watch(set(), device=device):
+            objective.loss(objective.model, moved).backward()
         for name, parameter in objective.model.named_parameters():
             if not parameter.requires_grad:
                 assert parameter.grad is None

@@ -53,13 +53,14 @@ NAMED = [*PRETRAININGS.values(), *TASKS_TRAINED]
 VARIANTS = [Case("finetune", name, (flag,)) for name in TASKS for flag in variants_of(name)]
 EXAMPLES = [Case("pretrain", name) for name in EXAMPLE_OBJECTIVES] + [Case("finetune", name) for name in EXAMPLE_TASKS]
 CONVOLUTIONAL = [Case("baseline", name, ("--model resnet50",)) for name in TASKS]
+UNMASKED = with_flags(MAE, "--mask_ratio 0")
 MULTI_CROP = with_flags(PRETRAININGS["dino"], "--local_crops 2 --no-colours")  # colours are the other case's
 # A contrast between the images of a batch is not accumulated.
 UNCONTRASTED = with_flags(PRETRAININGS["splitmask"], "--no-match")
 NETWORKS = NAMED + VARIANTS + EXAMPLES + CONVOLUTIONAL + [MULTI_CROP]
 NETWORKS += [with_flags(PRETRAININGS["tokens"], f"--tokenizer {name}") for name in ("random_projection", "kmeans")]
-NETWORKS += [UNCONTRASTED, with_flags(PRETRAININGS["splitmask"], "--no-inpaint"), with_flags(MAE, "--mask_ratio 0")]
-ACCUMULATING = [MAE, SEGMENTER, UNCONTRASTED, MULTI_CROP]
+NETWORKS += [UNCONTRASTED, with_flags(PRETRAININGS["splitmask"], "--no-inpaint"), UNMASKED]
+ACCUMULATING = [MAE, SEGMENTER, UNCONTRASTED, with_flags(PRETRAININGS["dino"], "--no-colours")]
 IMAGES = [with_flags(case, ACCUMULATED) for case in ACCUMULATING]
 IMAGES += [with_flags(MAE, ON_HOST), with_flags(MAE, "--targets other"), with_flags(MAE, "--targets other", ON_HOST)]
 IMAGES += [

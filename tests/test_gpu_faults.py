@@ -40,13 +40,15 @@ import augment
 import batches
 import classification
 import colours
+import meters
 import models
 import trainer
 from batches import Pipeline
 from engine import Precision
 from objectives import dino, labels, splitmask
 from objectives.dino import Centre
-from objectives.ijepa import BlockPredictor, Masks
+from objectives.ijepa import BlockFeatures, BlockPredictor, Masks
+from objectives.labels import Labels
 from objectives.tokenizers import Tokenizer
 from pretrain import MaskedPixels
 from segmentation import Segmentation
@@ -328,6 +330,36 @@ def right_answers_are_counted_in_python(patch: Patch) -> None:
     wrap(patch, classification, "score", score)
 
 
+def second_loop_of_validation_mixes_devices(patch: Patch) -> None:
+    def losses(original, objective, constant, *args):
+        return original(objective, constant.cpu(), *args)
+
+    wrap(patch, BlockFeatures, "losses_beside", losses)
+
+
+def places_that_are_measured_are_read(patch: Patch) -> None:
+    wrap(patch, meters, "take_rows", lambda original, x, ids: original(x, ids.clamp(max=ids.max().item())))
+
+
+def predictions_are_scored_on_two_devices(patch: Patch) -> None:
+    def scores(original, objective, name, logits):
+        return original(objective, name, logits.cpu())
+
+    wrap(patch, Labels, "scores_of", scores)
+
+
+def gradients_go_through_the_host(patch: Patch) -> None:
+    def loss(original, logits, *args):
+        logits.register_hook(lambda gradient: gradient.cpu().to(gradient.device))
+        return original(logits, *args)
+
+    wrap(patch, labels, "label_loss", loss)
+
+
+def losses_keep_their_graphs(patch: Patch) -> None:
+    wrap(patch, trainer.Trainer, "_accumulate", lambda original, loop, batches: loop._backward(batches[0]))
+
+
 def context_is_cut_off(patch: Patch) -> None:
     def predict(original, network, encoded, *args):
         return original(network, encoded.detach(), *args)
@@ -378,6 +410,11 @@ FAULTS = [
     Fault(blocks_are_taken_apart_on_the_host, check_training, IJEPA, MIXED, "cpu"),
     Fault(labels_stay_on_the_host, check_training, LABELS, MIXED, "cpu"),
     Fault(right_answers_are_counted_in_python, check_training, BREEDS, HostWaits, "reads values"),
+    Fault(second_loop_of_validation_mixes_devices, check_training, IJEPA, MIXED, "cpu"),
+    Fault(places_that_are_measured_are_read, check_training, IJEPA, HostWaits, "reads values"),
+    Fault(predictions_are_scored_on_two_devices, check_training, LABELS, MIXED, "cpu"),
+    Fault(losses_keep_their_graphs, check_training, MAE, AssertionError, "keep the graphs"),
+    Fault(gradients_go_through_the_host, check_gradients, LABELS, HostWaits, "from meta to cpu"),
     Fault(decoder_is_cut_off, check_gradients, MAE, NoGradient, "gets no gradient"),
     Fault(parameter_is_unused, check_gradients, MAE, NoGradient, "unused gets no gradient"),
     Fault(context_is_cut_off, check_gradients, IJEPA, NoGradient, "gets no gradient"),

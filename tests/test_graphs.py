@@ -7,7 +7,20 @@ from unittest import mock
 import pytest
 import torch
 from fake_cuda import Case, Folders, make_trainer, small_network
-from gpu_cases import IJEPA, LINEAR, MAE, MULTI_CROP, NAMED, SEGMENTER, Fault, Patch, make_folders, wrap
+from gpu_cases import (
+    IJEPA,
+    LINEAR,
+    MAE,
+    MULTI_CROP,
+    NAMED,
+    SEGMENTER,
+    UNMASKED,
+    Fault,
+    Patch,
+    make_folders,
+    with_flags,
+    wrap,
+)
 from torch import nn
 from torch._dynamo.exc import RecompileError, Unsupported
 
@@ -19,6 +32,9 @@ from pretrain import MaskedPixels
 
 # Each network once: small crops come with large ones.
 GRAPHS = [case for case in NAMED if case.name != "dino"] + [MULTI_CROP, LINEAR]
+GRAPHS += [UNMASKED, with_flags(SEGMENTER, "--output reshape")]
+# Half a minute on a CPU.
+RESNET50 = pytest.param(Case("baseline", "segment", ("--model resnet50",)), marks=pytest.mark.slow)
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +64,7 @@ def check_graphs(case: Case, folders: Folders) -> None:
         torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("case", GRAPHS, ids=str)
+@pytest.mark.parametrize("case", [*GRAPHS, RESNET50], ids=str)
 def test_compiled_networks_are_whole_graphs(folders, case):
     check_graphs(case, folders)
 
