@@ -55,6 +55,7 @@ from tasks import TASKS
 from trainer import Trainer, kept_bytes, plan_run
 
 TRAININGS = ("pretrain", "finetune", "resnet50")
+ON_PHOTOS = {"data", "rest", "growth"}  # what --synthetic leaves out
 DEFAULT_TASKS = (*TRAININGS, "data", "rest", "growth", "study", "products", "scaling")
 
 PEERS = ("eager", "transformers", "timm", "pil")
@@ -186,6 +187,15 @@ class Ledger:
         self.precision = precision
         self.writes = writes
         self.rows: list[dict] = []
+
+    def mend(self) -> None:
+        """Cut off a last line that a kill left half written."""
+        content = self.path.read_bytes()
+        whole = content.rpartition(b"\n")
+        if whole[2]:
+            with open(self.path, "r+b") as file:
+                file.truncate(len(content) - len(whole[2]))
+            print(f"{self.path}: its last line was cut off, and is removed", flush=True)
 
     def record(self, task: str, variant: str, **fields: object) -> None:
         """Add a measurement."""
@@ -404,8 +414,11 @@ class Bench:
         pace: Pace | None = None,
         describe: Callable[[Timing, Timing], str] | None = None,
         apart: bool = False,
-    ) -> None:
-        """Time contestants of steps of `count` images and record them, with ratios over the first one.
+        first: Timing | None = None,
+    ) -> Timing:
+        """Time contestants of steps of `count` images and record them, with ratios over the first one -> its timing.
+
+        first: that of an earlier call, instead.
 
         describe: what a timing and that of the first contestant amount to, for the last column. apart: one contestant
         after the other, each compiled anew; a compiled step would not notice what another one has replaced.
@@ -415,7 +428,6 @@ class Bench:
         rounds = [contestants]
         if apart:
             rounds = [{name: contestant} for name, contestant in contestants.items()]
-        first = None
         for together in rounds:
             with self.compiled_anew() if apart else contextlib.nullcontext():
                 timings = self.stopwatch.take_turns(together, pace)
@@ -425,6 +437,7 @@ class Bench:
                 if describe is not None:
                     fields["note"] = describe(timing, first)
                 self.ledger.record(task, name, steps=pace.steps, model=self.model_of(task), **fields)
+        return first
 
     @contextlib.contextmanager
     def compiled_anew(self) -> Iterator[None]:
@@ -532,15 +545,39 @@ def profile(bench: Bench, task: str, contestant: Contestant) -> None:
 def measure_objectives(bench: Bench) -> None:
     """Measure the training step of every objective of pretrain.py, and its cost relative to the first one's."""
     count = bench.count("pretrain")
+    names = list(pretrain.OBJECTIVES)
+    # On a GPU one after the other: its memory may hold one alone, and what was measured is written at once.
+    groups = [[name] for name in names] if bench.on_gpu else [names]
+    first = None
+    for group in groups:
+        with room_needed(", ".join(group), count):
+            contestants = objective_contestants(bench, group, count)
+            if contestants:
+                first = bench.compare("objectives", contestants, count, describe=describe_cost, first=first)
+
+
+def objective_contestants(bench: Bench, names: list[str], count: int) -> dict[str, Contestant]:
+    """Make the contestants of those objectives that can be trained at this size."""
     contestants = {}
-    for name in pretrain.OBJECTIVES:
+    for name in names:
         try:
             training = bench.workshop.training(bench.workshop.pretraining(name, count))
-        except EngineError as error:  # a size that it cannot be trained at
+        except EngineError as error:
             print(f"{name} is left out: {error}", flush=True)
             continue
         contestants[name] = training.contestant(itertools.repeat(random_pixels(training.batches)))
-    bench.compare("objectives", contestants, count, describe=describe_cost)
+    return contestants
+
+
+@contextlib.contextmanager
+def room_needed(what: str, count: int) -> Iterator[None]:
+    """Context of a measurement that is left out if a GPU has too little memory; it gives its memory back."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        print(f"{what} is left out: the memory is too small for {count} images (--batch_size)", flush=True)
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def describe_cost(timing: Timing, first: Timing) -> str:
@@ -567,9 +604,14 @@ def measure_choices(bench: Bench) -> None:
     source = itertools.repeat(random_pixels(training.batches))
     contestants = {SYNTHETIC: training.contestant(source)}
     for name in bench.args.choices or choice_names():
-        contestants |= alternative(bench, name, training, source)
+        found = alternative(bench, name, training, source)
+        if not found:
+            print(f"{name} is left out: there is nothing to choose on this device, or as --compile says", flush=True)
+        contestants |= found
     usual = bench.stopwatch.usual_pace
-    bench.compare("choices", contestants, count, Pace(usual.steps, max(1, usual.settle)), apart=bench.args.compile)
+    # What was compiled, or recorded as a graph, does not notice that another contestant replaces something.
+    apart = bench.on_gpu or bench.args.compile
+    bench.compare("choices", contestants, count, Pace(usual.steps, max(1, usual.settle)), apart=apart)
 
 
 def alternative(
@@ -578,6 +620,8 @@ def alternative(
     """Make the contestant of a choice, as the report names it; none where nothing is to be chosen."""
     own = training.contestant(source)
     if name == "compilation":
+        if os.environ.get("TORCHDYNAMO_DISABLE") == "1":
+            return {}
         shown = "not compiled" if bench.args.compile else "torch.compile"
         return {shown: with_other_compilation(bench.workshop, training).contestant(source)}
     if name == "cuda_graph":
@@ -767,7 +811,8 @@ def measure_growth(bench: Bench) -> None:
     if bench.args.synthetic:
         return
     counts = list(bench_growth.QUICK_COUNTS if bench.args.quick else bench_growth.COUNTS)
-    photos = sorted(Path(bench.workshop.data_root).rglob("*.jpg"))[: bench_growth.PER_FOLDER]
+    listed = bench.workshop.pretraining("mae", 1).split.images[: bench_growth.MOST_PHOTOS]
+    photos = [bench_growth.small_photo(Path(bench.workshop.data_root, image)) for image in dict.fromkeys(listed)]
     openings = []
     for count in counts:
         with tempfile.TemporaryDirectory(dir=bench.workshop.folder) as place:
@@ -777,7 +822,7 @@ def measure_growth(bench: Bench) -> None:
     per_image = bench_growth.slope(counts, openings)
     rate = 1 / per_image if per_image > 0 else None  # fewer images may take longer, by chance
     note = f"{1e6 * per_image:,.0f} us for each image more"
-    bench.ledger.record("opening", "growth", model=bench.args.model, img_s=rate, note=note)
+    bench.ledger.record("opening", "growth", img_s=rate, note=note)
 
 
 def measure_images(bench: Bench, folder: Path, count: int) -> float:
@@ -852,7 +897,9 @@ def measure_scaling(bench: Bench) -> None:
         return
     factors = (0.25, 0.5, 1, 2, 4) if bench.on_gpu else (1, 2)
     for factor in factors:
-        measure_batch_size(bench, max(1, int(count * factor)))
+        images = max(1, int(count * factor))
+        with room_needed("scaling", images):
+            measure_batch_size(bench, images)
     available = torch.cuda.device_count() if bench.on_gpu else usable_cores()
     for world in (2, 4, 8):
         if world <= available:
@@ -885,7 +932,8 @@ def measure_in_processes(bench: Bench, count: int, world: int) -> None:
         f"--cache_dir={bench.workshop.cache_dir}",
         f"--output={args.output}",
     ]
-    subprocess.run(command, check=True)
+    if subprocess.run(command).returncode != 0:
+        raise EngineError(f"{world} processes could not be measured; why is said above", 1)
     bench.ledger.adopt_last_line()
 
 
@@ -922,7 +970,7 @@ def cell(value: object) -> str:
     if isinstance(value, list):
         return "–".join(cell(item) for item in value)
     if not isinstance(value, float):
-        return str(value)
+        return str(value).replace("|", "\\|")
     if value >= 100:
         return f"{value:,.0f}"
     return f"{value:.3g}"
@@ -955,10 +1003,12 @@ def machine_of(row: dict) -> dict:
 
 def read_rows(source: str) -> list[dict]:
     """Read the lines that earlier invocations wrote; EngineError names the first that is none of them."""
-    refused = f"--report {source} holds no lines that bench.py wrote"
+    refused = f"{source} holds lines that bench.py did not write"
     try:
         lines = Path(source).read_text().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise EngineError(f"--report {source} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
         raise EngineError(f"{refused}: {error}") from None
     rows = []
     for number, line in enumerate(lines, start=1):
@@ -1006,7 +1056,8 @@ def missing_measurements(rows: list[dict]) -> list[tuple[str, str]]:
 
 def is_of_study_size(row: dict) -> bool:
     """Tell whether an NVIDIA GPU measured a row with the study's networks and input size, and not for a quick look."""
-    on_gpu = "NVIDIA" in row["machine"]["device"]
+    machine = row["machine"]
+    on_gpu = "NVIDIA" in machine["device"] and "--quick" not in machine["command"]
     has_result = row.get("img_s") is not None or row.get("hours") is not None
     full_model = row.get("model") in ("mae_base", "resnet50", None)
     full_images = row.get("img_size") in (224, None)
@@ -1030,6 +1081,9 @@ def main(args: argparse.Namespace) -> None:
     args = resolve(args, on_gpu=dist.device.type == "cuda")
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(args, dist, folder)
+        if dist.is_main:
+            bench.ledger.mend()
+            read_rows(args.output)  # so is one with other lines
         for task in TRAININGS:
             if task in args.tasks:
                 measure_training(bench, task)
@@ -1042,8 +1096,10 @@ def main(args: argparse.Namespace) -> None:
 
 def refuse_wrong_use(args: argparse.Namespace) -> None:
     """Raise EngineError for flags that do not fit together."""
-    if args.synthetic and set(args.tasks) == {"data"}:
-        raise EngineError("--tasks data measures real batches, which --synthetic leaves out")
+    if args.synthetic and set(args.tasks) <= ON_PHOTOS:
+        raise EngineError(f"--tasks {' '.join(args.tasks)} measures on photos, which --synthetic leaves out")
+    if args.choices and "choices" not in args.tasks:
+        raise EngineError("--choices belongs to --tasks choices")
     if args.profile and Path(args.profile).exists() and not Path(args.profile).is_dir():
         raise EngineError(f"--profile {args.profile} is a file; name a folder")
 

@@ -1,6 +1,7 @@
 """What the number of images costs: listing them, opening their cache, making batches. For bench.py --tasks growth."""
 
 import functools
+import io
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -9,11 +10,13 @@ from typing import NamedTuple
 
 import folders
 from batches import TrainBatches
+from data import read_image
 
 COUNTS = (500, 2000, 8000)
 QUICK_COUNTS = (64, 256)
 PER_FOLDER = 1000  # files
-END_OF_JPEG = b"\xff\xd9"
+MOST_PHOTOS = 64  # that the files are copies of
+LONGEST_SIDE = 640  # pixels of a copy, as COCO's photos have
 
 
 class Seconds(NamedTuple):
@@ -28,14 +31,22 @@ class Seconds(NamedTuple):
     opening: float
 
 
-def write_photos(photos: list[Path], folder: Path, count: int) -> None:
+def small_photo(path: Path) -> bytes:
+    """Read a photo and write it as a JPEG of COCO's size; DataError if it cannot be read."""
+    image = read_image(path)
+    image.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=90)
+    return buffer.getvalue()
+
+
+def write_photos(photos: list[bytes], folder: Path, count: int) -> None:
     """Write `count` different image files from some photos: each with padding of its own behind the picture."""
-    contents = [photo.read_bytes() for photo in photos]
     for number in range(count):
         inside = folder / f"{number // PER_FOLDER:04d}"
         inside.mkdir(parents=True, exist_ok=True)
         padding = number.to_bytes(8, "big") + bytes(number)  # of another length, as the sizes of photos differ
-        content = contents[number % len(contents)] + END_OF_JPEG + padding
+        content = photos[number % len(photos)] + padding
         (inside / f"{number:07d}.jpg").write_bytes(content)
 
 

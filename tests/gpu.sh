@@ -6,18 +6,24 @@
 #   --rehearse   the same commands at tiny size on the CPU, to know that they work before the first GPU is met
 #   --output     folder of logs, measurements (bench.jsonl) and BENCHMARKS.md (default: gpu_results)
 #   --data_root  photos laid out as in the README (default: drawn ones)
-# Uses the active environment if it has requirements.txt, and measures peers where timm and transformers are installed.
-# Each part runs alone, and a failed one stops no other. CHOICES="NAME,NAME" and STUDY_ARGS="FLAGS" shorten the last two.
+# Uses the active environment if it has requirements.txt; the first part needs pytest too, and peers are measured where timm
+# and transformers are installed. Each part runs alone, a failed one stops no other, and what a killed one had measured is
+# kept. CHOICES="NAME;NAME" and STUDY_ARGS="FLAGS" shorten the last two.
 set -u
+HERE=$PWD
 cd "$(dirname "$0")/.."
 ALL=(tests pretrain finetune resnet50 rest products scaling objectives choices study)
 REHEARSE="" OUTPUT=gpu_results DATA_ROOT="" PARTS=()
 while [ $# -gt 0 ]; do
   case $1 in
     --rehearse) REHEARSE=1 ;;
-    --output|--data_root) [ $# -gt 1 ] || { echo "gpu.sh: error: $1 needs a folder" >&2; exit 2; }
-      if [ "$1" = --output ]; then OUTPUT=$2; else DATA_ROOT=$2; fi; shift ;;
-    -h|--help) sed -n '2,10s/^# \{0,1\}//p' "$0"; exit 0 ;;
+    --output|--data_root)
+      case ${2:--} in -*) echo "gpu.sh: error: $1 needs a folder" >&2; exit 2 ;; esac
+      folder=$2
+      case $folder in /*) ;; *) [ "$HERE" = "$PWD" ] || folder=$HERE/$folder ;; esac # as the caller sees it
+      if [ "$1" = --output ]; then OUTPUT=$folder; else DATA_ROOT=$folder; fi
+      shift ;;
+    -h|--help) sed -n '2,11s/^# \{0,1\}//p' "$0"; exit 0 ;;
     *) if ! printf '%s\n' "${ALL[@]}" | grep -qxF -- "$1"; then
         echo "gpu.sh: error: unknown part $1; parts are ${ALL[*]}" >&2
         exit 2
@@ -51,6 +57,10 @@ PEERS=(--peers eager pil)
 if "$PYTHON" -c 'import timm, transformers' 2> /dev/null; then PEERS=(--peers); fi
 
 tests() { # numerics, synchronisation, precision, compilation, accumulation, resume
+  if ! "$PYTHON" -c 'import pytest' 2> /dev/null; then
+    echo "the tests need pytest; \`pip install pytest\`"
+    return 1
+  fi
   local beside=()
   if "$PYTHON" -c 'import xdist' 2> /dev/null; then beside=(-n auto --maxprocesses 4 --dist worksteal); fi
   REHEARSE=$REHEARSE "$PYTHON" -m pytest tests/test_gpu.py -q -p no:cacheprovider --durations=10 ${beside[@]+"${beside[@]}"}
@@ -78,7 +88,7 @@ objectives() { # two crops of 256 images, as one objective has them, would not f
 }
 choices() {
   local names=()
-  [ -z "${CHOICES:-}" ] || IFS=, read -r -a names <<< "$CHOICES"
+  [ -z "${CHOICES:-}" ] || IFS=";" read -r -a names <<< "$CHOICES"
   "${BENCH[@]}" "${REPEATS[@]}" --tasks choices --synthetic ${names[@]+--choices "${names[@]}"}
 }
 study() { # the study's own path: three pre-trainings, four fine-tunings, two baselines, tests, report
@@ -93,16 +103,35 @@ study() { # the study's own path: three pre-trainings, four fine-tunings, two ba
   bash run_all.sh --data_root "$DATA_ROOT" "${how[@]}"
 }
 
+report() { # of all that was measured so far, in this call and before
+  [ ! -s "$OUTPUT/bench.jsonl" ] || "$PYTHON" bench.py --report "$OUTPUT/bench.jsonl" --output "$OUTPUT/BENCHMARKS.md"
+}
+stop() { # a stop signal ends the part and whatever it has started
+  trap - INT TERM
+  kill -TERM -- "-$JOB" 2> /dev/null
+  wait "$JOB"
+  echo "== $part: stopped after $((SECONDS - start)) s" | tee -a "$OUTPUT/summary.txt"
+  report
+  exit 143
+}
+run_part() {
+  "$1" 2>&1 | tee "$OUTPUT/$1.log"
+  return "${PIPESTATUS[0]}"
+}
+
 FAILED=()
 for part in "${PARTS[@]}"; do
   start=$SECONDS
   echo "== $part"
-  "$part" 2>&1 | tee "$OUTPUT/$part.log"
-  if [ "${PIPESTATUS[0]}" = 0 ]; then verdict=done; else verdict=FAILED; FAILED+=("$part"); fi
+  set -m # a process group of its own, so that a signal reaches all of it
+  run_part "$part" &
+  JOB=$!
+  set +m
+  trap stop INT TERM
+  if wait "$JOB"; then verdict=done; else verdict=FAILED; FAILED+=("$part"); fi
+  trap - INT TERM
   echo "== $part: $verdict after $((SECONDS - start)) s" | tee -a "$OUTPUT/summary.txt"
+  report || FAILED+=(report)
 done
-if [ -s "$OUTPUT/bench.jsonl" ]; then
-  "$PYTHON" bench.py --report "$OUTPUT/bench.jsonl" --output "$OUTPUT/BENCHMARKS.md" || FAILED+=(report)
-fi
 [ "${#FAILED[@]}" = 0 ] || { echo "gpu.sh: failed: ${FAILED[*]}; logs in $OUTPUT" >&2; exit 1; }
 echo "gpu.sh: everything ran; results in $OUTPUT"

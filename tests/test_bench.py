@@ -91,7 +91,9 @@ def test_memory_is_the_most_that_a_step_holds_at_a_time():
 
 def test_every_choice_in_the_step_is_measured_beside_its_alternative(quick):
     names = [r["variant"] for r in quick[1] if r["task"] == "choices"]
-    assert names == [bench.SYNTHETIC, "torch.compile", *bench_choices.PATCHES, *bench_choices.OPTIMIZERS]
+    assert names == [bench.SYNTHETIC, *bench_choices.PATCHES, *bench_choices.OPTIMIZERS]
+    for name in ("compilation", "cuda_graph", *bench_choices.KERNELS, "max-autotune"):  # the compiler is switched off
+        assert f"{name} is left out: " in quick[2]
 
 
 def test_what_a_study_spends_besides_steps_is_measured(quick):
@@ -130,14 +132,16 @@ def test_what_more_images_cost_is_measured(quick):
 
 def test_photos_of_a_growing_folder_are_all_different_and_can_be_read(tmp_path):
     colours = ["red", "green", "blue"]
+    photos = []
     for colour in colours:
-        Image.new("RGB", (20, 10), colour).save(tmp_path / f"{colour}.jpg")
-    bench_growth.write_photos([tmp_path / f"{colour}.jpg" for colour in colours], tmp_path / "many", 7)
+        Image.new("RGB", (2000, 1000), colour).save(tmp_path / f"{colour}.png")
+        photos.append(bench_growth.small_photo(tmp_path / f"{colour}.png"))
+    bench_growth.write_photos(photos, tmp_path / "many", 7)
     images = read_tree(tmp_path / "many")
     assert len(images.train.images) + len(images.held_out.images) == 7
     assert images.remarks == ()
     for image in images.train.images:
-        assert read_image(tmp_path / "many" / image).size == (20, 10)
+        assert read_image(tmp_path / "many" / image).size == (640, 320)
 
 
 @pytest.mark.parametrize("name", bench_choices.PATCHES)
@@ -186,6 +190,45 @@ def test_contestants_apart_find_nothing_that_was_compiled_before(tmp_path, monke
     assert os.environ.get("TORCHINDUCTOR_CACHE_DIR") == before
     rows = [json.loads(line) for line in (tmp_path / "bench.jsonl").read_text().splitlines()]
     assert [row["variant"] for row in rows] == ["one", "other"]
+
+
+def test_what_a_kill_left_half_written_is_cut_off_and_other_lines_are_refused(tmp_path):
+    args = bench.get_args_parser().parse_args([*TINY, "--output", str(tmp_path / "bench.jsonl")])
+    args.peers = ()
+    path = tmp_path / "bench.jsonl"
+    ledger = bench.Bench(args, setup("cpu"), str(tmp_path)).ledger
+    ledger.record("data", "one")
+    whole = path.read_bytes()
+    path.write_bytes(whole + whole[:50])
+    ledger.mend()
+    assert path.read_bytes() == whole
+    ledger.mend()
+    assert path.read_bytes() == whole
+    path.write_bytes(b"other\n")
+    done = run(tmp_path, *TINY, "--tasks", "products")
+    assert done.returncode == 2
+    assert done.stderr.strip().endswith("bench.jsonl holds lines that bench.py did not write: line 1 is no JSON")
+    assert path.read_bytes() == b"other\n"
+
+
+def test_an_objective_for_which_the_memory_is_too_small_is_left_out(capsys):
+    with bench.room_needed("dino", 256):
+        raise torch.OutOfMemoryError
+    assert capsys.readouterr().out.startswith("dino is left out: the memory is too small for 256 images")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--synthetic", "--tasks", "growth", "rest"], "--tasks growth rest measures on photos"),
+        (["--tasks", "products", "--choices", "compilation"], "--choices belongs to --tasks choices"),
+    ],
+)
+def test_flags_that_would_measure_nothing_are_refused(flags, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(EngineError, match=message):
+        bench.main(bench.get_args_parser().parse_args([*TINY, *flags]))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_autotuning_is_asked_of_the_compiler_and_trains_the_same_parameters(workshop, monkeypatch):
@@ -336,7 +379,7 @@ def test_the_study_without_rates_is_unmeasured_and_never_estimated(tmp_path):
     assert done.returncode == 0, done.stderr
     (row,) = [json.loads(line) for line in (tmp_path / "bench.jsonl").read_text().splitlines()]
     assert row["hours"] is None
-    assert "not measured: decoding, finetune, finetune validation, pretrain" in row["note"]
+    assert "not measured: decoding, finetune, finetune validation, opening, pretrain" in row["note"]
 
 
 def test_peers_are_measured_beside_this_project_and_imported_only_when_asked(tmp_path):
