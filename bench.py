@@ -329,6 +329,8 @@ class Workshop:
         if device is not None:
             dist = dataclasses.replace(dist, device=device)
         flags = [f"--objective={name}", f"--model={self.args.model}", "--split=all", *self._flags(count)]
+        if self.args.quick and name in ("tokens", "splitmask"):
+            flags.append("--vocabulary=512")  # fewer are found sooner
         args = pretrain.resolve(pretrain.get_args_parser(name).parse_args(flags))
         return self._sized(pretrain.OBJECTIVES[name](args, dist))
 

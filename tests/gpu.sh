@@ -73,8 +73,8 @@ finetune() { # the same; then launched as one graph, as the host may launch kern
     "${BENCH[@]}" "${REPEATS[@]}" --cuda_graph --tasks finetune
 }
 resnet50() {
-  "${BENCH[@]}" "${REPEATS[@]}" --profile "$OUTPUT/profile" --tasks resnet50 &&
-    "${BENCH[@]}" "${REPEATS[@]}" --cuda_graph --tasks resnet50
+  "${BENCH[@]}" "${REPEATS[@]}" --profile "$OUTPUT/profile" --tasks resnet50 || return
+  [ -n "$REHEARSE" ] || "${BENCH[@]}" "${REPEATS[@]}" --cuda_graph --tasks resnet50
 }
 rest() { # the data path, all that is not training, and the study's time by all rates
   "${BENCH[@]}" "${REPEATS[@]}" "${PEERS[@]}" --tasks data rest growth study
@@ -131,7 +131,7 @@ for part in "${PARTS[@]}"; do
   if wait "$JOB"; then verdict=done; else verdict=FAILED; FAILED+=("$part"); fi
   trap - INT TERM
   echo "== $part: $verdict after $((SECONDS - start)) s" | tee -a "$OUTPUT/summary.txt"
-  report || FAILED+=(report)
 done
+report || FAILED+=(report)
 [ "${#FAILED[@]}" = 0 ] || { echo "gpu.sh: failed: ${FAILED[*]}; logs in $OUTPUT" >&2; exit 1; }
 echo "gpu.sh: everything ran; results in $OUTPUT"

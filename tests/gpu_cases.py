@@ -50,9 +50,10 @@ HEADS = {
 PRETRAININGS = {name: Case("pretrain", name, HEADS.get(name, ())) for name in OBJECTIVES}
 TASKS_TRAINED = [Case("finetune", name) for name in TASKS]
 NAMED = [*PRETRAININGS.values(), *TASKS_TRAINED]
-VARIANTS = [Case("finetune", name, (flag,)) for name in TASKS for flag in variants_of(name)]
+DIFFERENT = [name for name in TASKS if name != "classify"]  # whose networks are those of breeds
+VARIANTS = [Case("finetune", name, (flag,)) for name in DIFFERENT for flag in variants_of(name)]
 EXAMPLES = [Case("pretrain", name) for name in EXAMPLE_OBJECTIVES] + [Case("finetune", name) for name in EXAMPLE_TASKS]
-CONVOLUTIONAL = [Case("baseline", name, ("--model resnet50",)) for name in TASKS]
+CONVOLUTIONAL = [Case("baseline", name, ("--model resnet50",)) for name in DIFFERENT]
 UNMASKED = with_flags(MAE, "--mask_ratio 0")
 MULTI_CROP = with_flags(PRETRAININGS["dino"], "--local_crops 2 --no-colours")  # colours are the other case's
 # A contrast between the images of a batch is not accumulated.
@@ -60,14 +61,11 @@ UNCONTRASTED = with_flags(PRETRAININGS["splitmask"], "--no-match")
 NETWORKS = NAMED + VARIANTS + EXAMPLES + CONVOLUTIONAL + [MULTI_CROP]
 NETWORKS += [with_flags(PRETRAININGS["tokens"], f"--tokenizer {name}") for name in ("random_projection", "kmeans")]
 NETWORKS += [UNCONTRASTED, with_flags(PRETRAININGS["splitmask"], "--no-inpaint"), UNMASKED]
-ACCUMULATING = [MAE, SEGMENTER, UNCONTRASTED, with_flags(PRETRAININGS["dino"], "--no-colours")]
-IMAGES = [with_flags(case, ACCUMULATED) for case in ACCUMULATING]
-IMAGES += [with_flags(MAE, ON_HOST), with_flags(MAE, "--targets other"), with_flags(MAE, "--targets other", ON_HOST)]
+IMAGES = [with_flags(MAE, ACCUMULATED), with_flags(SEGMENTER, ACCUMULATED)]
+IMAGES += [with_flags(MAE, "--targets other"), with_flags(MAE, "--targets other", ON_HOST)]
 IMAGES += [
-    with_flags(SEGMENTER, ON_HOST),
-    with_flags(SEGMENTER, "--elastic 50"),
     with_flags(SEGMENTER, "--elastic 50 --trimap_resize bilinear --inputs unit", ON_HOST),
-    with_flags(SEGMENTER, "--crop_scale 1 --no-flips --no-train_positions --optimizer adam --clip_grad 1"),
+    with_flags(SEGMENTER, "--elastic 50 --crop_scale 1 --no-flips --no-train_positions --optimizer adam --clip_grad 1"),
 ]
 
 IJEPA = PRETRAININGS["ijepa"]
