@@ -8,6 +8,7 @@
 The step that is timed is that of the training scripts: their flags, objectives and tasks, and trainer.Trainer.train_step.
 One JSON line per measurement and a table at the end. Contestants of a task take turns in one process, in changing order,
 so a drifting machine favours none; times are medians over synchronised turns, ratios medians over pairs of the same turn.
+Choices of a compiled step, and objectives on a GPU, are measured one after the other instead.
 """
 
 import argparse
@@ -553,9 +554,15 @@ def measure_objectives(bench: Bench) -> None:
     first = None
     for group in groups:
         with room_needed(", ".join(group), count):
-            contestants = objective_contestants(bench, group, count)
-            if contestants:
-                first = bench.compare("objectives", contestants, count, describe=describe_cost, first=first)
+            first = measure_together(bench, group, count, first)
+
+
+def measure_together(bench: Bench, names: list[str], count: int, first: Timing | None) -> Timing | None:
+    """Measure some objectives in turns -> the timing that all are compared with, `first` if there is one."""
+    contestants = objective_contestants(bench, names, count)
+    if not contestants:
+        return first
+    return bench.compare("objectives", contestants, count, describe=describe_cost, first=first)
 
 
 def objective_contestants(bench: Bench, names: list[str], count: int) -> dict[str, Contestant]:
@@ -989,6 +996,7 @@ def write_report(source: str, target: str) -> None:
         f"Written by `python bench.py --report {source}`; all is measured, nothing estimated.\n\n"
         "ratio: step time over that of the first line of its task, the median over pairs of turns; spread: the fastest\n"
         "and the slowest turn; differences well inside it are no finding. choices: one choice in the step undone.\n"
+        "Contestants take turns; choices of a compiled step, and objectives on a GPU, come one after the other.\n"
     )
     for machine, group in itertools.groupby(rows, key=machine_of):
         text += f"\n## {title(machine)}\n\n{table(group)}\n"
