@@ -421,10 +421,9 @@ class Bench:
     ) -> Timing:
         """Time contestants of steps of `count` images and record them, with ratios over the first one -> its timing.
 
-        first: that of an earlier call, instead.
-
         describe: what a timing and that of the first contestant amount to, for the last column. apart: one contestant
-        after the other, each compiled anew; a compiled step would not notice what another one has replaced.
+        after the other, each compiled anew; a compiled step would not notice what another one has replaced. first: the
+        timing that all are compared with, of an earlier call.
         """
         if pace is None:
             pace = self.stopwatch.usual_pace
@@ -629,14 +628,16 @@ def alternative(
     """Make the contestant of a choice, as the report names it; none where nothing is to be chosen."""
     own = training.contestant(source)
     if name == "compilation":
-        if os.environ.get("TORCHDYNAMO_DISABLE") == "1":
+        if os.environ.get("TORCHDYNAMO_DISABLE") == "1":  # then nothing is compiled, whatever is asked for
             return {}
         shown = "not compiled" if bench.args.compile else "torch.compile"
-        return {shown: with_other_compilation(bench.workshop, training).contestant(source)}
+        other = set_up_again(bench.workshop, training, compile=not bench.args.compile)
+        return {shown: other.contestant(source)}
     if name == "cuda_graph":
         if not bench.on_gpu:
             return {}
-        return {"forward and backward pass as a CUDA graph": recorded(bench.workshop, training).contestant(source)}
+        recorded = set_up_again(bench.workshop, training, cuda_graph=True)
+        return {"forward and backward pass as a CUDA graph": recorded.contestant(source)}
     if name == "max-autotune":
         if not (bench.on_gpu and bench.args.compile):
             return {}
@@ -653,11 +654,10 @@ def alternative(
     return {name: dataclasses.replace(training, trainer=other).contestant(source)}
 
 
-def recorded(workshop: Workshop, training: Training) -> Training:
-    """Set the same training up with --cuda_graph, on the same weights and the same optimizer."""
+def set_up_again(workshop: Workshop, training: Training, **flags: object) -> Training:
+    """Set the same training up with other flags, on the same weights and the same optimizer: its memory favours none."""
     objective = copy.copy(training.objective)
-    objective.args = copy.copy(objective.args)
-    objective.args.cuda_graph = True
+    objective.args = argparse.Namespace(**{**vars(objective.args), **flags})
     other = workshop.training(objective, training.batches)
     other.trainer.optimizer = training.trainer.optimizer
     return other
@@ -666,19 +666,7 @@ def recorded(workshop: Workshop, training: Training) -> Training:
 def autotuned(workshop: Workshop, training: Training) -> Training:
     """Set the same training up with a compiler that tries many kernels for each product."""
     with mock.patch.object(torch, "compile", functools.partial(torch.compile, mode="max-autotune-no-cudagraphs")):
-        other = workshop.training(copy.copy(training.objective), training.batches)
-    other.trainer.optimizer = training.trainer.optimizer
-    return other
-
-
-def with_other_compilation(workshop: Workshop, training: Training) -> Training:
-    """Set the same training up with the opposite of --compile, on the same weights and the same optimizer."""
-    objective = copy.copy(training.objective)
-    objective.args = copy.copy(objective.args)
-    objective.args.compile = not objective.args.compile
-    other = workshop.training(objective, training.batches)
-    other.trainer.optimizer = training.trainer.optimizer  # one optimizer: its memory favours none
-    return other
+        return set_up_again(workshop, training)
 
 
 def measure_data(bench: Bench) -> None:

@@ -15,6 +15,7 @@ import argparse
 import contextlib
 import importlib
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -165,7 +166,14 @@ def fake_tensors() -> Iterator[FakeMode]:
     """Context in which every new tensor is fake. No cache of the project may carry tensors into it or out of it."""
     clear_caches()
     try:
-        with small_network(), mock.patch.object(nn.Module, "_apply", convert), FakeMode() as mode:
+        with (
+            warnings.catch_warnings(),
+            small_network(),
+            mock.patch.object(nn.Module, "_apply", convert),
+            FakeMode() as mode,
+        ):
+            # Copying a fake network, as for a teacher or to count operations.
+            warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
             yield mode
     finally:
         clear_caches()
@@ -291,10 +299,8 @@ def tensors_of(values: object) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
 
 
-def with_whole_indices(name: str, args: tuple) -> tuple:
-    """Let an index of truth values, of which fake ones have none, select everything."""
-    if name != "index":
-        return args
+def with_whole_indices(args: tuple) -> tuple:
+    """Let indices of truth values, of which fake ones have none, select everything: the arguments of `index`."""
     source, indices = args
     whole = []
     for index in indices:
@@ -330,7 +336,8 @@ class Watch(TorchDispatchMode):
         if self.reading:
             if name == "_local_scalar_dense":
                 return float(args[0].is_floating_point())  # no sum is 0, and no process was asked to stop
-            args = with_whole_indices(name, args)
+            if name == "index":
+                args = with_whole_indices(args)
         elif any(tensor.device == self.device for tensor in tensors) or kwargs.get("device") == self.device:
             self.check_waits(name, args, kwargs)
         result = func(*args, **kwargs)  # a tensor of another device is refused here, whatever its precision
@@ -461,7 +468,7 @@ def check_batches(case: Case, folders: Folders) -> None:
 
 
 def check_training(case: Case, folders: Folders) -> None:
-    """Make two steps of a case on the fake GPU and score its validation images, up to the final read of the sums."""
+    """Make two steps of a case on the fake GPU and score its validation images."""
     with fake_cuda() as gpu:
         trainer = make_trainer(case, gpu.dist, folders)
         require_on_device(trainer.model.state_dict(), GPU)

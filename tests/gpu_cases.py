@@ -48,8 +48,7 @@ HEADS = {
     "dino": ("--prototypes 16 --head_hidden 16 --head_bottleneck 8",),
 }
 PRETRAININGS = {name: Case("pretrain", name, HEADS.get(name, ())) for name in OBJECTIVES}
-TASKS_TRAINED = [Case("finetune", name) for name in TASKS]
-NAMED = [*PRETRAININGS.values(), *TASKS_TRAINED]
+NAMED = [*PRETRAININGS.values(), *(Case("finetune", name) for name in TASKS)]
 DIFFERENT = [name for name in TASKS if name != "classify"]  # whose networks are those of breeds
 VARIANTS = [Case("finetune", name, (flag,)) for name in DIFFERENT for flag in variants_of(name)]
 EXAMPLES = [Case("pretrain", name) for name in EXAMPLE_OBJECTIVES] + [Case("finetune", name) for name in EXAMPLE_TASKS]
@@ -95,6 +94,15 @@ class Fault(NamedTuple):
     case: Case
     error: type[Exception]
     message: str
+
+    def __str__(self) -> str:
+        return f"{self.inject.__name__}-{self.check.__name__}-{self.case.name}"
+
+    def require_report(self, patch: Patch, folders: Folders) -> None:
+        """Inject the fault; the check must raise the error."""
+        self.inject(patch)
+        with pytest.raises(self.error, match=self.message):
+            self.check(self.case, folders)
 
 
 def wrap(patch: Patch, owner: object, name: str, change: Callable) -> None:

@@ -246,6 +246,11 @@ def test_autotuning_is_asked_of_the_compiler_and_trains_the_same_parameters(work
     assert other.trainer.optimizer is training.trainer.optimizer
     assert other.objective.model is training.objective.model
     assert torch.compile is compile
+    plain = bench.set_up_again(workshop, training, compile=False)
+    assert len(asked) == 2
+    assert plain.trainer.network is plain.trainer.model is training.trainer.model
+    assert plain.trainer.optimizer is training.trainer.optimizer
+    assert training.objective.args.compile
 
 
 def test_every_objective_is_measured_with_its_cost_relative_to_the_first(quick):

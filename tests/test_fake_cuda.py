@@ -25,9 +25,6 @@ from batches import Pipeline
 from pretrain import OBJECTIVES, MaskedPixels
 from tasks import TASKS
 
-# Copying a fake ResNet-50, as counting its operations does.
-pytestmark = pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
-
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> Folders:

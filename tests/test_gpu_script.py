@@ -22,10 +22,8 @@ def environment(**more) -> dict[str, str]:
     return os.environ | {"PATH": path, "TORCHDYNAMO_DISABLE": "1", "OMP_NUM_THREADS": "1"} | more
 
 
-def gpu_script(*words, cwd=None, **env):
-    return subprocess.run(
-        command_of(*words), capture_output=True, text=True, env=environment(**env), timeout=900, cwd=cwd
-    )
+def gpu_script(*words, **env):
+    return subprocess.run(command_of(*words), capture_output=True, text=True, env=environment(**env), timeout=900)
 
 
 def verdicts(folder: Path) -> list[str]:
