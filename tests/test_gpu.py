@@ -454,10 +454,11 @@ def test_validation_in_float32_is_that_of_the_cpu(network, files, without_tf32, 
     more = "--precision fp32 --blr 0 --min_lr 0 --epoch_updates 1"
     (expected,) = log(train(network, files, tmp_path / "cpu", more, "--device cpu"), "val")
     (found,) = log(train(network, files, tmp_path / "gpu", more), "val")
+    tolerance = 1e-4 if network in TRANSFORMERS else 1e-3  # a patch between two tokens may change its token
     compared = 0
     for name, score in expected.items():
         if name.startswith(CONTINUOUS):
-            assert found[name] == pytest.approx(score, rel=1e-3, abs=1e-4), name
+            assert found[name] == pytest.approx(score, rel=tolerance, abs=1e-4), name
             compared += 1
         elif "iou" in name:  # a pixel between two equally likely classes may change its class
             assert found[name] == pytest.approx(score, abs=1e-3), name
